@@ -1,0 +1,85 @@
+"""Every op of this package in plain PyTorch, in any dtype up to float64: the truth that tests compare with.
+
+Nothing here is chunked or fused, and gradients come from autograd.
+
+Shapes: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """What a loss may know about N sampled tokens, each [N]: fp32, or float64 when the inputs are float64."""
+
+    logprobs: Tensor
+    """log p of the sampled token."""
+    entropy: Tensor
+    """Entropy of the whole distribution, in nats."""
+    log1mp: Tensor
+    """log(1 - p) of the sampled token."""
+    history: TokenStats | None = None
+    """Inside a `loss_fn` only: detached statistics of all tokens from 0 to the end of this chunk, for causal windows."""
+
+
+LossFn = Callable[[TokenStats, Tensor], Tensor]
+"""(statistics of a chunk of n tokens, their indices [n] int64 in order) -> weighted per-token losses [n]. Pure."""
+
+
+def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
+    """Statistics of `targets` [N] int64 under `logits` [N, V], which already carry the temperature."""
+    log_probs = torch.log_softmax(logits, dim=-1)
+    target_log_probs = log_probs.gather(1, targets[:, None]).squeeze(1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
+    others = logits.scatter(1, targets[:, None], -torch.inf)
+    log1mp = torch.logsumexp(others, -1) - torch.logsumexp(logits, -1)
+    return TokenStats(target_log_probs, entropy, log1mp)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    return logits / temperature
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0
+) -> TokenStats:
+    """`eepo_kernels.linear_logprobs` with all the logits [N, V] in memory."""
+    return token_stats(linear_logits(hidden, weight, bias, temperature), targets)
+
+
+def fused_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_fn: LossFn,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, TokenStats]:
+    """`eepo_kernels.fused_linear_loss` with all the logits [N, V] in memory and autograd's gradients."""
+    stats = linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+    detached = TokenStats(*(s.detach() for s in stats[:3]))
+    rows = torch.arange(targets.numel(), device=targets.device)
+    loss = loss_fn(stats._replace(history=detached), rows).sum()
+    return loss, detached
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
+    """Round `x` (float64) to one of its two neighbours in `dtype`, the upper one in magnitude where `uniform` [0, 1)
+    is below the distance to the lower one in units of their gap: unbiased. Finite values inside the range only."""
+    nearest = x.to(dtype)
+    too_far = nearest.double().abs() > x.abs()
+    lower = torch.where(too_far, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+    upper = torch.nextafter(lower, torch.where(x < 0, -torch.inf, torch.inf).to(dtype))
+    gap = upper.double() - lower.double()
+    fraction = (x - lower.double()) / gap
+    return torch.where(uniform < fraction, upper, lower)
