@@ -1,0 +1,1 @@
+"""eepo-fast: GRPO whose rollout forgets, half-way through, what it just said."""

@@ -1,0 +1,213 @@
+"""Problems (files, hub data sets, the procedural task), prompt templates, and the order they are trained on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eepo_fast.config import DataConfig
+from eepo_fast.types import Problem, Prompt, UserError
+
+ARITHMETIC = "arithmetic"
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# Names under which model families keep their end-of-turn token.
+STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
+
+
+def load_problems(config: DataConfig, seed: int) -> list[Problem]:
+    """Problems of `data.train`; UserError naming file, line or column where they cannot be used."""
+    if config.train == ARITHMETIC:
+        return arithmetic_problems(config.num_rows or 10_000, config.numbers, config.max_number, seed)
+    path = Path(config.train)
+    if path.is_file():
+        return read_jsonl(path)
+    if path.suffix in (".jsonl", ".json") or (path.parent != Path(".") and config.train.count("/") != 1):
+        raise UserError(f"data.train: no file {config.train}; give a JSON Lines file, a hub data set or `{ARITHMETIC}`")
+    return _read_hub(config)
+
+
+def read_jsonl(path: Path) -> list[Problem]:
+    """JSON Lines with id, problem, answer; further fields are allowed. Lines are counted from 1 in errors."""
+    problems: list[Problem] = []
+    lines: dict[str, int] = {}
+    for number, row in iter_jsonl(path):
+        where = f"{path}, line {number}"
+        for key in ("id", "problem", "answer"):
+            if not isinstance(row.get(key), str) or not row[key].strip():
+                found = "nothing" if key not in row else repr(row[key])
+                raise UserError(f"{where}: expected a non-empty string in `{key}`, found {found}")
+        if row["id"] in lines:
+            raise UserError(f"{where}: id {row['id']!r} was already used in line {lines[row['id']]}; ids must be unique")
+        lines[row["id"]] = number
+        problems.append(Problem(row["id"], row["problem"], row["answer"], str(row.get("source", ""))))
+    if not problems:
+        raise UserError(f"{path}: expected problems, found an empty file")
+    return problems
+
+
+def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank; UserError on what is not a JSON object in UTF-8."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    with file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+                ) from None
+            if not text:
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")
+            yield number, row
+
+
+def _read_hub(config: DataConfig) -> list[Problem]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(config.train, data_files=config.files, split="train")
+    except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data.train: {config.train} is no file, and could not be loaded from the hub: {reason}") from None
+    problems, unanswered = [], 0
+    for number, row in enumerate(rows):
+        values = {name: _column(row, config.columns.get(name, name), config.train) for name in ("problem", "answer")}
+        if not values["answer"].strip() or not values["problem"].strip():
+            unanswered += 1
+            continue
+        problems.append(Problem(f"{config.train}/{number:06d}", values["problem"], values["answer"], config.train))
+    if unanswered:
+        print(f"{config.train}: {unanswered} of {len(rows)} rows have no problem or no answer and are left out")
+    if not problems:
+        raise UserError(f"data.train: {config.train} has no row with a problem and an answer")
+    return problems
+
+
+def _column(row: dict[str, Any], column: str, name: str) -> str:
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            known = ", ".join(value) if isinstance(value, dict) else "none"
+            raise UserError(f"data.columns: {name} has no column {column!r}; found at that place: {known}")
+        value = value[part]
+    return "" if value is None else str(value)
+
+
+# The procedural task: write an expression over the given numbers, each used once, that reaches the target.
+
+
+def random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, int, int]:
+    """(text, value, precedence) of a random tree over `numbers` with + - *; parentheses only where they are needed."""
+    if len(numbers) == 1:
+        return str(numbers[0]), numbers[0], 3
+    cut = rng.randint(1, len(numbers) - 1)
+    left, left_value, left_rank = random_expression(rng, numbers[:cut])
+    right, right_value, right_rank = random_expression(rng, numbers[cut:])
+    operator = rng.choice("+-*")
+    rank = 2 if operator == "*" else 1
+    left = f"({left})" if left_rank < rank else left
+    right = f"({right})" if right_rank < rank or (operator == "-" and right_rank == 1) else right
+    value = {"+": left_value + right_value, "-": left_value - right_value, "*": left_value * right_value}[operator]
+    return f"{left}{operator}{right}", value, rank
+
+
+def arithmetic_problem(rng: random.Random, count: int, max_number: int, max_target: int = 99) -> tuple[str, str]:
+    """(problem, one right answer): "2,3,7=42:" and "2*3*7"; the target is in [0, max_target]."""
+    while True:
+        numbers = [rng.randint(1, max_number) for _ in range(count)]
+        answer, target, _ = random_expression(rng, numbers)
+        if 0 <= target <= max_target:
+            given = ",".join(str(n) for n in sorted(numbers))
+            return f"{given}={target}:", answer
+
+
+def arithmetic_split(problem: str) -> str:
+    """`train` or `test`: every fifth problem, by its text, is held out, whatever the seed."""
+    return "test" if random.Random(problem).randrange(5) == 0 else "train"
+
+
+def arithmetic_problems(size: int, count: int, max_number: int, seed: int, split: str = "train") -> list[Problem]:
+    """`size` different problems of one split. UserError where the task has not that many."""
+    rng = random.Random(f"{split}/{seed}")
+    problems: dict[str, Problem] = {}
+    for _ in range(200 * size + 10_000):
+        text, answer = arithmetic_problem(rng, count, max_number)
+        if text not in problems and arithmetic_split(text) == split:
+            name = f"{ARITHMETIC}/{split}/{len(problems):06d}"
+            problems[text] = Problem(name, text, answer, ARITHMETIC)
+            if len(problems) == size:
+                return list(problems.values())
+    raise UserError(
+        f"data.num_rows: {size} different problems were asked for, but {count} numbers up to {max_number} gave only "
+        f"{len(problems)}; lower it, or raise data.numbers or data.max_number"
+    )
+
+
+# Prompts
+
+
+def render(template: str, problem: str, tokenizer: Any) -> str:
+    """The prompt's text. Templates as in the SimpleRL-Zoo recipe that the paper follows."""
+    if template == "chatml":
+        return (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            f"<|im_start|>user\n{problem}\n{BOXED}<|im_end|>\n<|im_start|>assistant\n"
+        )
+    if template == "question_answer":
+        return f"Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
+    if template == "chat":
+        messages = [{"role": "user", "content": f"{problem}\n{BOXED}"}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return problem
+
+
+def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
+    """Prompts, and how many problems were left out for their length."""
+    if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise UserError("data.template: `chat` needs a tokenizer with a chat template, and this one has none; use another")
+    # A chat template writes its special tokens itself; elsewhere the tokenizer adds its own (Llama's begin of text).
+    add_special_tokens = config.template != "chat"
+    prompts = []
+    for problem in problems:
+        text = render(config.template, problem.problem, tokenizer)
+        token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        if not token_ids:
+            raise UserError(f"data.train: problem {problem.id} gives an empty prompt with template {config.template}")
+        if len(token_ids) <= config.max_prompt_tokens:
+            prompts.append(Prompt(problem, text, token_ids))
+    return prompts, len(problems) - len(prompts)
+
+
+def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[int]:
+    """Ids that end a completion: the tokenizer's, the model's, and the known end-of-turn tokens in the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[name] for name in STOP_TOKENS if name in vocabulary}
+    ids.update(model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return sorted(ids)
+
+
+def prompt_indices(iteration: int, num_prompts: int, prompts_per_iteration: int, seed: int) -> list[int]:
+    """Which prompts iteration `iteration` (from 0) trains on: a fresh permutation an epoch, last partial batch dropped.
+
+    A function of its arguments alone, so that a resumed run needs no sampler state.
+    """
+    per_epoch = num_prompts // prompts_per_iteration
+    epoch, position = divmod(iteration, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_prompts)
+    return order[position * prompts_per_iteration : (position + 1) * prompts_per_iteration].tolist()

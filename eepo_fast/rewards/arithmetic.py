@@ -1,0 +1,83 @@
+"""Verifier of the procedural task. Reads the expression with a parser of its own: no text is ever evaluated."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+
+from eepo_fast.types import Grade, Problem
+
+MAX_CHARACTERS = 200
+TOKEN = re.compile(r"\d{1,9}|[-+*()]")
+
+
+def evaluate(text: str) -> tuple[int, list[int]] | None:
+    """(value, numbers used) of an expression over + - * and parentheses; None where it is not one."""
+    tokens = TOKEN.findall(text)
+    if "".join(tokens) != text.replace(" ", "") or not tokens:
+        return None
+    used: list[int] = []
+    position = 0
+
+    def peek() -> str:
+        return tokens[position] if position < len(tokens) else ""
+
+    def take() -> str:
+        nonlocal position
+        position += 1
+        return tokens[position - 1] if position <= len(tokens) else ""
+
+    def atom() -> int:
+        token = take()
+        if token == "(":
+            value = total()
+            if take() != ")":
+                raise ValueError
+            return value
+        used.append(int(token))  # ValueError on an operator or at the end
+        return used[-1]
+
+    def product() -> int:
+        value = atom()
+        while peek() == "*":
+            take()
+            value *= atom()
+        return value
+
+    def total() -> int:
+        value = product()
+        while peek() in ("+", "-"):
+            value = value + product() if take() == "+" else value - product()
+        return value
+
+    try:
+        value = total()
+    except ValueError:
+        return None
+    return (value, used) if position == len(tokens) else None
+
+
+class ArithmeticGrader:
+    """Right if the completion is an expression that uses each given number exactly once and reaches the target."""
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
+        return [self._one(p.problem, c) for p, c in zip(problems, completions, strict=True)]
+
+    def _one(self, problem: str, completion: str) -> Grade:
+        start = time.perf_counter()
+        text = completion.strip()
+        if not text:
+            reward, status = 0.0, "no_answer"
+        elif len(text) > MAX_CHARACTERS:
+            reward, status = 0.0, "too_large"
+        else:
+            numbers, _, target = problem.rstrip(":").partition("=")
+            wanted = sorted(int(n) for n in numbers.split(","))
+            result = evaluate(text)
+            right = result is not None and result[0] == int(target) and sorted(result[1]) == wanted
+            reward, status = float(right), "ok"
+        return Grade(reward, status, time.perf_counter() - start)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,86 @@
+"""The nouns of the program. A leaf: imports nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class UserError(Exception):
+    """A user's mistake. The command line prints the message alone, on one line, and exits with 2."""
+
+
+class WeightsVersion(NamedTuple):
+    """Which weights sampled a token: those of policy step `policy_version`, or their forgetful copy."""
+
+    policy_version: int
+    forgotten: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    problem: str
+    answer: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the model reads it."""
+
+    problem: Problem
+    text: str
+    token_ids: list[int]
+
+    @property
+    def id(self) -> str:
+        return self.problem.id
+
+
+@dataclass
+class Rollout:
+    """One sampled completion; per-token lists have one entry a completion token, the stop token included."""
+
+    prompt: Prompt
+    stage: int
+    sample_index: int
+    """Position in the prompt's group, over both stages."""
+    token_ids: list[int]
+    rollout_logprobs: list[float]
+    weights_version: WeightsVersion
+    finished: bool
+    """Ended with a stop token; False: cut off at the limit."""
+    completion: str = ""
+    reward: float | None = None
+    """None where grading timed out or failed: a missing reward, not a zero."""
+    status: str = ""
+    advantage: float = 0.0
+    details: dict[str, list[float]] = field(default_factory=dict)
+    """Further per-token numbers for the rollout log."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class RolloutBatch:
+    """All rollouts of an iteration: `group_size` of every prompt, a prompt's group side by side, stage 1 first."""
+
+    rollouts: list[Rollout]
+    group_size: int
+
+    def groups(self) -> list[list[Rollout]]:
+        return [self.rollouts[i : i + self.group_size] for i in range(0, len(self.rollouts), self.group_size)]
+
+    def stage(self, stage: int) -> list[Rollout]:
+        return [r for r in self.rollouts if r.stage == stage]
+
+
+@dataclass(frozen=True)
+class Grade:
+    reward: float
+    status: str
+    """ok, no_answer, timeout, too_large or error."""
+    seconds: float
