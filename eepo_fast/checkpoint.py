@@ -1,0 +1,131 @@
+"""Checkpoints: the policy as a Hugging Face folder, its optimizer, and the trainer's state, under a sha256 manifest.
+
+    step_000012/model/…                config.json, model.safetensors, tokenizer: loads like any model folder
+    step_000012/optimizer.safetensors  AdamW's moments by weight name
+    step_000012/state.json             step, policy_version, entropy window, config, hyper-state of the optimizer
+    step_000012/manifest.json          sha256 of every other file
+
+Written into a temporary folder, synced to disk and renamed, so that a folder with the final name is whole. Only the
+policy's weights are ever saved; the engine's, which may be forgetful, never.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from eepo_fast.config import Config
+from eepo_fast.policy import TorchPolicy
+from eepo_fast.trainer import TrainerState
+from eepo_fast.types import UserError
+
+
+def checkpoint_root(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def save_checkpoint(run_dir: Path, policy: TorchPolicy, tokenizer, state: TrainerState, config: Config) -> Path:
+    root = checkpoint_root(run_dir)
+    final = root / f"step_{state.step:06d}"
+    temporary = root / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "model").mkdir(parents=True)
+    policy.model.save_pretrained(temporary / "model")
+    tokenizer.save_pretrained(temporary / "model")
+    _save_optimizer(policy, temporary / "optimizer.safetensors")
+    content = {**asdict(state), "scheduler_step": policy.scheduler.last_epoch, "config": config.model_dump()}
+    (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    manifest = {str(p.relative_to(temporary)): _sha256(p) for p in _files(temporary)}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*_files(temporary), temporary / "model", temporary]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)  # only a run that lost a later manifest saves the same step again
+    temporary.rename(final)
+    _fsync(root)
+    for old in sorted(root.glob("step_*"))[: -config.checkpoint.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _save_optimizer(policy: TorchPolicy, path: Path) -> None:
+    tensors = {}
+    for name, parameter in policy.model.named_parameters():
+        for key, value in policy.optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value.detach().contiguous()
+    save_file(tensors, path)
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and one line for each newer one that is damaged."""
+    complaints = []
+    for folder in sorted(checkpoint_root(run_dir).glob("step_*"), reverse=True):
+        complaint = verify(folder)
+        if complaint is None:
+            return folder, complaints
+        complaints.append(f"checkpoint {folder} is damaged and not used: {complaint}")
+    return None, complaints
+
+
+def verify(folder: Path) -> str | None:
+    """None where every file is there with the sha256 of the manifest; else what is wrong."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "manifest.json is missing or unreadable"
+    found = {str(p.relative_to(folder)) for p in _files(folder)} - {"manifest.json"}
+    if found != set(manifest):
+        return f"files differ from the manifest: {', '.join(sorted(found ^ set(manifest)))}"
+    for name, digest in manifest.items():
+        if _sha256(folder / name) != digest:
+            return f"{name} does not have the sha256 of the manifest"
+    return None
+
+
+def load_checkpoint(folder: Path, policy: TorchPolicy) -> TrainerState:
+    """Load a verified checkpoint into the policy and return the trainer's state."""
+    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    weights = {}
+    for path in sorted((folder / "model").glob("*.safetensors")):
+        weights.update(load_file(path))
+    optimizer = load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise UserError(f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?")
+            parameter.copy_(weights[name])
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in optimizer]
+            if keys:
+                state = {k: optimizer[f"{k}.{name}"] for k in keys}
+                policy.optimizer.state[parameter] = {
+                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                }
+    policy.scheduler.last_epoch = content["scheduler_step"]
+    for group, base, factor in zip(
+        policy.optimizer.param_groups, policy.scheduler.base_lrs, policy.scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(content["scheduler_step"])
+    return TrainerState(content["step"], content["policy_version"], content["entropy_window"])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""The command line. A user's mistake ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from eepo_fast.types import UserError
+
+TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
+GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
+DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
+
+
+def _train(args: argparse.Namespace) -> int:
+    from eepo_fast.config import dump_config, load_config
+
+    files = [a for a in args.config if "=" not in a]
+    overrides = [a for a in args.config if "=" in a]
+    if not files:
+        raise UserError("train: expected a YAML config file, found none; see configs/ for examples")
+    config = load_config(files, overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("train: expected one process, found WORLD_SIZE above 1; this version trains on one device")
+    if args.dry_run:
+        from eepo_fast.plan import batch_plan
+
+        plan = batch_plan(config)
+        print(dump_config(config))
+        print("\n".join(f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}"
+                        for name, value in plan.items()))
+        return 0
+    from eepo_fast.run import train
+
+    print(f"run folder: {train(config, resume=args.resume)}")
+    return 0
+
+
+def _grade(args: argparse.Namespace) -> int:
+    from eepo_fast.rewards.grade_file import grade_file
+
+    counts = grade_file(Path(args.input), Path(args.output))
+    print(", ".join(f"{name} {value}" for name, value in counts.items()))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from eepo_fast.demo import run_demo
+
+    run_demo(seed=args.seed, root=args.root)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eepo-fast", description="Train language models to reason better with EEPO.", epilog=TRAIN_EXAMPLE
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a model", epilog=TRAIN_EXAMPLE)
+    train.add_argument("config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="files, later ones win; then keys")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch plan, and stop")
+    train.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint of the run")
+    train.set_defaults(run=_train)
+    grade = commands.add_parser("grade", help="grade answers against gold answers", epilog=GRADE_EXAMPLE)
+    grade.add_argument("--in", dest="input", required=True, help="JSON Lines: id, gold, and answer or response")
+    grade.add_argument("--out", dest="output", required=True, help="JSON Lines: the same with reward, status, seconds")
+    grade.set_defaults(run=_grade)
+    demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
+    demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")
+    demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"eepo-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eepo-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

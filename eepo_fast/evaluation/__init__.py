@@ -1,0 +1,1 @@
+"""Evaluation: greedy accuracy and unbiased pass@k."""

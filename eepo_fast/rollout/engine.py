@@ -1,0 +1,69 @@
+"""What the trainer asks of a rollout engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from eepo_kernels import ForgetStats
+from torch import Tensor
+
+from eepo_fast.types import Prompt, Rollout, WeightsVersion
+
+Progress = Callable[[int, int], None]
+"""(completions finished, completions asked for)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples of one prompt: its group's positions and a seed for each."""
+
+    prompt: Prompt
+    stage: int
+    sample_indices: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    """0: greedy."""
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+class RolloutEngine(Protocol):
+    weights_version: WeightsVersion
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        """Own weights ← nearest(weights), all of them, in place."""
+
+    def forget(
+        self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int
+    ) -> ForgetStats:
+        """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[Rollout]:
+        """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
+        what is sampled beside it."""
+
+    def close(self) -> None: ...
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: str, stage: int, sample_index: int) -> int:
+    """64-bit seed of one sample."""
+    text = f"{run_seed}|{step}|{prompt_id}|{stage}|{sample_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def make_requests(
+    prompts: Sequence[Prompt], stage: int, sample_indices: Sequence[int], run_seed: int, step: int
+) -> list[Request]:
+    indices = tuple(sample_indices)
+    return [
+        Request(p, stage, indices, tuple(sample_seed(run_seed, step, p.id, stage, i) for i in indices)) for p in prompts
+    ]

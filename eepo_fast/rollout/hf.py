@@ -1,0 +1,165 @@
+"""The embedded engine: a transformers model with a KV cache, on CPU or GPU.
+
+Shapes: R prompts of a batch, B sequences (samples of those prompts), L padded prompt length, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from eepo_kernels import ForgetStats, forget, sync, tensor_key
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eepo_fast.rollout.engine import Progress, Request, Sampling
+from eepo_fast.types import Rollout, WeightsVersion
+
+
+class HfEngine:
+    """Its own copy of a model's weights in `dtype`; prompts are prefilled once a stage for all their samples."""
+
+    def __init__(self, model: PreTrainedModel, *, dtype: torch.dtype, max_sequences: int, pad_id: int):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        for parameter in self.model.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
+            parameter.data = parameter.data.to(dtype)
+            parameter.grad = None
+        self.weights = dict(self.model.named_parameters())
+        self.max_sequences = max_sequences
+        self.pad_id = pad_id
+        self.device = next(self.model.parameters()).device
+        self.weights_version = WeightsVersion(0, False)
+
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        assert weights.keys() == self.weights.keys()
+        sync(list(self.weights.values()), [weights[name] for name in self.weights])
+        self.weights_version = WeightsVersion(policy_version, False)
+
+    def forget(
+        self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int
+    ) -> ForgetStats:
+        assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten
+        # from here on the weights are no longer the policy's, even if the update is interrupted
+        self.weights_version = self.weights_version._replace(forgotten=True)
+        return forget(
+            [p.data for p in self.weights.values()],
+            [gradient[name] for name in self.weights],
+            eta=eta,
+            keys=[tensor_key(name) for name in self.weights],
+            offsets=[0] * len(self.weights),
+            rounding=rounding,
+            seed=seed,
+            step=step,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[Rollout]:
+        total = sum(len(r.seeds) for r in requests)
+        # similar lengths side by side, to pad little; the result keeps the order of the requests
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
+        results: dict[tuple[int, int], Rollout] = {}
+        for rows in self._batches(requests, order):
+            results.update(self._generate_batch(requests, rows, sampling))
+            if progress:
+                progress(len(results), total)
+        return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
+
+    def _batches(self, requests: Sequence[Request], order: list[int]) -> Iterator[list[tuple[int, int]]]:
+        """(request, sample) pairs in batches of at most `max_sequences`; a request may be spread over batches."""
+        rows = [(i, k) for i in order for k in range(len(requests[i].seeds))]
+        for start in range(0, len(rows), self.max_sequences):
+            yield rows[start : start + self.max_sequences]
+
+    def _generate_batch(
+        self, requests: Sequence[Request], rows: list[tuple[int, int]], sampling: Sampling
+    ) -> dict[tuple[int, int], Rollout]:
+        distinct = list(dict.fromkeys(i for i, _ in rows))
+        prompts = [requests[i].prompt.token_ids for i in distinct]
+        expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
+        uniforms = np.stack([_uniforms(requests[i].seeds[k], sampling.max_new_tokens) for i, k in rows])
+        tokens, logprobs, lengths, finished = self._decode(prompts, expand, uniforms, sampling)
+        results = {}
+        for row, (i, k) in enumerate(rows):
+            request, n = requests[i], int(lengths[row])
+            results[i, k] = Rollout(
+                prompt=request.prompt,
+                stage=request.stage,
+                sample_index=request.sample_indices[k],
+                token_ids=tokens[row, :n].tolist(),
+                rollout_logprobs=logprobs[row, :n].tolist(),
+                weights_version=self.weights_version,
+                finished=bool(finished[row]),
+            )
+        return results
+
+    def _decode(self, prompts: list[list[int]], expand: Tensor, uniforms: np.ndarray, sampling: Sampling):
+        """tokens [B, T], logprobs [B, T], lengths [B], finished [B], all on the CPU."""
+        num_rows, limit = uniforms.shape
+        length = max(map(len, prompts))
+        padded = [[self.pad_id] * (length - len(p)) + p for p in prompts]
+        input_ids = torch.tensor(padded, device=self.device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        out = self.model(
+            input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        cache, logits = out.past_key_values, out.logits[expand, -1]
+        cache.batch_select_indices(expand)
+        mask = torch.nn.functional.pad(mask[expand], (0, limit), value=1)
+        position = positions[expand, -1]
+        uniforms = torch.from_numpy(uniforms).to(self.device)
+        stops = torch.tensor(sampling.stop_token_ids, device=self.device)
+        tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros(num_rows, limit, device=self.device)
+        lengths = torch.full((num_rows,), limit, device=self.device)
+        rows = torch.arange(num_rows, device=self.device)  # which sequence each row of the running batch is
+        running = torch.ones(num_rows, dtype=torch.bool, device=self.device)
+        for t in range(limit):
+            token, logprob = sample(logits, sampling.temperature, uniforms[rows, t])
+            tokens[rows, t], logprobs[rows, t] = token, logprob
+            ended = torch.isin(token, stops) & running
+            lengths[rows[ended]] = t + 1
+            running &= ~ended
+            num_running = int(running.sum())
+            if num_running == 0 or t + 1 == limit:
+                break
+            if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more
+                keep = running.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, position, mask = rows[keep], token[keep], position[keep], mask[keep]
+                running = running[keep]
+            position = position + 1
+            logits = self.model(
+                token[:, None],
+                attention_mask=mask[:, : length + t + 1],
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        finished = torch.ones(num_rows, dtype=torch.bool, device=self.device)
+        finished[rows[running]] = False
+        return tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
+
+    def close(self) -> None:
+        del self.model, self.weights
+
+
+def _uniforms(seed: int, count: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(token [B] int64, its log-prob [B] fp32) by inverting the distribution function at `uniform` [B] float64 in
+    [0, 1). Temperature 0 takes the most likely token and reports its log-prob at temperature 1."""
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.exp().double().cumsum(-1)
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
+    return token, logprobs.gather(1, token[:, None]).squeeze(1)

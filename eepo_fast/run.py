@@ -1,0 +1,154 @@
+"""A run from its config to its folder: put the parts together, train, log, save, resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eepo_fast import checkpoint, metrics
+from eepo_fast.config import Config, dump_config
+from eepo_fast.data import load_problems, make_prompts, stop_token_ids
+from eepo_fast.display import Display
+from eepo_fast.models import load_model
+from eepo_fast.policy import TorchPolicy
+from eepo_fast.rewards import make_grader
+from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.trainer import Trainer, TrainerState
+from eepo_fast.types import Prompt, UserError
+from eepo_fast.warmup import BASE, ensure_base
+
+
+def num_iterations(config: Config, num_prompts: int) -> int:
+    """Iterations of the whole run: whole batches an epoch, times epochs, capped by train.iterations."""
+    per_epoch = num_prompts // config.train.prompts_per_iteration
+    if per_epoch == 0:
+        raise UserError(
+            f"train.prompts_per_iteration: expected at most the {num_prompts} prompts of {config.data.train}, found "
+            f"{config.train.prompts_per_iteration}; lower it"
+        )
+    total = per_epoch * config.train.epochs
+    return min(total, config.train.iterations or total)
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of, loaded and checked."""
+
+    policy: TorchPolicy
+    reference: TorchPolicy | None
+    tokenizer: object
+    prompts: list[Prompt]
+    stop_token_ids: list[int]
+
+
+def load_parts(config: Config, display: Display) -> Parts:
+    """Load data and models; UserError before anything is written."""
+    problems = load_problems(config.data, config.run.seed)
+    if config.model.path == BASE:
+        with display.task("teaching the base model the task") as update:
+            path = ensure_base(config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+    display.say(f"loading {config.model.path}")
+    model, tokenizer = load_model(config.model)
+    prompts, too_long = make_prompts(problems, config.data, tokenizer)
+    if too_long:
+        display.say(f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out")
+    num_iterations(config, len(prompts))
+    eos = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = dict(
+        compute_dtype=getattr(torch, config.model.dtype),
+        temperature=config.rollout.temperature,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        pad_id=tokenizer.pad_token_id,
+    )
+    reference = None
+    if config.grpo.kl_coef:
+        reference = TorchPolicy(copy.deepcopy(model).requires_grad_(False), **settings)
+    policy = TorchPolicy(
+        model, optimizer=config.optimizer, gradient_checkpointing=config.train.gradient_checkpointing, **settings
+    )
+    return Parts(policy, reference, tokenizer, prompts, stop_token_ids(tokenizer, eos))
+
+
+def train(config: Config, *, resume: bool = False, display: Display | None = None) -> Path:
+    """Train as `config` says and return the run's folder."""
+    display = display or Display()
+    run_dir = config.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir}: expected a folder, found a file; choose another run.name")
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not resume:
+        raise UserError(f"run folder {run_dir} is not empty; add --resume to go on, or choose another run.name")
+    folder, complaints = checkpoint.newest_valid(run_dir) if resume else (None, [])
+    for line in complaints:
+        display.warn(line)
+    if folder is not None and _steps_left(folder, config) == 0:
+        display.say(f"run {run_dir} is finished")
+        return run_dir
+
+    parts = load_parts(config, display)
+    total = num_iterations(config, len(parts.prompts))
+    state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    metrics.cut_back(run_dir, state.step)
+    if state.step >= total:
+        display.say(f"run {run_dir} is finished")
+        return run_dir
+    if resume:
+        display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
+    (run_dir / "run.json").write_text(json.dumps({"iterations": total}), encoding="utf-8")
+
+    grader = make_grader(config.data.train)
+    engine = HfEngine(
+        parts.policy.model,
+        dtype=getattr(torch, config.rollout.dtype),
+        max_sequences=config.rollout.max_sequences,
+        pad_id=parts.tokenizer.pad_token_id,
+    )
+    trainer = Trainer(
+        config,
+        policy=parts.policy,
+        reference=parts.reference,
+        engine=engine,
+        grader=grader,
+        prompts=parts.prompts,
+        tokenizer=parts.tokenizer,
+        stop_token_ids=parts.stop_token_ids,
+        state=state,
+    )
+    try:
+        _loop(trainer, config, run_dir, total, display)
+    finally:
+        grader.close()
+        engine.close()
+    return run_dir
+
+
+def _loop(trainer: Trainer, config: Config, run_dir: Path, total: int, display: Display) -> None:
+    with display.training(config.run.name, trainer.state.step, total) as show:
+        while trainer.state.step < total:
+            batch, row = trainer.iteration(show.completions)
+            step = trainer.state.step
+            if config.log.rollouts:
+                metrics.write_rollouts(run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+            metrics.append_metrics(run_dir, row)
+            show.iteration(row)
+            every = config.checkpoint.every
+            if step == total or (every and step % every == 0):
+                checkpoint.save_checkpoint(run_dir, trainer.policy, trainer.tokenizer, trainer.state, config)
+
+
+def _steps_left(folder: Path, config: Config) -> int | None:
+    """0 where the checkpoint is the end of the run as planned; None where only loading the data can tell."""
+    done = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
+    try:
+        planned = json.loads((config.run_dir / "run.json").read_text(encoding="utf-8"))["iterations"]
+    except (OSError, ValueError, KeyError):
+        return None
+    asked = config.train.iterations
+    return 0 if done >= planned and (asked is None or done >= asked) else None

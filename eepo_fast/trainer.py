@@ -1,0 +1,215 @@
+"""One iteration of EEPO (Algorithm 1), readable top to bottom in `Trainer.iteration`. With eepo.enabled=false: GRPO.
+
+Deviations from the paper are listed where they are made: losses.py, unlearn.py. Here: the policy is updated on
+mini-batches of `train.prompts_per_update` prompts in sampling order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from eepo_fast import metrics as M
+from eepo_fast.advantages import set_advantages
+from eepo_fast.config import Config
+from eepo_fast.data import prompt_indices
+from eepo_fast.losses import GrpoTokens, grpo_loss
+from eepo_fast.policy import MicroBatch, TorchPolicy
+from eepo_fast.rewards import Grader
+from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
+from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError
+from eepo_fast.unlearn import Unlearning, compute_unlearning
+
+MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint needs beside weights and optimizer."""
+
+    step: int = 0
+    """Iterations done."""
+    policy_version: int = 0
+    """Policy updates done."""
+    entropy_window: list[float] = field(default_factory=list)
+    """Stage-1 entropies of the last iterations, for `eepo.gate: iteration`."""
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        policy: TorchPolicy,
+        reference: TorchPolicy | None,
+        engine: RolloutEngine,
+        grader: Grader,
+        prompts: Sequence[Prompt],
+        tokenizer,
+        stop_token_ids: Sequence[int],
+        state: TrainerState | None = None,
+    ):
+        self.config = config
+        self.policy, self.reference, self.engine, self.grader = policy, reference, engine, grader
+        self.prompts, self.tokenizer = prompts, tokenizer
+        self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, tuple(stop_token_ids))
+        self.state = state or TrainerState()
+        self.bad_updates = 0
+        self.times: dict[str, float] = {}
+
+    def iteration(self, progress: Progress | None = None) -> tuple[RolloutBatch, dict[str, float]]:
+        """One iteration: its rollouts and its metrics. `state.step` counts it only when all of it is done."""
+        started, self.times = time.perf_counter(), {}
+        eepo, group_size = self.config.eepo, self.config.rollout.group_size
+        prompts = self._next_prompts()
+        version = self.state.policy_version
+
+        with self._timed("sync"):
+            self.engine.sync(self.policy.named_weights(), version)  # θ' ← θ
+        first_half = range(group_size // 2 if eepo.enabled else group_size)
+        rollouts = self._generate(prompts, 1, first_half, progress)
+        unlearning, forgotten = None, None
+        if eepo.enabled:
+            with self._timed("unlearn"):
+                unlearning = compute_unlearning(self.policy, rollouts, eepo, self.state.entropy_window)
+            if unlearning.apply:
+                with self._timed("forget"):
+                    forgotten = self.engine.forget(  # θ' ← θ' + η∇L
+                        unlearning.gradient,
+                        eta=eepo.learning_rate,
+                        rounding=eepo.rounding,
+                        seed=self.config.run.seed,
+                        step=self.state.step,
+                    )
+            unlearning.gradient = {}
+            rollouts += self._generate(prompts, 2, range(len(first_half), group_size), progress)
+        batch = RolloutBatch(_by_group(rollouts, prompts), group_size)
+
+        self._grade(batch)
+        set_advantages(batch)
+        old_logprobs = self._old_logprobs(batch, unlearning)
+        ref_logprobs = self._ref_logprobs(batch)
+        with self._timed("update"):
+            update = self._update(batch, old_logprobs, ref_logprobs)
+
+        self.state.step += 1
+        self.times["iteration"] = time.perf_counter() - started
+        if self.config.log.token_details and unlearning is not None:
+            for r in batch.stage(1):
+                r.details.update(entropy=unlearning.entropy[id(r)], gate=unlearning.gate[id(r)])
+        metrics = M.iteration_metrics(
+            batch,
+            step=self.state.step,
+            policy_version=version,
+            unlearning=unlearning,
+            forgotten=forgotten,
+            update=update,
+            eta=eepo.learning_rate,
+            times=self.times,
+        )
+        return batch, metrics
+
+    def _next_prompts(self) -> list[Prompt]:
+        train = self.config.train
+        indices = prompt_indices(
+            self.state.step, len(self.prompts), train.prompts_per_iteration, self.config.run.seed
+        )
+        return [self.prompts[i] for i in indices]
+
+    def _generate(self, prompts, stage: int, sample_indices: range, progress: Progress | None) -> list[Rollout]:
+        requests = make_requests(prompts, stage, sample_indices, self.config.run.seed, self.state.step)
+        with self._timed(f"rollout_stage{stage}"):
+            rollouts = self.engine.generate(requests, self.sampling, progress)
+        stops = set(self.sampling.stop_token_ids)
+        for r in rollouts:
+            ids = r.token_ids[:-1] if r.token_ids and r.token_ids[-1] in stops else r.token_ids
+            r.completion = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return rollouts
+
+    def _grade(self, batch: RolloutBatch) -> None:
+        with self._timed("reward"):
+            grades = self.grader.grade(
+                [r.prompt.problem for r in batch.rollouts], [r.completion for r in batch.rollouts]
+            )
+        for rollout, grade in zip(batch.rollouts, grades, strict=True):
+            rollout.status = grade.status
+            rollout.reward = None if grade.status in ("timeout", "error") else grade.reward
+
+    def _old_logprobs(self, batch: RolloutBatch, unlearning: Unlearning | None) -> dict[int, list[float]]:
+        """Denominators of Eq. 3's ratio, by id() of the rollout.
+
+        Tokens that θ' sampled: what the engine reported. Tokens that θ sampled: recomputed at θ: by the unlearning pass
+        already; else by the update's own forward where that is the first, and by a scoring pass where it is not.
+        """
+        old = {id(r): r.rollout_logprobs for r in batch.rollouts if r.weights_version.forgotten}
+        if unlearning is not None:
+            old.update(unlearning.logprobs)
+        first_update = self.config.train.prompts_per_update * batch.group_size
+        missing = [r for r in batch.rollouts[first_update:] if id(r) not in old]
+        if missing:
+            with self._timed("old_logprobs"):
+                old.update(self.policy.score(missing))
+        return old
+
+    def _ref_logprobs(self, batch: RolloutBatch) -> dict[int, list[float]]:
+        if self.reference is None:
+            return {}
+        with self._timed("ref_logprobs"):
+            return self.reference.score(batch.rollouts)
+
+    def _update(self, batch: RolloutBatch, old: dict, ref: dict) -> M.UpdateStats:
+        """Policy updates over mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches."""
+        stats = M.UpdateStats()
+        size = self.config.train.prompts_per_update * batch.group_size
+        for start in range(0, len(batch.rollouts), size):
+            mini_batch = batch.rollouts[start : start + size]
+            counted = sum(r.num_tokens for r in mini_batch if r.reward is not None)
+            for micro in self.policy.micro_batches(mini_batch):
+                tokens = self._grpo_tokens(micro, 1 / max(1, counted), old, ref)
+                loss, token_stats = self.policy.loss(micro, grpo_loss(self.config.grpo, tokens))
+                loss.backward()
+                stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss.detach()), start == 0)
+            norm, applied = self.policy.step()
+            stats.grad_norms.append(norm)
+            self._count_bad_updates(applied, norm)
+            stats.skipped += not applied
+            self.state.policy_version += applied
+        return stats
+
+    def _grpo_tokens(self, micro: MicroBatch, weight: float, old: dict, ref: dict) -> GrpoTokens:
+        zeros = {id(r): [0.0] * r.num_tokens for r in micro.rollouts if id(r) not in old}
+        return GrpoTokens(
+            advantages=micro.per_token([r.advantage for r in micro.rollouts]),
+            old_logprobs=micro.concatenate([old.get(id(r)) or zeros.get(id(r), []) for r in micro.rollouts]),
+            on_policy=micro.per_token([float(id(r) not in old) for r in micro.rollouts]).bool(),
+            weights=micro.per_token([0.0 if r.reward is None else weight for r in micro.rollouts]),
+            ref_logprobs=micro.concatenate([ref[id(r)] for r in micro.rollouts]) if ref else None,
+        )
+
+    def _count_bad_updates(self, applied: bool, norm: float) -> None:
+        self.bad_updates = 0 if applied else self.bad_updates + 1
+        if self.bad_updates >= MAX_BAD_UPDATES:
+            raise UserError(
+                f"training stopped at iteration {self.state.step + 1}: the policy's gradient norm was {norm} in "
+                f"{self.bad_updates} updates in a row; lower optimizer.learning_rate, or resume from a checkpoint"
+            )
+
+    @contextmanager
+    def _timed(self, name: str):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+
+def _by_group(rollouts: list[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """A prompt's group side by side, stage 1 first."""
+    order = {p.id: i for i, p in enumerate(prompts)}
+    return sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index))

@@ -1,0 +1,125 @@
+"""The demo's base model: a tiny transformer taught the procedural task by supervision, built once and cached.
+
+Built from random right answers, so that it knows many ways to solve a problem and prefers none: what RL then narrows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+
+from eepo_fast.config import DataConfig
+from eepo_fast.data import arithmetic_problem, arithmetic_split
+
+BASE = "arithmetic-base"
+ALPHABET = "0123456789+-*()=,:"
+SETTINGS = {
+    "version": 1,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "steps": 500,
+    "batch": 128,
+    "learning_rate": 3e-3,
+    "seed": 0,
+}
+IGNORED = -100  # label of tokens without loss, as transformers' models expect it
+
+
+def base_folder(data: DataConfig) -> Path:
+    """Where the base for this task lives: one folder for each set of task and training settings."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    content = json.dumps([SETTINGS, data.numbers, data.max_number])
+    return cache / "eepo-fast" / f"{BASE}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | None = None) -> Path:
+    """Folder of the base model, trained now if it is not cached. `progress`: (step, steps, loss)."""
+    folder = base_folder(data)
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        model, tokenizer = train_base(data, progress)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():  # another process was faster
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def train_base(data: DataConfig, progress: Callable[[int, int, float], None] | None = None, **overrides):
+    """(model, tokenizer) after `steps` AdamW steps on random problems of the training split with random answers."""
+    settings = {**SETTINGS, **overrides}
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings["seed"])
+        shape = {k: v for k, v in settings.items() if k.startswith(("hidden", "inter", "num_"))}
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                tie_word_embeddings=True,
+                max_position_embeddings=128,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+                **shape,
+            )
+        )
+    rng = random.Random(settings["seed"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=0.01)
+    steps = settings["steps"]
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            warm, decay = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = settings["learning_rate"] * warm * decay
+        input_ids, labels = _batch(rng, data, tokenizer, settings["batch"])
+        loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if progress:
+            progress(step + 1, steps, float(loss.detach()))
+    return model.eval(), tokenizer
+
+
+def _batch(rng: random.Random, data: DataConfig, tokenizer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
+    inputs, labels = [], []
+    while len(inputs) < size:
+        problem, answer = arithmetic_problem(rng, data.numbers, data.max_number)
+        if arithmetic_split(problem) != "train":
+            continue
+        prompt = tokenizer(problem)["input_ids"]
+        completion = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        inputs.append(torch.tensor(prompt + completion))
+        labels.append(torch.tensor([IGNORED] * len(prompt) + completion))
+    return (
+        pad_sequence(inputs, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    )
