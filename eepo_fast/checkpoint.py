@@ -98,7 +98,9 @@ def load_checkpoint(folder: Path, policy: TorchPolicy) -> TrainerState:
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:
-                raise UserError(f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?")
+                raise UserError(
+                    f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?"
+                )
             parameter.copy_(weights[name])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in optimizer]
             if keys:

@@ -29,8 +29,12 @@ def _train(args: argparse.Namespace) -> int:
 
         plan = batch_plan(config)
         print(dump_config(config))
-        print("\n".join(f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}"
-                        for name, value in plan.items()))
+        print(
+            "\n".join(
+                f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}"
+                for name, value in plan.items()
+            )
+        )
         return 0
     from eepo_fast.run import train
 
@@ -59,7 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model", epilog=TRAIN_EXAMPLE)
-    train.add_argument("config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="files, later ones win; then keys")
+    train.add_argument(
+        "config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="files, later ones win; then keys"
+    )
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch plan, and stop")
     train.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint of the run")
     train.set_defaults(run=_train)

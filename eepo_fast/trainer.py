@@ -115,9 +115,7 @@ class Trainer:
 
     def _next_prompts(self) -> list[Prompt]:
         train = self.config.train
-        indices = prompt_indices(
-            self.state.step, len(self.prompts), train.prompts_per_iteration, self.config.run.seed
-        )
+        indices = prompt_indices(self.state.step, len(self.prompts), train.prompts_per_iteration, self.config.run.seed)
         return [self.prompts[i] for i in indices]
 
     def _generate(self, prompts, stage: int, sample_indices: range, progress: Progress | None) -> list[Rollout]:

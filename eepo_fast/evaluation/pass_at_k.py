@@ -47,11 +47,11 @@ def evaluate(
     return result
 
 
-def _correct(engine, prompts, grader, tokenizer, sampling: Sampling, n: int, seed: int) -> list[tuple[list[float], int]]:
+def _correct(
+    engine, prompts, grader, tokenizer, sampling: Sampling, n: int, seed: int
+) -> list[tuple[list[float], int]]:
     """For each prompt: the reward of its n samples, and how many different completions they are."""
     rollouts = engine.generate(make_requests(prompts, EVALUATION_STAGE, range(n), seed, 0), sampling)
     texts = [tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in rollouts]
     grades = grader.grade([r.prompt.problem for r in rollouts], texts)
-    return [
-        ([g.reward for g in grades[i : i + n]], len(set(texts[i : i + n]))) for i in range(0, len(rollouts), n)
-    ]
+    return [([g.reward for g in grades[i : i + n]], len(set(texts[i : i + n]))) for i in range(0, len(rollouts), n)]

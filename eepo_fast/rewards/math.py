@@ -95,7 +95,9 @@ class MathGrader:
                 if line is None:
                     self._replace(worker)
                     if worker.job is None:
-                        raise RuntimeError("grading worker ended before its self-test passed: is math-verify installed?")
+                        raise RuntimeError(
+                            "grading worker ended before its self-test passed: is math-verify installed?"
+                        )
                     # it died by itself (a C extension aborting, the kernel's out-of-memory killer)
                     grades[worker.job.index] = Grade(0.0, "error", time.monotonic() - worker.job.started)
                     remaining -= 1

@@ -40,9 +40,7 @@ class RolloutEngine(Protocol):
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         """Own weights ← nearest(weights), all of them, in place."""
 
-    def forget(
-        self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int
-    ) -> ForgetStats:
+    def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`."""
 
     def generate(

@@ -37,9 +37,7 @@ class HfEngine:
         sync(list(self.weights.values()), [weights[name] for name in self.weights])
         self.weights_version = WeightsVersion(policy_version, False)
 
-    def forget(
-        self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int
-    ) -> ForgetStats:
+    def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten
         # from here on the weights are no longer the policy's, even if the update is interrupted
         self.weights_version = self.weights_version._replace(forgotten=True)
@@ -104,9 +102,7 @@ class HfEngine:
         input_ids = torch.tensor(padded, device=self.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(
-            input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
-        )
+        out = self.model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[expand, -1]
         cache.batch_select_indices(expand)
         mask = torch.nn.functional.pad(mask[expand], (0, limit), value=1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 class TokenStats(NamedTuple):
@@ -38,7 +39,8 @@ def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
     probs = log_probs.exp()
     entropy = -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
     others = logits.scatter(1, targets[:, None], -torch.inf)
-    log1mp = torch.logsumexp(others, -1) - torch.logsumexp(logits, -1)
+    # lse(others) - lse(all) would cancel where p is tiny
+    log1mp = -softplus(logits.gather(1, targets[:, None]).squeeze(1) - torch.logsumexp(others, -1))
     return TokenStats(target_log_probs, entropy, log1mp)
 
 

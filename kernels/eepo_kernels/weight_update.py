@@ -42,7 +42,7 @@ def tensor_key(name: str) -> int:
 
 def philox(counter: Tensor, key: int, step: int, seed: int) -> list[Tensor]:
     """Philox-4x32-10 (Salmon et al. 2011). counter [n] int64; returns four [n] int64 tensors of 32 random bits."""
-    c0, c1 = counter & MASK32, counter >> 32
+    c0, c1 = counter & MASK32, (counter >> 32) & MASK32
     c2, c3 = torch.full_like(counter, step & MASK32), torch.full_like(counter, seed & MASK32)
     k0, k1 = key & MASK32, key >> 32
     for _ in range(10):

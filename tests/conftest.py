@@ -1,0 +1,115 @@
+"""Shared fixtures, and the rule that CI skips nothing."""
+
+import os
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eepo_fast.config import make_config
+from eepo_fast.policy import TorchPolicy
+from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.warmup import make_tokenizer
+
+torch.set_num_threads(2)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """EEPO_FORBID_SKIPS=1: a skipped test fails the session, so that CI cannot pass by lacking a tool."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("EEPO_FORBID_SKIPS") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    """Two layers, tied embeddings, sharpened so that some of its distributions are peaked and some are flat."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(18)
+    return model
+
+
+@pytest.fixture
+def make_policy(tiny_model):
+    def make(**settings):
+        defaults = dict(
+            compute_dtype=torch.float32,
+            temperature=1.0,
+            micro_batch_tokens=64,
+            pad_id=0,
+            optimizer=make_test_config().optimizer,
+        )
+        return TorchPolicy(tiny_model, **{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def make_engine(tiny_model):
+    def make(dtype=torch.float32, **settings):
+        return HfEngine(tiny_model, dtype=dtype, **{"max_sequences": 64, "pad_id": 0, **settings})
+
+    return make
+
+
+def make_test_config(**sections):
+    values = {
+        "model": {"path": "unused"},
+        "data": {"train": "arithmetic", "numbers": 3, "num_rows": 64, "max_prompt_tokens": 32},
+        "rollout": {"group_size": 4, "max_new_tokens": 8, "dtype": "float32"},
+        "grpo": {"kl_coef": 0.0, "entropy_coef": 0.0},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"iterations": 2, "prompts_per_iteration": 4, "prompts_per_update": 2, "micro_batch_tokens": 64},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return make_config(values)
+
+
+@pytest.fixture
+def test_config():
+    return make_test_config
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    texts = ["1,2,3=6:", "2,2,2=8:", "1,9,9=81:", "4,5,6=26:"]
+    return [Prompt(Problem(f"p{i}", t, "1"), t, tokenizer(t)["input_ids"]) for i, t in enumerate(texts)]
+
+
+@pytest.fixture
+def make_rollouts(prompts):
+    """Rollouts of given lengths with fixed random tokens; one prompt after the other."""
+
+    def make(lengths, stage=1, forgotten=False, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        rollouts = []
+        for i, n in enumerate(lengths):
+            ids = torch.randint(2, 20, (n,), generator=generator).tolist()
+            logprobs = (-torch.rand(n, generator=generator)).tolist()
+            version = WeightsVersion(0, forgotten)
+            rollouts.append(Rollout(prompts[i % len(prompts)], stage, i, ids, logprobs, version, True, reward=0.0))
+        return rollouts
+
+    return make
