@@ -26,7 +26,8 @@ def load_problems(config: DataConfig, seed: int) -> list[Problem]:
     path = Path(config.train)
     if path.is_file():
         return read_jsonl(path)
-    if path.suffix in (".jsonl", ".json") or (path.parent != Path(".") and config.train.count("/") != 1):
+    looks_local = path.suffix in (".jsonl", ".json") or config.train.startswith((".", "/", "~"))
+    if not path.is_dir() and (looks_local or config.train.count("/") > 1):
         raise UserError(f"data.train: no file {config.train}; give a JSON Lines file, a hub data set or `{ARITHMETIC}`")
     return _read_hub(config)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from eepo_fast.rewards.extract import extract_answer, normalise
@@ -45,13 +46,15 @@ class _Worker:
     def send(self, job: _Job) -> None:
         job.started = time.monotonic()
         self.job = job
-        self.process.stdin.write(json.dumps([job.gold, job.answer]) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it just died: its end of file says so to the loop
+            self.process.stdin.write(json.dumps([job.gold, job.answer]) + "\n")
+            self.process.stdin.flush()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # closing flushes what the dead process never read
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -86,6 +89,8 @@ class MathGrader:
     def _run(self, jobs: deque[_Job], grades: list[Grade | None]) -> None:
         remaining = len(jobs)
         while remaining:
+            for worker in [w for w in self.workers if w.ready and w.job is None and w.process.poll() is not None]:
+                self._replace(worker)  # died between two jobs, so no answer is to blame
             while len(self.workers) < min(self.num_workers, remaining):
                 self.workers.append(_Worker())
             for worker in self.workers:

@@ -1,0 +1,110 @@
+"""Config: strict, with one line for every mistake."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from eepo_fast.config import Config, dump_config, load_config, make_config
+from eepo_fast.types import UserError
+
+ROOT = Path(__file__).parents[2]
+REQUIRED = ["model.path=m", "data.train=d.jsonl"]
+
+
+def complaint(*overrides, files=()):
+    with pytest.raises(UserError) as error:
+        load_config(list(files), [*REQUIRED, *overrides])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("eepo: {alpha: 0.5, window: 2}\nrun: {seed: 1}\n")
+    (tmp_path / "b.yaml").write_text("eepo: {alpha: 0.4}\n")
+    config = load_config([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [*REQUIRED, "run.seed=7"])
+    assert (config.eepo.alpha, config.eepo.window, config.run.seed) == (0.4, 2, 7)
+
+
+def test_exponents_without_a_point_are_numbers():
+    assert load_config([], [*REQUIRED, "optimizer.learning_rate=5e-7"]).optimizer.learning_rate == 5e-7
+    assert load_config([], [*REQUIRED, "train.iterations=1e2"]).train.iterations == 100
+
+
+def test_dump_reads_back_as_the_same_config(tmp_path):
+    config = load_config([], [*REQUIRED, "eepo.alpha=0.123"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config([str(tmp_path / "c.yaml")], []) == config
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("eepo.alfa=1", "eepo.alfa: unknown; did you mean eepo.alpha?"),
+        ("rolout.group_size=4", "rolout: unknown; did you mean rollout?"),
+        ("rollout.kl_coef=1", "did you mean grpo.kl_coef?"),
+        ("rollout.group_size=7", "expected an even number, found 7"),
+        ("rollout.top_p=0.9", "biases the probability ratio"),
+        ("rollout.engine=x", "expected 'hf'"),
+        ("train.iterations=abc", "expected a valid integer, found 'abc'"),
+        ("train.iterations=2.5", "expected a valid integer, found 2.5"),
+        ("train.prompts_per_update=3", "expected a divisor"),
+        ("run.name=../x", "plain folder name"),
+        ("eepo.learning_rate=.nan", "finite"),
+        ("nonsense", "expected key.sub=value"),
+    ],
+)
+def test_mistakes_are_named(override, words):
+    assert words in complaint(override)
+
+
+def test_odd_groups_are_fine_without_eepo():
+    assert load_config([], [*REQUIRED, "rollout.group_size=7", "eepo.enabled=false"]).rollout.group_size == 7
+
+
+def test_bad_files_are_named(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    assert "cannot be read" in complaint(files=[str(tmp_path / "none.yaml")])
+    bad.write_text("run:\n  seed: [1\n")
+    assert "bad.yaml, line" in complaint(files=[str(bad)])
+    bad.write_text("run: {seed: 1}\nrun: {seed: 2}\n")
+    assert "given twice" in complaint(files=[str(bad)])
+    bad.write_bytes(b"run: {name: \xff}\n")
+    assert "not UTF-8" in complaint(files=[str(bad)])
+    bad.write_text("just text\n")
+    assert "expected sections" in complaint(files=[str(bad)])
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(UserError, match=r"model\.path: missing"):
+        make_config({"data": {"train": "x"}})
+
+
+def test_every_key_is_read_somewhere():
+    """A key that nothing reads is a promise the program does not keep."""
+    sources = [p.read_text() for p in (ROOT / "eepo_fast").rglob("*.py") if p.name != "config.py"]
+    own = re.split(r"class Config\(", (ROOT / "eepo_fast/config.py").read_text())[1]
+    text = "\n".join([*sources, own])
+    for section, field in Config.model_fields.items():
+        for key in field.annotation.model_fields:
+            assert re.search(rf"\.{key}\b", text), f"{section}.{key} is read nowhere"
+
+
+def test_config_stays_small():
+    assert sum(len(f.annotation.model_fields) for f in Config.model_fields.values()) <= 90
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(path):
+    load_config([str(path)], [])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-3b", "llama-3.2-3b-instruct", "qwen3-8b-base"])
+def test_paper_settings(name):
+    config = load_config([str(ROOT / f"configs/{name}.yaml")], [])
+    assert (config.eepo.alpha, config.eepo.window, config.eepo.learning_rate) == (0.3, 3, 3e-3)
+    assert (config.train.prompts_per_iteration, config.train.prompts_per_update, config.train.epochs) == (128, 64, 2)
+    assert (config.rollout.group_size, config.rollout.temperature) == (8, 1.0)
+    assert (config.grpo.kl_coef, config.grpo.entropy_coef, config.grpo.clip_low) == (1e-4, 1e-5, 0.2)
+    assert config.optimizer.learning_rate == 5e-7
+    assert config.rollout.max_new_tokens == (4096 if name == "qwen2.5-3b" else 6144)

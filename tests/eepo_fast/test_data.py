@@ -1,0 +1,146 @@
+"""Data files and their mistakes, templates, the procedural task, and the order of training."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from eepo_fast.data import (
+    arithmetic_problems,
+    arithmetic_split,
+    load_problems,
+    make_prompts,
+    prompt_indices,
+    random_expression,
+    read_jsonl,
+    render,
+    stop_token_ids,
+)
+from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
+from eepo_fast.types import Problem, UserError
+
+GOOD = {"id": "a", "problem": "1+1?", "answer": "2"}
+
+
+def write(path, *rows):
+    path.write_bytes(b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows) + b"\n")
+    return path
+
+
+def test_reads_what_it_should(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD, b"", {**GOOD, "id": "b", "problem": "ü?", "level": 3, "source": "s"})
+    first, second = read_jsonl(path)
+    assert first == Problem("a", "1+1?", "2") and second == Problem("b", "ü?", "2", "s")
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([GOOD, b'{"id": "b", "problem"'], "line 2: not valid JSON"),
+        ([GOOD, b"[1]"], "line 2: expected a JSON object, found a list"),
+        ([GOOD, b"", GOOD], "line 3: id 'a' was already used in line 1"),
+        ([GOOD, b'{"id": "b", "problem": "\xff", "answer": "1"}'], "line 2: not UTF-8"),
+        ([{**GOOD, "problem": " "}], "line 1: expected a non-empty string in `problem`, found ' '"),
+        ([{"id": "a", "problem": "x"}], "line 1: expected a non-empty string in `answer`, found nothing"),
+        ([{**GOOD, "answer": 2}], "line 1: expected a non-empty string in `answer`, found 2"),
+        ([b""], "found an empty file"),
+        ([b"[" * 100_000], "line 1: not valid JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, rows, words):
+    with pytest.raises(UserError) as error:
+        read_jsonl(write(tmp_path / "d.jsonl", *rows))
+    assert words in str(error.value) and "d.jsonl" in str(error.value)
+
+
+def test_a_missing_file_is_named(test_config, tmp_path):
+    config = test_config(data={"train": str(tmp_path / "none.jsonl")}).data
+    with pytest.raises(UserError, match=r"no file .*none\.jsonl"):
+        load_problems(config, 0)
+
+
+def test_a_hub_data_set_by_columns(test_config, tmp_path):
+    """A folder with a data file is loaded by the hub's own client, without a network."""
+    folder = tmp_path / "some" / "set"
+    folder.mkdir(parents=True)
+    rows = [
+        {"extra": {"question": "2+2?"}, "worked": "it is #### 1,004"},
+        {"extra": {"question": "?"}, "worked": "nothing ####"},
+    ]
+    write(folder / "train.jsonl", *rows)
+    columns = {"problem": "extra.question", "answer": "worked"}
+    values = {"train": str(folder), "files": "train.jsonl", "columns": columns, "answer_marker": "####"}
+    (problem,) = load_problems(test_config(data=values).data, 0)
+    assert (problem.problem, problem.answer) == ("2+2?", "1004")
+    values["columns"] = {"problem": "extra.q", "answer": "worked"}
+    with pytest.raises(UserError, match=r"no column 'extra\.q'; found at that place: question"):
+        load_problems(test_config(data=values).data, 0)
+
+
+def test_random_expressions_are_right_and_need_their_parentheses():
+    rng = random.Random(0)
+    for _ in range(2000):
+        numbers = [rng.randint(1, 12) for _ in range(rng.randint(1, 5))]
+        text, value, _ = random_expression(rng, numbers)
+        assert evaluate(text) == (value, numbers)
+
+
+def test_procedural_problems_are_seeded_unique_and_solvable():
+    problems = arithmetic_problems(500, 3, 9, seed=1)
+    assert problems == arithmetic_problems(500, 3, 9, seed=1) != arithmetic_problems(500, 3, 9, seed=2)
+    assert len({p.problem for p in problems}) == 500
+    grades = ArithmeticGrader().grade(problems, [p.answer for p in problems])
+    assert all(g.reward == 1.0 for g in grades)
+
+
+def test_held_out_problems_are_never_trained_on():
+    train = {p.problem for p in arithmetic_problems(800, 3, 9, seed=0)}
+    test = {p.problem for p in arithmetic_problems(200, 3, 9, seed=0, split="test")}
+    assert not train & test and all(arithmetic_split(p) == "test" for p in test)
+
+
+def test_too_many_procedural_problems_are_refused():
+    with pytest.raises(UserError, match="gave only"):
+        arithmetic_problems(10_000, 2, 3, seed=0)
+
+
+def test_templates():
+    assert render("plain", "1+1?", None) == "1+1?"
+    assert render("chatml", "1+1?", None) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n1+1?\nPlease reason step by step, "
+        "and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render("question_answer", "1+1?", None) == "Question:\n1+1?\nAnswer:\nLet's think step by step.\n"
+
+
+def test_long_prompts_are_left_out_and_counted(test_config, tokenizer):
+    problems = [Problem("a", "1,1=2:", "1+1"), Problem("b", "1,1,1,1=4:", "1+1+1+1")]
+    prompts, left_out = make_prompts(problems, test_config(data={"max_prompt_tokens": 6}).data, tokenizer)
+    assert [p.id for p in prompts] == ["a"] and left_out == 1
+
+
+def test_a_template_that_the_tokenizer_lacks_is_named(test_config, tokenizer):
+    with pytest.raises(UserError, match="chat template"):
+        make_prompts([Problem("a", "1", "1")], test_config(data={"template": "chat"}).data, tokenizer)
+
+
+def test_an_empty_prompt_is_named(test_config):
+    empty = lambda text, add_special_tokens: {"input_ids": []}  # noqa: E731
+    with pytest.raises(UserError, match="problem a gives an empty prompt"):
+        make_prompts([Problem("a", "1", "1")], test_config().data, empty)
+
+
+def test_stop_tokens():
+    vocabulary = {"<|im_end|>": 5, "</s>": 7, "x": 1}
+    tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary, eos_token_id=9)
+    assert stop_token_ids(tokenizer, [3, 5]) == [3, 5, 7, 9]
+    assert stop_token_ids(tokenizer, None) == [5, 7, 9]
+
+
+def test_an_epoch_uses_each_prompt_once_and_drops_the_partial_batch():
+    epochs = [[i for it in range(e * 3, e * 3 + 3) for i in prompt_indices(it, 10, 3, seed=4)] for e in range(2)]
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == 9
+    assert epochs[0] != epochs[1]
+    assert prompt_indices(1, 10, 3, seed=4) == epochs[0][3:6]
