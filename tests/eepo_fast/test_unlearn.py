@@ -1,0 +1,185 @@
+"""The forget step: its sign, its gradient against float64, and all that it must leave alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from eepo_fast.rollout.engine import Sampling, make_requests
+from eepo_fast.unlearn import compute_unlearning
+
+
+def plain_objective(model, rollouts, config, open_gates=None):
+    """L(O₁) of Eq. 10 in float64, one response at a time: no fused head, no batching, no shared code."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r in rollouts:
+        if not r.num_tokens:
+            continue
+        ids = torch.tensor([r.prompt.token_ids + r.token_ids])
+        logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1]
+        log_p = torch.log_softmax(logits, -1)
+        entropy = -(log_p.exp() * log_p).sum(-1).detach()
+        p = log_p.exp()[range(r.num_tokens), r.token_ids]
+        for t in range(r.num_tokens):
+            window = entropy[max(0, t - config.window + 1) : t + 1]
+            if config.gate != "token" or window.mean() < config.alpha:
+                clipped = p[t].clamp(config.prob_floor, 1 - config.prob_ceiling_gap)
+                value = torch.log(1 - clipped) if config.loss == "complementary" else -torch.log(p[t])
+                total = total + value / r.num_tokens
+    prompts = len({r.prompt.id for r in rollouts})
+    return total / len(rollouts) * (prompts if config.reduction == "prompt_sum" else 1)
+
+
+def sampled(engine, prompts, n=4, max_new_tokens=8):
+    requests = make_requests(prompts, 1, range(n), run_seed=0, step=0)
+    return engine.generate(requests, Sampling(1.0, max_new_tokens, (1,)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "nll"}, {"gate": "always"}, {"reduction": "prompt_sum"}])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 10_000])
+def test_theta_prime_against_float64(make_policy, make_engine, prompts, test_config, changes, micro_batch_tokens):
+    """θ' - θ, relative to its own norm, whatever the micro-batch."""
+    config = test_config(eepo={"alpha": 1.0, "learning_rate": 3e-3, **changes}).eepo
+    policy, engine = make_policy(micro_batch_tokens=micro_batch_tokens), make_engine()
+    rollouts = sampled(engine, prompts)
+    result = compute_unlearning(policy, rollouts, config, [])
+    exact = copy.deepcopy(policy.model).double()
+    objective = plain_objective(exact, rollouts, config)
+    expected = dict(zip(dict(exact.named_parameters()), torch.autograd.grad(objective, list(exact.parameters()))))
+    assert 0 < result.active_fraction <= 1 and (config.gate == "always") == (result.active_fraction == 1)
+    assert result.loss == pytest.approx(objective.item(), rel=1e-5)
+    before = {k: v.double().clone() for k, v in engine.weights.items()}
+    engine.forget(result.gradient, eta=config.learning_rate, rounding="stochastic", seed=0, step=0)
+    moved = torch.cat([(engine.weights[k].double() - before[k]).flatten() for k in before])
+    truth = torch.cat([config.learning_rate * expected[k].flatten() for k in before])
+    # storing θ' in fp32 rounds each weight once; the gradient itself is held to 1e-4
+    rounding = math.sqrt(sum(float(((v * 2**-24) ** 2).sum()) for v in before.values()))
+    assert (moved - truth).norm() <= 1e-4 * truth.norm() + rounding
+    gradient = torch.cat([result.gradient[k].double().flatten() for k in before])
+    assert (gradient * config.learning_rate - truth).norm() <= 1e-4 * truth.norm()
+
+
+def test_after_the_step_the_sampled_tokens_are_less_likely(make_policy, make_engine, prompts, test_config):
+    """The sign. Mean over gated tokens, for the complementary loss."""
+    config = test_config(eepo={"alpha": 1.0, "learning_rate": 0.1}).eepo
+    policy, engine = make_policy(), make_engine()
+    rollouts = sampled(engine, prompts)
+    result = compute_unlearning(policy, rollouts, config, [])
+    engine.forget(result.gradient, eta=config.learning_rate, rounding="stochastic", seed=0, step=0)
+    after = score_with(engine.model, policy, rollouts)
+    change = [
+        a - b
+        for r in rollouts
+        for a, b, g in zip(after[id(r)], result.logprobs[id(r)], result.gate[id(r)], strict=True)
+        if g
+    ]
+    assert len(change) > 5 and sum(change) / len(change) < -1e-4
+
+
+def score_with(model, policy, rollouts):
+    other = copy.copy(policy)
+    other.model, other.head = model, model.get_output_embeddings()
+    return other.score(rollouts)
+
+
+def test_a_closed_gate_writes_nothing(make_policy, make_engine, prompts, test_config):
+    config = test_config(eepo={"alpha": 1e-9}).eepo
+    policy, engine = make_policy(), make_engine()
+    result = compute_unlearning(policy, sampled(engine, prompts), config, [])
+    assert not result.apply and result.active_fraction == 0 and result.finite
+    for name, weight in policy.named_weights().items():
+        assert torch.equal(engine.weights[name], weight)
+
+
+def test_policy_is_bitwise_untouched(make_policy, make_engine, prompts, test_config):
+    policy, engine = make_policy(), make_engine()
+    for p in policy.model.parameters():
+        p.grad = torch.randn_like(p)
+    policy.step()  # an optimizer with moments
+    for p in policy.model.parameters():
+        p.grad = torch.randn_like(p)
+    state = lambda: [  # noqa: E731
+        *(p.detach().clone() for p in policy.model.parameters()),
+        *(p.grad.clone() for p in policy.model.parameters()),
+        *(v.clone() for s in policy.optimizer.state.values() for v in s.values()),
+    ]
+    before = state()
+    engine.sync(policy.named_weights(), 1)
+    for changes in ({"alpha": 1.0}, {"alpha": 1.0, "num_steps": 3}, {"gate": "iteration", "alpha": 9.0}):
+        config = test_config(eepo=changes).eepo
+        engine.sync(policy.named_weights(), 1)
+        result = compute_unlearning(policy, sampled(engine, prompts), config, [])
+        assert result.apply
+        engine.forget(result.gradient, eta=1.0, rounding="stochastic", seed=0, step=0)
+        sampled(engine, prompts)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert not all(torch.equal(engine.weights[n], w) for n, w in policy.named_weights().items())
+    engine.sync(policy.named_weights(), 1)
+    assert all(torch.equal(engine.weights[n], w) for n, w in policy.named_weights().items())
+
+
+def test_mean_is_over_responses_first(make_policy, make_rollouts, test_config):
+    """Long responses weigh no more than short ones; an empty one is counted and adds nothing."""
+    config = test_config(eepo={"gate": "always"}).eepo
+    policy = make_policy()
+    rollouts = make_rollouts([1, 9, 0])
+    whole = compute_unlearning(policy, rollouts, config, []).loss
+    single = [compute_unlearning(policy, [r], config, []).loss for r in rollouts]
+    assert single[2] == 0
+    assert whole == pytest.approx(sum(single) / 3, rel=1e-5)
+
+
+def test_only_empty_responses(make_policy, make_rollouts, test_config):
+    result = compute_unlearning(make_policy(), make_rollouts([0, 0]), test_config().eepo, [])
+    assert not result.apply and result.grad_norm == 0 and result.finite
+
+
+def test_padding_never_enters(make_policy, make_rollouts, test_config):
+    """Other rows' length changes the padding of this one, and nothing else."""
+    config = test_config(eepo={"gate": "always"}).eepo
+    rollouts = make_rollouts([2, 12])
+    alone = compute_unlearning(make_policy(micro_batch_tokens=1), rollouts, config, [])
+    together = compute_unlearning(make_policy(micro_batch_tokens=10_000), rollouts, config, [])
+    for r in rollouts:
+        assert alone.logprobs[id(r)] == pytest.approx(together.logprobs[id(r)], abs=1e-5)
+    for name, gradient in alone.gradient.items():
+        assert torch.allclose(gradient, together.gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_iteration_gate_averages_over_iterations(make_policy, make_rollouts, test_config):
+    rollouts, policy = make_rollouts([4, 4]), make_policy()
+    entropy = compute_unlearning(policy, rollouts, test_config(eepo={"gate": "always"}).eepo, []).mean_entropy
+    for earlier, is_open in [([], True), ([9.0], False), ([9.0, 0.0, 0.0], True)]:
+        window = list(earlier)
+        config = test_config(eepo={"gate": "iteration", "alpha": entropy * 1.01, "window": 3}).eepo
+        result = compute_unlearning(policy, rollouts, config, window)
+        assert result.apply == is_open and result.active_fraction == float(is_open)
+        assert window == pytest.approx([*earlier, entropy][-3:])
+
+
+def test_several_steps_follow_the_gradient_at_theta_prime(make_policy, make_rollouts, test_config):
+    eta = 0.05
+    config = test_config(eepo={"gate": "always", "num_steps": 3, "learning_rate": eta}).eepo
+    policy, rollouts = make_policy(), make_rollouts([5, 3])
+    found = compute_unlearning(policy, rollouts, config, []).gradient
+    model = copy.deepcopy(policy.model).double()
+    for _ in range(3):
+        grads = torch.autograd.grad(plain_objective(model, rollouts, config), list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p.add_(g, alpha=eta)
+    start = {n: p.detach().double() for n, p in policy.model.named_parameters()}
+    truth = torch.cat([(p.detach() - start[n]).flatten() for n, p in model.named_parameters()])
+    moved = torch.cat([found[n].double().flatten() * eta for n in start])
+    assert (moved - truth).norm() <= 1e-3 * truth.norm()
+    once = compute_unlearning(policy, rollouts, test_config(eepo={"gate": "always"}).eepo, []).gradient
+    assert (torch.cat([once[n].double().flatten() * 3 * eta for n in start]) - truth).norm() > 1e-2 * truth.norm()
+
+
+def test_a_non_finite_gradient_is_not_applied(make_policy, make_rollouts, test_config):
+    policy = make_policy()
+    with torch.no_grad():
+        next(policy.model.model.layers[0].parameters())[0, 0] = torch.nan
+    result = compute_unlearning(policy, make_rollouts([4]), test_config(eepo={"gate": "always"}).eepo, [])
+    assert not result.apply and not result.finite
