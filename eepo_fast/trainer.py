@@ -6,6 +6,7 @@ mini-batches of `train.prompts_per_update` prompts in sampling order.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -135,7 +136,8 @@ class Trainer:
             )
         for rollout, grade in zip(batch.rollouts, grades, strict=True):
             rollout.status = grade.status
-            rollout.reward = None if grade.status in ("timeout", "error") else grade.reward
+            known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
+            rollout.reward = grade.reward if known else None
 
     def _old_logprobs(self, batch: RolloutBatch, unlearning: Unlearning | None) -> dict[int, list[float]]:
         """Denominators of Eq. 3's ratio, by id() of the rollout.

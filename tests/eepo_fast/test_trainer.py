@@ -1,0 +1,267 @@
+"""The iteration as a whole: ratios, mini-batches, missing rewards, and what a checkpoint must bring back."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from eepo_fast.checkpoint import load_checkpoint, newest_valid, save_checkpoint, verify
+from eepo_fast.rewards import ArithmeticGrader
+from eepo_fast.trainer import Trainer
+from eepo_fast.types import Grade, UserError
+
+
+@pytest.fixture
+def make_trainer(make_policy, make_engine, prompts, tokenizer, test_config):
+    def make(*, grader=None, reference=False, config=None, **sections):
+        config = config or test_config(**sections)
+        policy = make_policy(
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            optimizer=config.optimizer,
+            temperature=config.rollout.temperature,
+        )
+        ref = None
+        if reference:
+            ref = copy.copy(policy)
+            ref.model = copy.deepcopy(policy.model)
+            ref.head = ref.model.get_output_embeddings()
+        return Trainer(
+            config,
+            policy=policy,
+            reference=ref,
+            engine=make_engine(getattr(torch, config.rollout.dtype)),
+            grader=grader or CoinGrader(),
+            prompts=prompts,
+            tokenizer=tokenizer,
+            stop_token_ids=[1],
+        )
+
+    return make
+
+
+class CoinGrader(ArithmeticGrader):
+    """Rewards that differ inside a group: by the parity of the completion's length, missing where told."""
+
+    def __init__(self, missing=()):
+        self.missing, self.count = missing, 0
+
+    def grade(self, problems, completions):
+        grades = [Grade(float(len(c) % 2), "ok", 0.0) for c in completions]
+        return [Grade(0.0, "timeout", 5.0) if i in self.missing else g for i, g in enumerate(grades)]
+
+
+def weights_of(trainer):
+    return torch.cat([w.flatten().double() for w in trainer.policy.named_weights().values()])
+
+
+OPEN = {"alpha": 9.0, "learning_rate": 0.05}
+
+
+def test_keys_and_values_of_an_iteration(make_trainer):
+    trainer = make_trainer(eepo=OPEN, grpo={"kl_coef": 1e-4}, reference=True)
+    batch, row = trainer.iteration()
+    wanted = """step policy_version reward/mean reward/stage1 reward/stage2 entropy/policy entropy/stage1 entropy/stage2
+        length/mean length/stage1 length/stage2 length/truncated_fraction group/unique_fraction group/all_equal_fraction
+        unlearn/active_fraction unlearn/loss unlearn/grad_norm unlearn/strength unlearn/kl unlearn/retention
+        unlearn/noise_ratio unlearn/skipped policy/loss policy/grad_norm policy/kl policy/clip_fraction_stage1
+        policy/clip_fraction_stage2 policy/ratio_mean_stage1 policy/ratio_mean_stage2 rollout/logprob_gap
+        time/iteration_s tokens/generated""".split()
+    assert set(wanted) <= set(row) and all(math.isfinite(row[k]) for k in wanted)
+    assert len(batch.rollouts) == 16 and [r.sample_index for r in batch.groups()[1]] == [0, 1, 2, 3]
+    assert [r.stage for r in batch.groups()[0]] == [1, 1, 2, 2]
+    assert {tuple(r.weights_version) for r in batch.stage(1)} == {(0, False)}
+    assert {tuple(r.weights_version) for r in batch.stage(2)} == {(0, True)}
+    stage1 = [v for r in batch.stage(1) for v in r.rollout_logprobs]
+    assert row["entropy/stage1"] == pytest.approx(-sum(stage1) / len(stage1))
+    assert row["rollout/logprob_gap"] < 1e-5 and row["unlearn/retention"] == pytest.approx(1, abs=1e-3)
+    assert row["unlearn/strength"] == pytest.approx(0.05 * row["unlearn/grad_norm"] ** 2)
+    assert trainer.state.step == 1 and trainer.state.policy_version == 2
+    assert trainer.iteration()[1]["policy_version"] == 2
+
+
+def test_ratio_divides_by_the_weights_that_sampled(make_trainer):
+    """First mini-batch: stage 1 at θ has ratio 1, stage 2 at θ' has not, and matches θ over θ' by a plain forward."""
+    trainer = make_trainer(eepo=OPEN, train={"prompts_per_update": 4})
+    before = copy.deepcopy(trainer.policy.model)
+    batch, row = trainer.iteration()
+    assert row["policy/ratio_mean_stage1"] == pytest.approx(1, abs=1e-5)
+    ratios = []
+    for r in batch.stage(2):
+        ids = torch.tensor([r.prompt.token_ids + r.token_ids])
+        with torch.no_grad():
+            logp = torch.log_softmax(before(ids).logits[0, len(r.prompt.token_ids) - 1 : -1], -1)
+        now = logp[range(r.num_tokens), r.token_ids]
+        ratios += (now - torch.tensor(r.rollout_logprobs)).exp().tolist()
+    assert row["policy/ratio_mean_stage2"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert abs(row["policy/ratio_mean_stage2"] - 1) > 1e-3
+    kl = [a - b for r in batch.stage(2) for a, b in zip(r.rollout_logprobs, plain(before, r), strict=True)]
+    assert row["unlearn/kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-6)
+
+
+def plain(model, r):
+    with torch.no_grad():
+        logits = model(torch.tensor([r.prompt.token_ids + r.token_ids])).logits[0, len(r.prompt.token_ids) - 1 : -1]
+    return torch.log_softmax(logits, -1)[range(r.num_tokens), r.token_ids].tolist()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_micro_batches_never_change_the_result(make_trainer, tiny_model, enabled):
+    start = copy.deepcopy(tiny_model.state_dict())
+    changes = []
+    for micro_batch_tokens in (1, 50, 10_000):
+        tiny_model.load_state_dict(start)
+        trainer = make_trainer(
+            eepo={**OPEN, "enabled": enabled}, train={"micro_batch_tokens": micro_batch_tokens},
+            grpo={"kl_coef": 0.1, "entropy_coef": 0.01}, reference=True,
+        )  # fmt: skip
+        before = weights_of(trainer)
+        trainer.iteration()
+        changes.append(weights_of(trainer) - before)
+    assert changes[0].norm() > 0
+    for other in changes[1:]:
+        assert (other - changes[0]).norm() <= 1e-2 * changes[0].norm()  # Adam divides tiny gradients by themselves
+
+
+def test_old_logprobs_come_from_the_unlearning_pass(make_trainer, monkeypatch):
+    """Two updates an iteration: with EEPO stage 1 is never scored again; plain GRPO scores what its second needs."""
+    scored = []
+    trainer = make_trainer(eepo=OPEN)
+    monkeypatch.setattr(trainer.policy, "score", lambda rollouts: scored.append(len(rollouts)) or {})
+    trainer.iteration()
+    assert not scored
+    trainer = make_trainer(eepo={"enabled": False})
+    original = trainer.policy.score
+    monkeypatch.setattr(trainer.policy, "score", lambda rollouts: scored.append(len(rollouts)) or original(rollouts))
+    _, row = trainer.iteration()
+    assert scored == [8] and math.isnan(row["entropy/stage2"]) and row["policy/ratio_mean_stage1"] != 1
+
+
+def test_a_closed_gate_leaves_stage_two_on_policy(make_trainer):
+    trainer = make_trainer(eepo={"alpha": 1e-9})
+    batch, row = trainer.iteration()
+    assert row["unlearn/skipped"] == 1 and not any(r.weights_version.forgotten for r in batch.rollouts)
+    assert math.isnan(row["unlearn/retention"])
+
+
+def test_equal_rewards_change_nothing_without_regularisers(make_trainer):
+    class Same(CoinGrader):
+        def grade(self, problems, completions):
+            return [Grade(1.0, "ok", 0.0)] * len(completions)
+
+    trainer = make_trainer(grader=Same(), eepo=OPEN)
+    before = weights_of(trainer)
+    _, row = trainer.iteration()
+    assert row["group/all_equal_fraction"] == 1 and row["policy/loss"] == 0
+    assert torch.equal(weights_of(trainer), before)
+
+
+def test_missing_rewards_are_left_out_and_counted(make_trainer):
+    batch, row = make_trainer(grader=CoinGrader(missing=(0, 5)), eepo=OPEN).iteration()
+    assert row["reward/missing"] == 2 == row["reward/status_timeout"]
+    missing = [r for r in batch.rollouts if r.reward is None]
+    assert len(missing) == 2 and all(r.advantage == 0 for r in missing)
+    known = [r.reward for r in batch.rollouts if r.reward is not None]
+    assert row["reward/mean"] == pytest.approx(sum(known) / len(known))
+
+
+def test_a_non_finite_update_is_dropped_and_the_third_in_a_row_stops(make_trainer, monkeypatch):
+    trainer = make_trainer(eepo={"enabled": False})
+    poison = lambda batch: setattr(batch.rollouts[0], "advantage", math.nan) or setattr(  # noqa: E731
+        batch.rollouts[-1], "advantage", math.nan
+    )
+    monkeypatch.setattr("eepo_fast.trainer.set_advantages", poison)
+    before = weights_of(trainer)
+    _, row = trainer.iteration()
+    assert row["policy/updates_skipped"] == 2 and torch.equal(weights_of(trainer), before)
+    assert trainer.state.policy_version == 0
+    with pytest.raises(UserError, match="gradient norm"):
+        trainer.iteration()
+
+
+def test_a_non_finite_reward_is_a_missing_one(make_trainer):
+    class Infinite(CoinGrader):
+        def grade(self, problems, completions):
+            return [Grade(math.inf if i == 3 else float(i % 2), "ok", 0.0) for i in range(len(completions))]
+
+    batch, row = make_trainer(grader=Infinite(), eepo=OPEN).iteration()
+    assert row["reward/missing"] == 1 and batch.rollouts[3].reward is None and math.isfinite(row["policy/grad_norm"])
+
+
+def test_warm_up(make_trainer):
+    trainer = make_trainer(optimizer={"learning_rate": 1e-3, "warmup_steps": 3})
+    rates = []
+    for _ in range(2):
+        rates.append(trainer.policy.optimizer.param_groups[0]["lr"])
+        trainer.iteration()
+    assert rates == pytest.approx([0.25e-3, 0.75e-3])
+
+
+def test_training_goes_on_bitwise_from_a_checkpoint(make_trainer, tiny_model, tokenizer, tmp_path, test_config):
+    config = test_config(eepo={"gate": "iteration", "alpha": 2.0}, optimizer={"warmup_steps": 10})
+    start = copy.deepcopy(tiny_model.state_dict())
+    trainer = make_trainer(config=config)
+    trainer.iteration()
+    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config)
+    rows = [trainer.iteration()[1] for _ in range(2)]
+    final = weights_of(trainer)
+
+    tiny_model.load_state_dict(start)
+    resumed = make_trainer(config=config)
+    folder, complaints = newest_valid(tmp_path)
+    resumed.state = load_checkpoint(folder, resumed.policy)
+    assert not complaints and resumed.state.step == 1 and resumed.state.entropy_window
+    again = [resumed.iteration()[1] for _ in range(2)]
+    same = [k for k in rows[0] if not k.startswith(("time/", "tokens/per_second"))]
+    for a, b in zip(rows, again, strict=True):
+        assert {k: a[k] for k in same if a[k] == a[k]} == {k: b[k] for k in same if b[k] == b[k]}
+    assert torch.equal(weights_of(resumed), final)
+
+
+def test_without_the_optimizer_the_end_differs(make_trainer, tiny_model, tokenizer, tmp_path, test_config):
+    """Negative control of the test above."""
+    config = test_config()
+    start = copy.deepcopy(tiny_model.state_dict())
+    trainer = make_trainer(config=config)
+    trainer.iteration()
+    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config)
+    trainer.iteration()
+    final = weights_of(trainer)
+    tiny_model.load_state_dict(start)
+    resumed = make_trainer(config=config)
+    resumed.state = load_checkpoint(newest_valid(tmp_path)[0], resumed.policy)
+    resumed.policy.optimizer.state.clear()
+    resumed.iteration()
+    assert not torch.equal(weights_of(resumed), final)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, tokenizer, tmp_path, test_config):
+    trainer = make_trainer()
+    folders = []
+    for _ in range(3):
+        trainer.iteration()
+        folders.append(save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config()))
+    assert not folders[0].exists(), "keep: 2"
+    path = folders[2] / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    found, complaints = newest_valid(tmp_path)
+    assert found == folders[1] and "model.safetensors" in complaints[0] and str(folders[2]) in complaints[0]
+    (folders[1] / "optimizer.safetensors").unlink()
+    assert "optimizer.safetensors" in verify(folders[1])
+    assert newest_valid(tmp_path)[0] is None
+
+
+def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, tokenizer, tmp_path, test_config):
+    from safetensors.torch import load_file
+
+    trainer = make_trainer(eepo=OPEN)
+    trainer.iteration()
+    assert trainer.engine.weights_version.forgotten
+    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config())
+    saved = load_file(folder / "model" / "model.safetensors")
+    weights = trainer.policy.named_weights()
+    assert set(saved) == set(weights) and all(torch.equal(saved[k], w) for k, w in weights.items())
+    assert json.loads((folder / "state.json").read_text())["step"] == 1

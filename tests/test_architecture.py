@@ -1,0 +1,79 @@
+"""Who may import whom, and the ceilings. Read from the syntax trees; nothing is imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = {"types", "config"}
+MAY_IMPORT = {
+    "types": set(),
+    "config": {"types"},
+    "data": LEAVES,
+    "rewards": LEAVES,
+    "advantages": LEAVES,
+    "rollout": {*LEAVES, "eepo_kernels"},
+    "models": LEAVES,
+    "policy": {*LEAVES, "data", "rewards", "advantages", "rollout", "eepo_kernels"},
+    "losses": {*LEAVES, "policy", "eepo_kernels"},
+    "unlearn": {*LEAVES, "policy", "losses", "eepo_kernels"},
+}
+FILES = sorted([*(ROOT / "eepo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def imports(path):
+    """(line, dotted module, names) of every import in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.lineno, node.module, [alias.name for alias in node.names]
+
+
+def rooms(path):
+    """Rooms of ours that a file imports: eepo_kernels, or the first name under eepo_fast."""
+    for _, module, names in imports(path):
+        if module.split(".")[0] == "eepo_kernels":
+            yield "eepo_kernels"
+        elif module == "eepo_fast":
+            yield from names
+        elif module.startswith("eepo_fast."):
+            yield module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports(path):
+    for line, module, _ in imports(path):
+        top = module.split(".")[0]
+        assert top not in ("kernels", "tests", "bench"), f"{path}:{line} imports {module}"
+        if "kernels" in path.relative_to(ROOT).parts[:1]:
+            assert top != "eepo_fast", f"{path}:{line}: eepo_kernels knows nothing of eepo_fast"
+    if path.is_relative_to(ROOT / "eepo_fast"):
+        room = path.relative_to(ROOT / "eepo_fast").parts[0].removesuffix(".py")
+        if room in MAY_IMPORT:
+            extra = set(rooms(path)) - MAY_IMPORT[room] - {room}
+            assert not extra, f"{path}: {room} must not import {', '.join(sorted(extra))}"
+
+
+def test_the_import_rule_can_fail(tmp_path):
+    (tmp_path / "x.py").write_text("import eepo_fast.losses\nfrom eepo_fast import policy\nimport eepo_kernels\n")
+    assert set(rooms(tmp_path / "x.py")) == {"losses", "policy", "eepo_kernels"}
+
+
+def test_setup_never_imports_torch():
+    assert all(module.split(".")[0] != "torch" for _, module, _ in imports(ROOT / "setup.py"))
+
+
+def test_kernels_is_a_folder_and_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_ceilings(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{path}:{node.lineno} {node.name}"
