@@ -14,6 +14,7 @@ from eepo_fast.config import DataConfig
 from eepo_fast.types import Problem, Prompt, UserError
 
 ARITHMETIC = "arithmetic"
+BASE = "arithmetic-base"  # model.path of the base that warmup.py teaches this task
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 # Names under which model families keep their end-of-turn token.
 STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")

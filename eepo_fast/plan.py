@@ -1,4 +1,4 @@
-"""`--dry-run`: the batch plan of a config, without opening a hub or loading a model."""
+"""How much a config asks for: its iterations, and the batch plan that `--dry-run` prints without opening a hub."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import math
 from pathlib import Path
 
 from eepo_fast.config import Config
-from eepo_fast.data import ARITHMETIC, load_problems
+from eepo_fast.data import ARITHMETIC, BASE, load_problems
 from eepo_fast.models import find_model
-from eepo_fast.run import num_iterations
 from eepo_fast.types import UserError
-from eepo_fast.warmup import BASE
+
+
+def num_iterations(config: Config, num_prompts: int) -> int:
+    """Iterations of the whole run: whole batches an epoch, times epochs, capped by train.iterations."""
+    per_epoch = num_prompts // config.train.prompts_per_iteration
+    if per_epoch == 0:
+        raise UserError(
+            f"train.prompts_per_iteration: expected at most the {num_prompts} prompts of {config.data.train}, found "
+            f"{config.train.prompts_per_iteration}; lower it"
+        )
+    total = per_epoch * config.train.epochs
+    return min(total, config.train.iterations or total)
 
 
 def count_rows(config: Config) -> int:

@@ -143,15 +143,16 @@ class TorchPolicy:
         return fused_linear_loss(hidden, weight, batch.targets, loss_fn, bias=bias, temperature=self.temperature)
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
-        """Log-probs of every completion's tokens at the sampling temperature, by id() of the rollout."""
-        scores = {id(r): [] for r in rollouts}
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+        """(log-probs, entropy) of every completion's tokens at the sampling temperature, by id() of the rollout."""
+        logprobs, entropy = {id(r): [] for r in rollouts}, {id(r): [] for r in rollouts}
         for batch in self.micro_batches(rollouts):
             hidden, weight, bias = self._hidden_and_weight(batch)
             stats = linear_logprobs(hidden, weight, batch.targets, bias=bias, temperature=self.temperature)
-            for rollout, values in zip(batch.rollouts, batch.split(stats.logprobs), strict=True):
-                scores[id(rollout)] = values
-        return scores
+            columns = (batch.split(stats.logprobs), batch.split(stats.entropy))
+            for rollout, *values in zip(batch.rollouts, *columns, strict=True):
+                logprobs[id(rollout)], entropy[id(rollout)] = values
+        return logprobs, entropy
 
     def step(self) -> tuple[float, bool]:
         """Clip and apply the accumulated gradient. (its norm before clipping, applied); a non-finite one is dropped."""

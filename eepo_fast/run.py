@@ -11,27 +11,16 @@ import torch
 
 from eepo_fast import checkpoint, metrics
 from eepo_fast.config import Config, dump_config
-from eepo_fast.data import load_problems, make_prompts, stop_token_ids
+from eepo_fast.data import BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.models import load_model
+from eepo_fast.plan import num_iterations
 from eepo_fast.policy import TorchPolicy
 from eepo_fast.rewards import make_grader
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.trainer import Trainer, TrainerState
 from eepo_fast.types import Prompt, UserError
-from eepo_fast.warmup import BASE, ensure_base
-
-
-def num_iterations(config: Config, num_prompts: int) -> int:
-    """Iterations of the whole run: whole batches an epoch, times epochs, capped by train.iterations."""
-    per_epoch = num_prompts // config.train.prompts_per_iteration
-    if per_epoch == 0:
-        raise UserError(
-            f"train.prompts_per_iteration: expected at most the {num_prompts} prompts of {config.data.train}, found "
-            f"{config.train.prompts_per_iteration}; lower it"
-        )
-    total = per_epoch * config.train.epochs
-    return min(total, config.train.iterations or total)
+from eepo_fast.warmup import ensure_base
 
 
 @dataclass

@@ -94,14 +94,13 @@ class Trainer:
         set_advantages(batch)
         old_logprobs = self._old_logprobs(batch, unlearning)
         ref_logprobs = self._ref_logprobs(batch)
+        if self.config.log.token_details:
+            self._add_details(batch, unlearning)
         with self._timed("update"):
             update = self._update(batch, old_logprobs, ref_logprobs)
 
         self.state.step += 1
         self.times["iteration"] = time.perf_counter() - started
-        if self.config.log.token_details and unlearning is not None:
-            for r in batch.stage(1):
-                r.details.update(entropy=unlearning.entropy[id(r)], gate=unlearning.gate[id(r)])
         metrics = M.iteration_metrics(
             batch,
             step=self.state.step,
@@ -152,14 +151,29 @@ class Trainer:
         missing = [r for r in batch.rollouts[first_update:] if id(r) not in old]
         if missing:
             with self._timed("old_logprobs"):
-                old.update(self.policy.score(missing))
+                old.update(self.policy.score(missing)[0])
         return old
 
     def _ref_logprobs(self, batch: RolloutBatch) -> dict[int, list[float]]:
         if self.reference is None:
             return {}
         with self._timed("ref_logprobs"):
-            return self.reference.score(batch.rollouts)
+            return self.reference.score(batch.rollouts)[0]
+
+    def _add_details(self, batch: RolloutBatch, unlearning: Unlearning | None) -> None:
+        """Per-token numbers at θ for the rollout log; what the unlearning pass has not seen takes a scoring pass."""
+        known = unlearning.logprobs if unlearning is not None else {}
+        with self._timed("token_details"):
+            logprobs, entropy = self.policy.score([r for r in batch.rollouts if id(r) not in known])
+        for r in batch.rollouts:
+            if id(r) in known:
+                r.details = {
+                    "policy_logprobs": unlearning.logprobs[id(r)],
+                    "entropy": unlearning.entropy[id(r)],
+                    "gate": unlearning.gate[id(r)],
+                }
+            else:
+                r.details = {"policy_logprobs": logprobs[id(r)], "entropy": entropy[id(r)]}
 
     def _update(self, batch: RolloutBatch, old: dict, ref: dict) -> M.UpdateStats:
         """Policy updates over mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches."""

@@ -106,7 +106,7 @@ def _gate(batch: MicroBatch, entropy: Tensor, config: EepoConfig) -> Tensor:
 
 
 def _further_steps(policy: TorchPolicy, rollouts: Sequence[Rollout], config: EepoConfig, first: Unlearning) -> None:
-    """Steps 2 to num_steps at θ', on a temporary copy in the policy's precision; their sum goes into `first.gradient`."""
+    """Steps 2 to num_steps at θ', on a temporary copy in the policy's precision; their sum becomes first.gradient."""
     moved = copy.copy(policy)
     moved.model = copy.deepcopy(policy.model)
     moved.head = moved.model.get_output_embeddings()

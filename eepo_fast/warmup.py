@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data import arithmetic_problem, arithmetic_split
+from eepo_fast.data import BASE, arithmetic_problem, arithmetic_split
 
-BASE = "arithmetic-base"
 ALPHABET = "0123456789+-*()=,:"
 SETTINGS = {
     "version": 1,
@@ -32,9 +31,9 @@ SETTINGS = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "steps": 500,
-    "batch": 128,
-    "learning_rate": 3e-3,
+    "steps": 1600,
+    "batch": 64,
+    "learning_rate": 2e-3,
     "seed": 0,
 }
 IGNORED = -100  # label of tokens without loss, as transformers' models expect it

@@ -20,5 +20,5 @@ class Grader(Protocol):
 
 
 def make_grader(task: str) -> Grader:
-    """The grader of `data.train`: the procedural task has its own verifier, all else is an exact mathematical answer."""
+    """The grader of `data.train`: the procedural task has its own verifier, all else an exact mathematical answer."""
     return ArithmeticGrader() if task == "arithmetic" else MathGrader()

@@ -67,7 +67,7 @@ class MathGrader:
         self.workers: list[_Worker] = []
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
-        """Extracts each completion's final answer and compares it with the problem's; the problem's text is not read."""
+        """Extract each completion's final answer and compare it with the problem's; the problem's text is not read."""
         answers = [extract_answer(completion) for completion in completions]
         return self.grade_answers([p.answer for p in problems], answers)
 
@@ -117,7 +117,7 @@ class MathGrader:
             remaining -= self._kill_overdue(grades)
 
     def _wait(self) -> list[tuple[_Worker, str | None]]:
-        """(worker, its line, or None at end of file) of all workers with something to say, within a tenth of a second."""
+        """(worker, its line, or None at its end) of all workers with something to say within a tenth of a second."""
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 if worker.job is not None or not worker.ready:

@@ -1,6 +1,6 @@
 """The embedded engine: a transformers model with a KV cache, on CPU or GPU.
 
-Shapes: R prompts of a batch, B sequences (samples of those prompts), L padded prompt length, T new tokens, V vocabulary.
+Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded prompt length, T new tokens, V words.
 """
 
 from __future__ import annotations

@@ -282,8 +282,8 @@ def fused_linear_loss(
 ) -> tuple[Tensor, TokenStats]:
     """Sum of a per-token loss over the targets, differentiable in hidden, weight and bias, and the statistics.
 
-    Shapes, dtypes and errors as `linear_logprobs`. `loss_fn(stats, rows)` gets the statistics of a chunk (differentiated)
-    and its token indices and returns weighted losses [n]; it must be pure and may look back through `stats.history`.
+    Shapes, dtypes, errors as `linear_logprobs`. `loss_fn(stats, rows)` gets a chunk's statistics (differentiated) and
+    its token indices and returns weighted losses [n]; it must be pure and may look back through `stats.history`.
     Gradients are made in this call, while a chunk's logits exist; the statistics returned are detached.
     """
     _check(hidden, weight, targets, bias, temperature, backend)

@@ -25,7 +25,7 @@ class TokenStats(NamedTuple):
     log1mp: Tensor
     """log(1 - p) of the sampled token."""
     history: TokenStats | None = None
-    """Inside a `loss_fn` only: detached statistics of all tokens from 0 to the end of this chunk, for causal windows."""
+    """Inside a `loss_fn` only: detached statistics of all tokens up to the end of this chunk, for causal windows."""
 
 
 LossFn = Callable[[TokenStats, Tensor], Tensor]

@@ -102,14 +102,14 @@ def test_held_out_problems_are_never_trained_on():
 
 def test_too_many_procedural_problems_are_refused():
     with pytest.raises(UserError, match="gave only"):
-        arithmetic_problems(10_000, 2, 3, seed=0)
+        arithmetic_problems(100, 2, 2, seed=0)
 
 
 def test_templates():
     assert render("plain", "1+1?", None) == "1+1?"
     assert render("chatml", "1+1?", None) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n1+1?\nPlease reason step by step, "
-        "and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n1+1?\nPlease reason step by "
+        "step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert render("question_answer", "1+1?", None) == "Question:\n1+1?\nAnswer:\nLet's think step by step.\n"
 

@@ -24,9 +24,9 @@ def plain_gate(entropies, alpha, window):
 def test_gate_runs_inside_each_response(window, lengths):
     g = torch.Generator().manual_seed(sum(lengths))
     entropies = [(torch.rand(n, generator=g) * 0.6).tolist() for n in lengths]
-    flat = torch.tensor(sum(entropies, []))
-    starts = torch.tensor(sum([[sum(lengths[:i])] * n for i, n in enumerate(lengths)], []))
-    expected = sum([plain_gate(e, 0.3, window) for e in entropies], [])
+    flat = torch.tensor([e for part in entropies for e in part])
+    starts = torch.tensor([sum(lengths[:i]) for i, n in enumerate(lengths) for _ in range(n)])
+    expected = [is_open for e in entropies for is_open in plain_gate(e, 0.3, window)]
     assert gate_open(flat, torch.arange(len(flat)), starts, 0.3, window).tolist() == expected
     by_chunk = [gate_open(flat[: i + 1], torch.tensor([i]), starts, 0.3, window).item() for i in range(len(flat))]
     assert by_chunk == expected
@@ -130,10 +130,8 @@ def test_grpo_loss_and_gradient_against_the_formula(test_config, clip_high):
         ratio, a = (lp - old).exp(), tokens.advantages[t]
         low, high = 1 - config.clip_low, 1 + config.clip_high
         clipped = min(max(ratio.item(), low), high)
-        if a > 0:
-            objective = ratio * a if ratio < high else clipped * a
-        else:
-            objective = ratio * a if ratio > low else clipped * a
+        inside = ratio < high if a > 0 else ratio > low
+        objective = ratio * a if inside else clipped * a
         hit.add("low" if ratio < low else "high" if ratio > high else "inside")
         d = tokens.ref_logprobs[t] - lp
         kl = d.exp() - d - 1

@@ -98,7 +98,7 @@ def test_a_worker_that_dies_at_its_job_is_an_error_and_no_plain_zero(grader, mon
 def test_nothing_in_an_answer_is_executed(grader, tmp_path):
     target = tmp_path / "written"
     code = f"__import__('pathlib').Path('{target}').touch()"
-    completions = [f"\\boxed{{{code}}}", f"\\boxed{{exec(\"{code}\")}}", f"the answer is {code}"]
+    completions = [f"\\boxed{{{code}}}", f'\\boxed{{exec("{code}")}}', f"the answer is {code}"]
     grader.grade([Problem(str(i), "?", "\\frac{1}{2}") for i in range(3)], completions)
     assert not target.exists()
 
@@ -167,7 +167,7 @@ def test_arithmetic_verifier(completion, reward, status):
 
 def test_advantages_against_the_formula():
     rewards = [1.0, 0.0, 0.0, 1.0]
-    expected = [(r - 0.5) / (3 ** -0.5 + 1e-6) for r in rewards]  # unbiased variance of two zeros and two ones: 1/3
+    expected = [(r - 0.5) / (3**-0.5 + 1e-6) for r in rewards]  # unbiased variance of two zeros and two ones: 1/3
     assert group_advantages(rewards) == pytest.approx(expected)
 
 

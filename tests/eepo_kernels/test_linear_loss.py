@@ -48,10 +48,14 @@ def test_error_is_bounded_by_plain_torch(shape, scale, bias):
     exact, targets = inputs(shape, torch.float64, scale=scale, bias=bias)
     truth = evaluate(reference.fused_linear_loss, exact, targets)
     single = [None if t is None else t.detach().float().requires_grad_() for t in exact]
-    plain = [relative_error(p, t) for p, t in zip(evaluate(reference.fused_linear_loss, single, targets), truth)]
+    plain = evaluate(reference.fused_linear_loss, single, targets)
+    plain = [relative_error(p, t) for p, t in zip(plain, truth, strict=True)]
     # A GEMM of one row adds up in another order than one of many, so plain PyTorch is asked for both.
     hidden, weight, b = [None if t is None else t.detach() for t in single]
-    rows = [reference.linear_logprobs(h, weight, t, bias=b, temperature=0.8) for h, t in zip(hidden[:, None], targets[:, None])]
+    rows = [
+        reference.linear_logprobs(h, weight, t, bias=b, temperature=0.8)
+        for h, t in zip(hidden[:, None], targets[:, None], strict=True)
+    ]
     by_row = [relative_error(torch.cat([r[i] for r in rows]), truth[i]) for i in range(3)]
     for chunk_bytes in (1 << 30, 1):  # all rows at once, one row a chunk
         found = evaluate(fused_linear_loss, single, targets, chunk_bytes=chunk_bytes)

