@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eepo_fast import checkpoint
@@ -112,14 +113,14 @@ def late_mean(curve: list[dict[str, float | None]], key: str) -> float | None:
 
 
 def make_table(results: dict[str, dict[str, float]], curves: dict[str, list]) -> Table:
-    table = Table(
-        title=f"{HELD_OUT} held-out problems, {NUM_SAMPLES} samples each; entropy over the last fifth of training"
-    )
-    for name in ("", "greedy", *(f"pass@{k}" for k in KS), "unique", "entropy", "stage 1", "stage 2"):
-        table.add_column(name, justify="right" if name else "left")
+    title = f"{HELD_OUT} held-out problems, {NUM_SAMPLES} samples each, percent"
+    caption = "stage 1, stage 2: entropy of what they sampled, in nats, over the last fifth of training"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "greedy", *(f"pass@{k}" for k in KS), "unique", "stage 1", "stage 2"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for method, row in results.items():
         cells = [f"{100 * row[key]:.1f}" for key in ("greedy", *(f"pass@{k}" for k in KS), "unique")]
-        for key in ("entropy/policy", "entropy/stage1", "entropy/stage2"):
+        for key in ("entropy/stage1", "entropy/stage2"):
             value = late_mean(curves[method], key) if method in curves else None
             cells.append("" if value is None else f"{value:.3f}")
         table.add_row(method.upper() if method != "base" else method, *cells)

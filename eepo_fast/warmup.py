@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from eepo_fast.config import DataConfig
 from eepo_fast.data import BASE, arithmetic_problem, arithmetic_split
@@ -53,6 +54,7 @@ def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | 
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         model, tokenizer = train_base(data, progress)
+        disable_progress_bar()  # of writing one small file
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if folder.exists():  # another process was faster

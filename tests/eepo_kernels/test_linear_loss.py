@@ -219,3 +219,16 @@ def test_wrong_inputs_are_named(change, words):
     with pytest.raises(ValueError) as error:
         linear_logprobs(*change(hidden, weight, targets))
     assert words in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype):
+    """The PyTorch path on CUDA, where half precision takes its GEMMs out in fp32."""
+    inputs_cpu, targets = inputs((64, 32, 1024), dtype)
+    tensors = [None if t is None else t.detach().cuda().requires_grad_() for t in inputs_cpu]
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs_cpu]
+    truth = evaluate(reference.fused_linear_loss, exact, targets)
+    plain = evaluate(reference.fused_linear_loss, tensors, targets.cuda())
+    for f, p, t in zip(evaluate(fused_linear_loss, tensors, targets.cuda()), plain, truth, strict=True):
+        assert relative_error(f.cpu(), t) <= 1.5 * relative_error(p.cpu(), t) + 2e-6

@@ -151,3 +151,14 @@ def test_wrong_shapes_are_named():
         one(torch.ones(3), torch.ones(4))
     with pytest.raises(ValueError, match="rounding"):
         one(torch.ones(3), torch.ones(3), rounding="up")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_gives_the_bits_of_the_cpu(dtype):
+    g = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn(100_003, generator=g).to(dtype), torch.randn(100_003, generator=g) * 1e-3
+    there, here = weight.cuda(), weight.clone()
+    one(there, gradient.cuda(), seed=3, step=4)
+    one(here, gradient, seed=3, step=4)
+    assert torch.equal(there.cpu(), here)
