@@ -100,6 +100,12 @@ class TorchPolicy:
         self.head = model.get_output_embeddings()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # transformers checkpoints in training mode only; dropout, which that turns on, is taken out
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.0
         self._check_head()
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip

@@ -184,3 +184,24 @@ def test_a_non_finite_gradient_is_not_applied(make_policy, make_rollouts, test_c
         next(policy.model.model.layers[0].parameters())[0, 0] = torch.nan
     result = compute_unlearning(policy, make_rollouts([4]), test_config(eepo={"gate": "always"}).eepo, [])
     assert not result.apply and not result.finite
+
+
+def test_bf16_compute_keeps_fp32_gradients(make_policy, make_rollouts, test_config):
+    config, rollouts = test_config(eepo={"gate": "always"}).eepo, make_rollouts([6, 9])
+    exact = compute_unlearning(make_policy(), rollouts, config, []).gradient
+    half = compute_unlearning(make_policy(compute_dtype=torch.bfloat16), rollouts, config, []).gradient
+    flat = [torch.cat([g[k].flatten() for k in exact]) for g in (exact, half)]
+    assert flat[1].dtype == torch.float32 and not torch.equal(*flat)
+    assert (flat[1] - flat[0]).norm() < 5e-2 * flat[0].norm()
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(make_policy, make_rollouts, test_config):
+    config, rollouts = test_config(eepo={"gate": "always"}).eepo, make_rollouts([6, 9])
+    expected = compute_unlearning(make_policy(micro_batch_tokens=999), rollouts, config, []).gradient
+    policy = make_policy(micro_batch_tokens=999, gradient_checkpointing=True)
+    calls = []
+    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = compute_unlearning(policy, rollouts, config, []).gradient
+    assert len(calls) == 2, "once forward, once again in the backward pass"
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-7)
