@@ -84,8 +84,11 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     parts = load_parts(config, display)
     total = num_iterations(config, len(parts.prompts))
     state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
     metrics.cut_back(run_dir, state.step)
     if state.step >= total:
         display.say(f"run {run_dir} is finished")
