@@ -22,7 +22,7 @@ def main() -> None:
     }
     seconds = interleaved(variants, args.repeats)
     ratios = {
-        name.replace("_s", "_over_copy"): t / seconds["copy_s"] for name, t in seconds.items() if name != "copy_s"
+        f"{name.removesuffix('_s')}_over_copy": t / seconds["copy_s"] for name, t in seconds.items() if name != "copy_s"
     }
     row = {"weights": sum(d.numel() for d in dst), **seconds, **ratios}
     record([row], args.out)

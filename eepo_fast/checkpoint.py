@@ -26,12 +26,27 @@ from eepo_fast.policy import TorchPolicy
 from eepo_fast.trainer import TrainerState
 from eepo_fast.types import UserError
 
+# Sections and keys that may differ when a run is resumed: how long, how often, how large a batch in memory.
+SAFE_TO_CHANGE = {
+    "checkpoint",
+    "log",
+    "run.root",
+    "rollout.max_sequences",
+    "train.iterations",
+    "train.epochs",
+    "train.micro_batch_tokens",
+    "train.gradient_checkpointing",
+}
+
 
 def checkpoint_root(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def save_checkpoint(run_dir: Path, policy: TorchPolicy, tokenizer, state: TrainerState, config: Config) -> Path:
+def save_checkpoint(
+    run_dir: Path, policy: TorchPolicy, tokenizer, state: TrainerState, config: Config, total: int | None = None
+) -> Path:
+    """Write the checkpoint of `state.step`, drop all but the newest `checkpoint.keep`. `total`: iterations planned."""
     root = checkpoint_root(run_dir)
     final = root / f"step_{state.step:06d}"
     temporary = root / f".{final.name}.tmp"
@@ -40,18 +55,39 @@ def save_checkpoint(run_dir: Path, policy: TorchPolicy, tokenizer, state: Traine
     policy.model.save_pretrained(temporary / "model")
     tokenizer.save_pretrained(temporary / "model")
     _save_optimizer(policy, temporary / "optimizer.safetensors")
-    content = {**asdict(state), "scheduler_step": policy.scheduler.last_epoch, "config": config.model_dump()}
+    content = {
+        **asdict(state),
+        "total": total,
+        "scheduler_step": policy.scheduler.last_epoch,
+        "config": config.model_dump(),
+    }
     (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     manifest = {str(p.relative_to(temporary)): _sha256(p) for p in _files(temporary)}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*_files(temporary), temporary / "model", temporary]:
         _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)  # only a run that lost a later manifest saves the same step again
     temporary.rename(final)
     _fsync(root)
-    for old in sorted(root.glob("step_*"))[: -config.checkpoint.keep]:
+    for old in _folders(run_dir)[: -config.checkpoint.keep]:
         shutil.rmtree(old)
     return final
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    folders = [p for p in checkpoint_root(run_dir).glob("step_*") if p.name.removeprefix("step_").isdecimal()]
+    return sorted(folders, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def remove_newer(run_dir: Path, step: int) -> None:
+    """Remove checkpoints after `step`: damaged ones, whose iterations a resumed run does again."""
+    for folder in _folders(run_dir):
+        if _step(folder) > step:
+            shutil.rmtree(folder)
 
 
 def _save_optimizer(policy: TorchPolicy, path: Path) -> None:
@@ -63,14 +99,35 @@ def _save_optimizer(policy: TorchPolicy, path: Path) -> None:
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and one line for each newer one that is damaged."""
+    """The newest checkpoint whose manifest holds, and one line for each newer one that is damaged. (None, []) where
+    there is no checkpoint; UserError where all of them are damaged."""
     complaints = []
-    for folder in sorted(checkpoint_root(run_dir).glob("step_*"), reverse=True):
+    for folder in reversed(_folders(run_dir)):
         complaint = verify(folder)
         if complaint is None:
             return folder, complaints
         complaints.append(f"checkpoint {folder} is damaged and not used: {complaint}")
-    return None, complaints
+    if complaints:
+        raise UserError(
+            f"{complaints[0]}; no older one is whole: restore one, or choose another run.name to start over"
+        )
+    return None, []
+
+
+def read_state(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def changed_keys(saved: dict, config: Config) -> list[str]:
+    """Keys whose values differ from the checkpoint's and would change what the run computes."""
+    now = config.model_dump()
+    return [
+        f"{section}.{key}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if value != saved.get(section, {}).get(key) and section not in SAFE_TO_CHANGE
+        if f"{section}.{key}" not in SAFE_TO_CHANGE
+    ]
 
 
 def verify(folder: Path) -> str | None:
@@ -90,7 +147,7 @@ def verify(folder: Path) -> str | None:
 
 def load_checkpoint(folder: Path, policy: TorchPolicy) -> TrainerState:
     """Load a verified checkpoint into the policy and return the trainer's state."""
-    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    content = read_state(folder)
     weights = {}
     for path in sorted((folder / "model").glob("*.safetensors")):
         weights.update(load_file(path))

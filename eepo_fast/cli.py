@@ -22,8 +22,10 @@ def _train(args: argparse.Namespace) -> int:
     if not files:
         raise UserError("train: expected a YAML config file, found none; see configs/ for examples")
     config = load_config(files, overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("train: expected one process, found WORLD_SIZE above 1; this version trains on one device")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"train: expected one process, found WORLD_SIZE={os.environ['WORLD_SIZE']}; this version is for one device"
+        )
     if args.dry_run:
         from eepo_fast.plan import batch_plan
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,27 +48,32 @@ class ModelConfig(Section):
     )
 
 
+class ColumnsConfig(Section):
+    """Where a hub row keeps them; dots reach into records."""
+
+    problem: str = "problem"
+    answer: str = "answer"
+
+
 class DataConfig(Section):
     train: str = Field(description="JSON Lines file, hub data set, or the procedural task `arithmetic`")
     template: Literal["plain", "chatml", "question_answer", "chat"] = "plain"
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are left out, and counted")
     num_rows: Positive | None = Field(None, description="rows of a procedural task, or of a hub data set for --dry-run")
     files: str | None = Field(None, description="file inside a hub data set")
-    columns: dict[str, str] = Field(
-        {"problem": "problem", "answer": "answer"}, description="where a hub row keeps them; dots reach into records"
-    )
+    columns: ColumnsConfig = ColumnsConfig()
     answer_marker: str = Field("", description="hub rows: the final answer is what follows the last of these")
-    numbers: Positive = Field(4, description="arithmetic: how many numbers a problem gives")
-    max_number: Positive = Field(9, description="arithmetic: the largest of them")
+    numbers: Positive = Field(4, le=10, description="arithmetic: how many numbers a problem gives")
+    max_number: Positive = Field(9, le=100, description="arithmetic: the largest of them")
 
 
 class RolloutConfig(Section):
     engine: Literal["hf"] = "hf"
     dtype: Dtype = Field("bfloat16", description="dtype of the engine's own copy of the weights")
-    group_size: Positive = Field(8, description="completions a prompt; with EEPO half of them in each stage")
+    group_size: Positive = Field(8, le=4096, description="completions a prompt; with EEPO half of them in each stage")
     temperature: PositiveFloat = 1.0
     top_p: float = Field(1.0, description="must stay 1: cutting the tail biases the probability ratio")
-    max_new_tokens: Positive = 1024
+    max_new_tokens: Positive = Field(1024, le=1_000_000)
     max_sequences: Positive = Field(256, description="sequences decoded at once")
 
 
@@ -135,9 +141,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         _require(
-            Path(self.run.name).name == self.run.name and self.run.name not in ("", ".", ".."),
-            f"run.name: expected a plain folder name, found {self.run.name!r}",
+            re.fullmatch(r"[\w.+=@-]{1,150}", self.run.name) is not None and self.run.name not in (".", ".."),
+            f"run.name: expected a folder name of letters, digits and . _ - + = @, found {self.run.name[:200]!r}",
         )
+        _require("\0" not in self.run.root, "run.root: expected a path, found a NUL character in it")
         _require(
             self.rollout.top_p == 1.0,
             f"rollout.top_p: expected 1, found {self.rollout.top_p}: cutting the tail of the distribution biases the "
@@ -165,7 +172,7 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.run.root) / self.run.name
+        return Path(self.run.root).expanduser() / self.run.name
 
 
 def _require(condition: bool, message: str) -> None:
@@ -177,6 +184,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
 
     def construct_mapping(self, node, deep=False):
+        self.flatten_mapping(node)
         keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -188,7 +196,7 @@ class _Loader(yaml.SafeLoader):
 
 def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
     text = loader.construct_scalar(node)
-    if "e" in text.lower() and "_" not in text:
+    if node.style is None and "e" in text.lower() and "_" not in text:
         try:
             number = float(text)
         except ValueError:
@@ -203,6 +211,8 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 — a subclass of SafeLoader
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

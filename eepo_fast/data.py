@@ -43,6 +43,12 @@ def read_jsonl(path: Path) -> list[Problem]:
             if not isinstance(row.get(key), str) or not row[key].strip():
                 found = "nothing" if key not in row else repr(row[key])
                 raise UserError(f"{where}: expected a non-empty string in `{key}`, found {found}")
+            try:
+                row[key].encode("utf-8")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{where}: `{key}` holds half of a surrogate pair, which is no text; repair it"
+                ) from None
         if row["id"] in lines:
             raise UserError(
                 f"{where}: id {row['id']!r} was already used in line {lines[row['id']]}; ids must be unique"
@@ -72,7 +78,7 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError also where a number has too many digits
                 raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")
@@ -91,7 +97,7 @@ def _read_hub(config: DataConfig) -> list[Problem]:
         ) from None
     problems, unanswered = [], 0
     for number, row in enumerate(rows):
-        values = {name: _column(row, config.columns.get(name, name), config.train) for name in ("problem", "answer")}
+        values = {name: _column(row, column, config.train) for name, column in config.columns}
         if config.answer_marker:
             values["answer"] = values["answer"].rpartition(config.answer_marker)[2].strip().replace(",", "")
         if not values["answer"].strip() or not values["problem"].strip():

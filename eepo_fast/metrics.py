@@ -219,11 +219,12 @@ def cut_back(run_dir: Path, step: int) -> None:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):  # a line cut short by a crash belongs to an iteration not kept
+            except (ValueError, KeyError, TypeError):  # a line cut short by a crash belongs to an iteration not kept
                 continue
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
     for file in (run_dir / "rollouts").glob("step_*.jsonl"):
-        if int(file.stem.removeprefix("step_")) > step:
+        number = file.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
             file.unlink()

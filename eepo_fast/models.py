@@ -32,8 +32,11 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             model, tokenizer = _load_gguf(Path(path))
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+            if absent:
+                raise ValueError(f"its files lack {len(absent)} weights of the model, such as {absent[0]}")
+    except Exception as error:  # loaders of several libraries raise many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model.path: {config.path} cannot be loaded: {reason}") from None
     check_fit(model, tokenizer, config)

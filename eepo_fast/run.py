@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from eepo_fast import checkpoint, metrics
 from eepo_fast.config import Config, dump_config
-from eepo_fast.data import BASE, load_problems, make_prompts, stop_token_ids
+from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.models import load_model
 from eepo_fast.plan import num_iterations
@@ -21,6 +20,9 @@ from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.trainer import Trainer, TrainerState
 from eepo_fast.types import Prompt, UserError
 from eepo_fast.warmup import ensure_base
+
+POLICIES = {"torch": TorchPolicy}
+ENGINES = {"hf": HfEngine}
 
 
 @dataclass
@@ -38,6 +40,8 @@ def load_parts(config: Config, display: Display) -> Parts:
     """Load data and models; UserError before anything is written."""
     problems = load_problems(config.data, config.run.seed)
     if config.model.path == BASE:
+        if config.data.train != ARITHMETIC:
+            raise UserError(f"model.path: {BASE} knows nothing but data.train={ARITHMETIC}, found {config.data.train}")
         with display.task("teaching the base model the task") as update:
             path = ensure_base(config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
@@ -49,6 +53,7 @@ def load_parts(config: Config, display: Display) -> Parts:
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
         )
     num_iterations(config, len(prompts))
+    _check_length(model, prompts, config)
     eos = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     settings = dict(
@@ -60,45 +65,55 @@ def load_parts(config: Config, display: Display) -> Parts:
     reference = None
     if config.grpo.kl_coef:
         reference = TorchPolicy(copy.deepcopy(model).requires_grad_(False), **settings)
-    policy = TorchPolicy(
+    policy = POLICIES[config.train.engine](
         model, optimizer=config.optimizer, gradient_checkpointing=config.train.gradient_checkpointing, **settings
     )
     return Parts(policy, reference, tokenizer, prompts, stop_token_ids(tokenizer, eos))
+
+
+def _check_length(model, prompts: list[Prompt], config: Config) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(p.token_ids) for p in prompts)
+    if limit is not None and longest + config.rollout.max_new_tokens > limit:
+        raise UserError(
+            f"rollout.max_new_tokens: the longest prompt has {longest} tokens; with {config.rollout.max_new_tokens} "
+            f"more it passes the {limit} positions of {config.model.path}; lower it, or data.max_prompt_tokens"
+        )
 
 
 def train(config: Config, *, resume: bool = False, display: Display | None = None) -> Path:
     """Train as `config` says and return the run's folder."""
     display = display or Display()
     run_dir = config.run_dir
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir}: expected a folder, found a file; choose another run.name")
+    for folder in (run_dir, *run_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"run folder {run_dir}: {folder} is a file; choose another run.root")
     if run_dir.is_dir() and any(run_dir.iterdir()) and not resume:
         raise UserError(f"run folder {run_dir} is not empty; add --resume to go on, or choose another run.name")
-    folder, complaints = checkpoint.newest_valid(run_dir) if resume else (None, [])
-    for line in complaints:
-        display.warn(line)
-    if folder is not None and _steps_left(folder, config) == 0:
+    folder = _checkpoint_to_resume(config, display) if resume else None
+    if folder is not None and _is_finished(checkpoint.read_state(folder), config):
         display.say(f"run {run_dir} is finished")
         return run_dir
 
+    grader = make_grader(config.data.train)
+    grader.start()
     parts = load_parts(config, display)
     total = num_iterations(config, len(parts.prompts))
     state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
+    if state.step >= total:
+        display.say(f"run {run_dir} is finished")
+        return run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
     metrics.cut_back(run_dir, state.step)
-    if state.step >= total:
-        display.say(f"run {run_dir} is finished")
-        return run_dir
+    checkpoint.remove_newer(run_dir, state.step)
     if resume:
         display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
-    (run_dir / "run.json").write_text(json.dumps({"iterations": total}), encoding="utf-8")
 
-    grader = make_grader(config.data.train)
-    engine = HfEngine(
+    engine = ENGINES[config.rollout.engine](
         parts.policy.model,
         dtype=getattr(torch, config.rollout.dtype),
         max_sequences=config.rollout.max_sequences,
@@ -134,15 +149,25 @@ def _loop(trainer: Trainer, config: Config, run_dir: Path, total: int, display: 
             show.iteration(row)
             every = config.checkpoint.every
             if step == total or (every and step % every == 0):
-                checkpoint.save_checkpoint(run_dir, trainer.policy, trainer.tokenizer, trainer.state, config)
+                checkpoint.save_checkpoint(run_dir, trainer.policy, trainer.tokenizer, trainer.state, config, total)
 
 
-def _steps_left(folder: Path, config: Config) -> int | None:
-    """0 where the checkpoint is the end of the run as planned; None where only loading the data can tell."""
-    done = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
-    try:
-        planned = json.loads((config.run_dir / "run.json").read_text(encoding="utf-8"))["iterations"]
-    except (OSError, ValueError, KeyError):
-        return None
-    asked = config.train.iterations
-    return 0 if done >= planned and (asked is None or done >= asked) else None
+def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
+    """The newest valid checkpoint, None where there is none yet; UserError where the config is not the run's own."""
+    folder, complaints = checkpoint.newest_valid(config.run_dir)
+    for line in complaints:
+        display.warn(line)
+    if folder is not None:
+        changed = checkpoint.changed_keys(checkpoint.read_state(folder)["config"], config)
+        if changed:
+            raise UserError(
+                f"--resume: the config differs from the run's own in {', '.join(changed)}; set them back as in "
+                f"{config.run_dir / 'config.yaml'}, or start another run.name"
+            )
+    return folder
+
+
+def _is_finished(state: dict, config: Config) -> bool:
+    """Did the run reach its planned end, and is the plan the same? Answered without loading the model."""
+    same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
+    return same_plan and state["total"] is not None and state["step"] >= state["total"]

@@ -57,9 +57,10 @@ def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | 
         disable_progress_bar()  # of writing one small file
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if folder.exists():  # another process was faster
+        if (folder / "config.json").is_file():  # another process was faster
             shutil.rmtree(temporary)
         else:
+            shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
     return folder
 

@@ -13,6 +13,9 @@ __all__ = ["ArithmeticGrader", "Grader", "MathGrader", "make_grader"]
 
 
 class Grader(Protocol):
+    def start(self) -> None:
+        """Be ready, or raise a UserError: called before a run's folder is made."""
+
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
         """One grade a completion, in order."""
 

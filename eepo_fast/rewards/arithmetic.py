@@ -61,6 +61,9 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
 class ArithmeticGrader:
     """Right if the completion is an expression that uses each given number exactly once and reaches the target."""
 
+    def start(self) -> None:
+        pass
+
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
         return [self._one(p.problem, c) for p, c in zip(problems, completions, strict=True)]
 

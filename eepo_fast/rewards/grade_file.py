@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -12,36 +13,54 @@ from eepo_fast.types import UserError
 
 
 def grade_file(source: Path, target: Path) -> Counter[str]:
-    """Grade every line of `source` in order; a row that cannot be graded gets reward 0.0 and status `error`."""
+    """Grade every line of `source` in order; a row that cannot be graded gets reward 0.0 and status `error`.
+
+    Written beside `target` and renamed at the end, so that a target with that name is whole.
+    """
     try:
-        lines = source.read_bytes().split(b"\n")
+        lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"grade: {source} cannot be read: {error.strerror}") from None
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            counts = _grade_lines(lines, file)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"grade: {target} cannot be written: {error.strerror}") from None
+    return counts
+
+
+def _grade_lines(lines: list[bytes], file) -> Counter[str]:
     rows = [_read(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     grader = MathGrader()
     try:
         grades = grader.grade_answers([gold for _, gold, _ in rows], [answer for _, _, answer in rows])
     finally:
         grader.close()
-    counts: Counter[str] = Counter()
-    try:
-        with target.open("w", encoding="utf-8") as file:
-            for (row_id, _, _), grade in zip(rows, grades, strict=True):
-                counts[grade.status] += 1
-                result = {"id": row_id, "reward": grade.reward, "status": grade.status, "seconds": grade.seconds}
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"grade: {target} cannot be written: {error.strerror}") from None
-    return counts
+    for (row_id, _, _), grade in zip(rows, grades, strict=True):
+        result = {"id": row_id, "reward": grade.reward, "status": grade.status, "seconds": grade.seconds}
+        file.write(json.dumps(result) + "\n")
+    return Counter(grade.status for grade in grades)
 
 
 def _read(line: bytes, number: int) -> tuple[object, str, str | None]:
-    """(id, gold, answer) of a line; an unreadable one has an empty gold, which grades as `error`. None: no answer."""
+    """(id, gold, answer) of a line. A row that cannot be graded has an empty gold, which grades as `error`; one without
+    a readable id is called after its line. An answer of None is a response that holds none."""
+    row_id: object = f"line {number}"
     try:
-        row = json.loads(line.decode("utf-8"))
-        row_id, gold = row["id"], row["gold"]
-        answer = row["answer"] if "answer" in row else extract_answer(row["response"])
+        row = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
+        row_id = row.get("id", row_id)
+        answer = _text(row["answer"]) if "answer" in row else extract_answer(_text(row["response"]))
+        return row_id, _text(row["gold"]), answer
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        row_id = row.get("id", number) if isinstance(locals().get("row"), dict) else number
         return row_id, "", None
-    return row_id, str(gold), None if answer is None else str(answer)
+
+
+def _text(value: object) -> str:
+    """A string, or a finite number as one; TypeError on anything else."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError
+    return str(value)

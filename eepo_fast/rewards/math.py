@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from eepo_fast.rewards.extract import extract_answer, normalise
-from eepo_fast.types import Grade, Problem
+from eepo_fast.rewards.extract import extract_answer, has_digit_gap, is_text, normalise
+from eepo_fast.types import Grade, Problem, UserError
 
 ANSWER_SECONDS = 4.5  # parse, verify and kill end within the 5 s that `grade` promises
 START_SECONDS = 120.0
@@ -32,7 +32,7 @@ class _Job:
 class _Worker:
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "eepo_fast.rewards.worker"],
+            [sys.executable, "-P", "-m", "eepo_fast.rewards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -65,6 +65,13 @@ class MathGrader:
         self.num_workers = num_workers or max(1, min(8, os.cpu_count() or 1))
         self.answer_seconds = answer_seconds
         self.workers: list[_Worker] = []
+
+    def start(self) -> None:
+        """Start a worker and see its self-test pass; UserError where it does not."""
+        grades: list[Grade | None] = [None]
+        self._run(deque([_Job(0, "\\frac{1}{2}", "0.5")]), grades)
+        if grades[0].reward != 1.0:
+            raise UserError(f"grader: its self-test gave {grades[0]}; reinstall math-verify and its dependencies")
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
         """Extract each completion's final answer and compare it with the problem's; the problem's text is not read."""
@@ -100,9 +107,7 @@ class MathGrader:
                 if line is None:
                     self._replace(worker)
                     if worker.job is None:
-                        raise RuntimeError(
-                            "grading worker ended before its self-test passed: is math-verify installed?"
-                        )
+                        raise UserError("grader: its self-test failed; reinstall math-verify and its dependencies")
                     # it died by itself (a C extension aborting, the kernel's out-of-memory killer)
                     grades[worker.job.index] = Grade(0.0, "error", time.monotonic() - worker.job.started)
                     remaining -= 1
@@ -130,7 +135,7 @@ class MathGrader:
         for worker in list(self.workers):
             now = time.monotonic()
             if not worker.ready and now - worker.started > START_SECONDS:
-                raise RuntimeError(f"grading worker did not start within {START_SECONDS:.0f} s")
+                raise UserError(f"grader: no answer from its self-test within {START_SECONDS:.0f} s")
             if worker.job is not None and now - worker.job.started > self.answer_seconds:
                 self._replace(worker)
                 grades[worker.job.index] = Grade(0.0, "timeout", time.monotonic() - worker.job.started)
@@ -160,6 +165,8 @@ def _without_worker(gold: str, answer: str | None) -> tuple[float, str] | None:
     left, right = normalise(gold), normalise(answer)
     if left == right:
         return 1.0, "ok"
+    if is_text(left) or has_digit_gap(left) or has_digit_gap(right):
+        return float(left.casefold() == right.casefold()), "ok"
     if _is_integer(left) and _is_integer(right):
         return float(int(left) == int(right)), "ok"
     return None

@@ -16,7 +16,7 @@ def verify_answer(gold: str, answer: str) -> dict[str, object]:
 
     configs = [LatexExtractionConfig(), ExprExtractionConfig()]
     parsed_gold = parse(f"${gold}$", configs, parsing_timeout=None)
-    if not parsed_gold:
+    if all(isinstance(part, str) for part in parsed_gold):  # nothing but text: no mathematics was found in the gold
         return {"reward": 0.0, "status": "error"}
     parsed = parse(f"${answer}$", configs, parsing_timeout=None)
     right = bool(parsed) and verify(parsed_gold, parsed, timeout_seconds=None)

@@ -28,7 +28,7 @@ from eepo_kernels import reference
 from eepo_kernels.reference import LossFn, TokenStats
 
 BACKENDS = ("auto", "torch", "reference")
-LIVE_BUFFERS = 2  # [n, V] buffers alive at once: shifted logits and their exponentials
+LIVE_BUFFERS = 3  # [n, V] buffers alive at once: shifted logits, their exponentials, the packed rows of the gradient
 MASKED = -1e30  # stands for a logit of -inf after the shift: exp gives 0, and 0 * MASKED is 0 where 0 * inf is NaN
 
 

@@ -1,4 +1,4 @@
-"""Every op of this package in plain PyTorch, in any dtype up to float64: the truth that tests compare with.
+"""The head's ops and the rounding of `forget` in plain PyTorch, up to float64: the truth that tests compare with.
 
 Nothing here is chunked or fused, and gradients come from autograd.
 

@@ -88,7 +88,10 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
 
 def sync(dst: Sequence[Tensor], master: Sequence[Tensor]) -> None:
-    """dst ← nearest(master), in place, for every pair of tensors."""
+    """dst ← nearest(master), in place, for every pair of tensors of one shape."""
+    for d, m in zip(dst, master, strict=True):
+        if d.shape != m.shape:
+            raise ValueError(f"expected pairs of one shape, found {tuple(d.shape)} and {tuple(m.shape)}")
     with torch.no_grad():
         torch._foreach_copy_(list(dst), list(master))
 

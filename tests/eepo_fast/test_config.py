@@ -49,9 +49,14 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
         ("train.iterations=abc", "expected a valid integer, found 'abc'"),
         ("train.iterations=2.5", "expected a valid integer, found 2.5"),
         ("train.prompts_per_update=3", "expected a divisor"),
-        ("run.name=../x", "plain folder name"),
+        ("run.name=../x", "expected a folder name"),
         ("eepo.learning_rate=.nan", "finite"),
         ("nonsense", "expected key.sub=value"),
+        ("data.columns={questoin: x}", "data.columns.questoin: unknown"),
+        ("run.name=2024-13-45", "not valid YAML"),
+        ("data.max_number=1000000", "less than or equal to 100"),
+        ("rollout.group_size=1e30", "less than or equal to 4096"),
+        (f"run.seed={'9' * 5000}", "not valid YAML"),
     ],
 )
 def test_mistakes_are_named(override, words):
@@ -87,7 +92,8 @@ def test_every_key_is_read_somewhere():
     text = "\n".join([*sources, own])
     for section, field in Config.model_fields.items():
         for key in field.annotation.model_fields:
-            assert re.search(rf"\.{key}\b", text), f"{section}.{key} is read nowhere"
+            reader = rf"\b(?:{section}|config|settings|self)\.{key}\b"
+            assert re.search(reader, text), f"{section}.{key} is read nowhere"
 
 
 def test_config_stays_small():

@@ -39,6 +39,14 @@ def test_the_last_answer_is_found(completion, answer):
     assert extract_answer(completion) == answer
 
 
+def test_looking_for_a_box_takes_one_pass():
+    """A quadratic search would take minutes here, outside of any worker's clock."""
+    start = time.monotonic()
+    assert extract_answer("\\boxed{" * 200_000) is None
+    assert extract_answer("{" * 200_000 + "\\boxed{7}" + "}" * 10) == "7"
+    assert time.monotonic() - start < 20
+
+
 @pytest.mark.parametrize(
     "gold, answer, reward",
     [
@@ -55,6 +63,13 @@ def test_the_last_answer_is_found(completion, answer):
         ("\\sqrt{8}", "2\\sqrt{2}", 1),
         ("\\text{Tuesday}", "Tuesday", 1),
         ("-5", "5", 0),
+        ("12", "1 2", 0),
+        ("11/2", "1 1/2", 0),
+        ("3/2", "1 1/2", 1),
+        ("42", "**42**", 1),
+        ("5", "\\[ 5 \\]", 1),
+        ("(2,100)", "2100", 0),
+        ("\\text{Tuesday}", "Monday", 0),
     ],
 )
 def test_answers_are_compared(grader, gold, answer, reward):
@@ -63,11 +78,11 @@ def test_answers_are_compared(grader, gold, answer, reward):
 
 
 def test_statuses(grader):
-    golds = ["1", "1", "1", "", "\\frac{1}{2}"]
-    answers = [None, "  ", "9" * 5000, "1", ENDLESS]
+    golds = ["1", "1", "1", "", "\\frac{", "\\frac{1}{2}"]
+    answers = [None, "  ", "9" * 5000, "1", "3", ENDLESS]
     start = time.monotonic()
     grades = grader.grade_answers(golds, answers)
-    assert [g.status for g in grades] == ["no_answer", "no_answer", "too_large", "error", "timeout"]
+    assert [g.status for g in grades] == ["no_answer", "no_answer", "too_large", "error", "error", "timeout"]
     assert all(g.reward == 0 for g in grades)
     assert grades[-1].seconds < 5 and time.monotonic() - start < 60
     assert grader.grade_answers(["\\frac{1}{2}"], ["0.5"])[0].reward == 1  # and the worker's place is taken
@@ -110,14 +125,16 @@ def test_grade_command(tmp_path, capsys):
         {"id": "c", "gold": "7"},
         {"id": 4, "gold": 7, "answer": 7},
         {"id": "e", "gold": "", "answer": "1"},
+        {"id": "f", "gold": None, "answer": "None"},
+        {"id": "\ud800", "gold": [1], "answer": [1]},
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join([*map(json.dumps, rows), "broken {"]))
     assert main(["grade", "--in", str(source), "--out", str(target)]) == 0
     out = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [r["id"] for r in out] == ["a", "b", "c", 4, "e", 6]
-    assert [r["reward"] for r in out] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-    assert [r["status"] for r in out] == ["ok", "ok", "error", "ok", "error", "error"]
+    assert [r["id"] for r in out] == ["a", "b", "c", 4, "e", "f", "\ud800", "line 8"]
+    assert [r["reward"] for r in out] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [r["status"] for r in out] == ["ok", "ok", "error", "ok", *["error"] * 4]
     assert all(set(r) == {"id", "reward", "status", "seconds"} for r in out)
     assert "ok 3" in capsys.readouterr().out
 

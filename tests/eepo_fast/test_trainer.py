@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from eepo_fast.checkpoint import load_checkpoint, newest_valid, save_checkpoint, verify
+from eepo_fast.checkpoint import changed_keys, load_checkpoint, newest_valid, remove_newer, save_checkpoint, verify
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, UserError
@@ -167,8 +167,11 @@ def test_old_logprobs_come_from_the_unlearning_pass(make_trainer, monkeypatch):
 
 
 def test_a_closed_gate_leaves_stage_two_on_policy(make_trainer):
-    trainer = make_trainer(eepo={"alpha": 1e-9})
+    """And the engine, after a whole iteration, bitwise at the policy (which a learning rate of 0 keeps at θ)."""
+    trainer = make_trainer(eepo={"alpha": 1e-9}, optimizer={"learning_rate": 0.0})
     batch, row = trainer.iteration()
+    for name, weight in trainer.policy.named_weights().items():
+        assert torch.equal(trainer.engine.weights[name], weight)
     assert row["unlearn/skipped"] == 1 and not any(r.weights_version.forgotten for r in batch.rollouts)
     assert math.isnan(row["unlearn/retention"])
 
@@ -241,7 +244,7 @@ def test_training_goes_on_bitwise_from_a_checkpoint(make_trainer, tiny_model, to
     resumed = make_trainer(config=config)
     folder, complaints = newest_valid(tmp_path)
     resumed.state = load_checkpoint(folder, resumed.policy)
-    assert not complaints and resumed.state.step == 1 and resumed.state.entropy_window
+    assert not complaints and folder.name == "step_000001" and resumed.state.step == 1 and resumed.state.entropy_window
     again = [resumed.iteration()[1] for _ in range(2)]
     same = [k for k in rows[0] if not k.startswith(("time/", "tokens/per_second"))]
     for a, b in zip(rows, again, strict=True):
@@ -279,9 +282,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, 
     path.write_bytes(content)
     found, complaints = newest_valid(tmp_path)
     assert found == folders[1] and "model.safetensors" in complaints[0] and str(folders[2]) in complaints[0]
+    remove_newer(tmp_path, 2)
+    assert folders[1].exists() and not folders[2].exists()
     (folders[1] / "optimizer.safetensors").unlink()
     assert "optimizer.safetensors" in verify(folders[1])
-    assert newest_valid(tmp_path)[0] is None
+    with pytest.raises(UserError, match=r"optimizer\.safetensors.*no older one is whole"):
+        newest_valid(tmp_path)
+
+
+def test_going_on_before_a_damaged_checkpoint_keeps_the_new_one(make_trainer, tokenizer, tmp_path, test_config):
+    """keep: 1, and a damaged step 4 left by a crash: saving step 3 must not be what is dropped."""
+    trainer, config = make_trainer(), test_config(checkpoint={"keep": 1})
+    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    trainer.state.step = 2
+    remove_newer(tmp_path, 2)
+    trainer.iteration()
+    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config)
+    assert newest_valid(tmp_path)[0] == folder
+
+
+def test_what_may_change_when_a_run_is_resumed(test_config):
+    saved = test_config().model_dump()
+    assert changed_keys(saved, test_config(train={"iterations": 9, "micro_batch_tokens": 7})) == []
+    other = test_config(eepo={"alpha": 0.7}, optimizer={"learning_rate": 9.0})
+    assert changed_keys(saved, other) == ["eepo.alpha", "optimizer.learning_rate"]
 
 
 def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, tokenizer, tmp_path, test_config):
@@ -295,3 +319,40 @@ def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, tokeni
     weights = trainer.policy.named_weights()
     assert set(saved) == set(weights) and all(torch.equal(saved[k], w) for k, w in weights.items())
     assert json.loads((folder / "state.json").read_text())["step"] == 1
+
+
+def test_policy_loss_and_gradient_against_a_plain_mini_batch(make_trainer, monkeypatch):
+    """One mini-batch with stage 1, stage 2, a missing reward, KL to a reference that is not the policy, and entropy:
+    loss, KL and gradient norm by a plain float64 forward, one sequence at a time."""
+    grpo = {"kl_coef": 0.3, "entropy_coef": 0.1}
+    trainer = make_trainer(
+        eepo=OPEN, grpo=grpo, reference=True, grader=CoinGrader(missing=(1, 6)), train={"prompts_per_update": 4}
+    )
+    with torch.no_grad():
+        for p in trainer.reference.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    model, reference = (copy.deepcopy(p.model).double() for p in (trainer.policy, trainer.reference))
+    batch, row = trainer.iteration()
+
+    kept = [r for r in batch.rollouts if r.reward is not None]
+    count = sum(r.num_tokens for r in kept)
+    assert len(kept) == 14 and {r.stage for r in kept} == {1, 2}
+    loss, kl_sum = torch.zeros((), dtype=torch.float64), 0.0
+    for r in kept:
+        ids, start = torch.tensor([r.prompt.token_ids + r.token_ids]), len(r.prompt.token_ids) - 1
+        rows = torch.log_softmax(model(ids).logits[0, start:-1], -1)
+        now = rows[range(r.num_tokens), r.token_ids]
+        with torch.no_grad():
+            ref = torch.log_softmax(reference(ids).logits[0, start:-1], -1)[range(r.num_tokens), r.token_ids]
+        old = torch.tensor(r.rollout_logprobs).double() if r.weights_version.forgotten else now.detach()
+        ratio = (now - old).exp()
+        objective = torch.minimum(ratio * r.advantage, ratio.clamp(0.8, 1.2) * r.advantage)
+        kl = (ref - now).exp() - (ref - now) - 1
+        entropy = -(rows.exp() * rows).sum(-1)
+        loss = loss + (-objective + 0.3 * kl - 0.1 * entropy).sum() / count
+        kl_sum += kl.sum().item()
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+    assert row["policy/loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert row["policy/kl"] == pytest.approx(kl_sum / count, rel=1e-4) and row["policy/kl"] > 1e-3
