@@ -210,7 +210,8 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 — a subclass of SafeLoader
+        loader = _Loader(text)
+        return loader.get_single_data()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:

@@ -14,6 +14,40 @@ from eepo_fast.warmup import make_tokenizer
 
 torch.set_num_threads(2)
 
+# The contract: what every row of metrics.jsonl has.
+METRIC_KEYS = [
+    "step",
+    "policy_version",
+    "reward/mean",
+    "reward/stage1",
+    "reward/stage2",
+    "entropy/policy",
+    "entropy/stage1",
+    "entropy/stage2",
+    "length/mean",
+    "length/truncated_fraction",
+    "group/unique_fraction",
+    "group/all_equal_fraction",
+    "unlearn/active_fraction",
+    "unlearn/loss",
+    "unlearn/grad_norm",
+    "unlearn/strength",
+    "unlearn/kl",
+    "unlearn/retention",
+    "unlearn/noise_ratio",
+    "unlearn/skipped",
+    "policy/loss",
+    "policy/grad_norm",
+    "policy/kl",
+    "policy/clip_fraction_stage1",
+    "policy/clip_fraction_stage2",
+    "policy/ratio_mean_stage1",
+    "policy/ratio_mean_stage2",
+    "rollout/logprob_gap",
+    "time/iteration_s",
+    "tokens/generated",
+]
+
 
 def pytest_sessionfinish(session, exitstatus):
     """EEPO_FORBID_SKIPS=1: a skipped test fails the session, so that CI cannot pass by lacking a tool."""
@@ -113,3 +147,8 @@ def make_rollouts(prompts):
         return rollouts
 
     return make
+
+
+@pytest.fixture(scope="session")
+def metric_keys():
+    return set(METRIC_KEYS)

@@ -11,38 +11,6 @@ import yaml
 from eepo_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
-WANTED_KEYS = [
-    "step",
-    "policy_version",
-    "reward/mean",
-    "reward/stage1",
-    "reward/stage2",
-    "entropy/policy",
-    "entropy/stage1",
-    "entropy/stage2",
-    "length/mean",
-    "length/truncated_fraction",
-    "group/unique_fraction",
-    "group/all_equal_fraction",
-    "unlearn/active_fraction",
-    "unlearn/loss",
-    "unlearn/grad_norm",
-    "unlearn/strength",
-    "unlearn/kl",
-    "unlearn/retention",
-    "unlearn/noise_ratio",
-    "unlearn/skipped",
-    "policy/loss",
-    "policy/grad_norm",
-    "policy/kl",
-    "policy/clip_fraction_stage1",
-    "policy/clip_fraction_stage2",
-    "policy/ratio_mean_stage1",
-    "policy/ratio_mean_stage2",
-    "rollout/logprob_gap",
-    "time/iteration_s",
-    "tokens/generated",
-]
 
 
 def run(*args, cwd=None):
@@ -76,14 +44,14 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_its_folder_and_its_resumption(base, tmp_path):
+def test_a_run_its_folder_and_its_resumption(base, tmp_path, metric_keys):
     done = run(*arguments(base, tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "r"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["eepo"]["alpha"] == 3.0 and config["eepo"]["prob_floor"] == 1e-4, "resolved, with defaults"
     rows = read(folder / "metrics.jsonl")
-    assert [r["step"] for r in rows] == [1, 2, 3, 4] and set(WANTED_KEYS) <= set(rows[0])
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and metric_keys <= set(rows[0])
     assert rows[0]["unlearn/retention"] == pytest.approx(1, abs=1e-3)
     assert sorted(p.name for p in (folder / "rollouts").iterdir()) == [f"step_{i:06d}.jsonl" for i in (1, 2, 3, 4)]
     lines = read(folder / "rollouts" / "step_000002.jsonl")
@@ -101,6 +69,9 @@ def test_a_run_its_folder_and_its_resumption(base, tmp_path):
     assert again.returncode == 2 and "is not empty; add --resume" in again.stderr and again.stderr.count("\n") == 1
     finished = run(*arguments(base, tmp_path, "--resume"))
     assert finished.returncode == 0 and "is finished" in finished.stdout
+
+    other = run(*arguments(base, tmp_path, "--resume", "eepo.alpha=0.1", "run.seed=9"))
+    assert other.returncode == 2 and "differs from the run's own in run.seed, eepo.alpha" in other.stderr
 
     # lose the last checkpoint, as a crash would: the resumed run repeats iterations 3 and 4 exactly
     for path in sorted((folder / "checkpoints" / "step_000004").rglob("*"), reverse=True):
