@@ -50,7 +50,7 @@ def draw(results: dict[str, dict[str, float]], curves: dict[str, list[dict]], al
         final.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
     final.set(title="Held-out problems", ylabel="percent solved", ylim=(0, 108))
     final.set_xticks(range(len(keys)), keys)
-    final.legend(frameon=False, fontsize=8, loc="lower right")
+    final.legend(frameon=False, fontsize=8, loc="upper left")
     for axis in (entropy, reward, final):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
