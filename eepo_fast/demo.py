@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eepo_fast import checkpoint
@@ -115,7 +114,7 @@ def late_mean(curve: list[dict[str, float | None]], key: str) -> float | None:
 def make_table(results: dict[str, dict[str, float]], curves: dict[str, list]) -> Table:
     title = f"{HELD_OUT} held-out problems, {NUM_SAMPLES} samples each, percent"
     caption = "stage 1, stage 2: entropy of what they sampled, in nats, over the last fifth of training"
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=caption, box=None, pad_edge=False, padding=(0, 1))
     for name in ("", "greedy", *(f"pass@{k}" for k in KS), "unique", "stage 1", "stage 2"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for method, row in results.items():

@@ -30,7 +30,7 @@ def test_demo(small, capsys):
     assert main(["demo", "--root", str(root), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert sorted(p.name for p in root.iterdir()) == ["demo-eepo", "demo-grpo"]
-    for word in ("base", "GRPO", "EEPO", "greedy", "pass@16", "stage 2"):
+    for word in ("base", "GRPO", "EEPO", "greedy", "pass@16", "unique", "stage 2"):
         assert word in out
     assert (root / "demo-eepo/report/demo.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((root / "demo-eepo/report/demo.json").read_text())
