@@ -205,6 +205,11 @@ def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) ->
             raise UserError(f"data.train: problem {problem.id} gives an empty prompt with template {config.template}")
         if len(token_ids) <= config.max_prompt_tokens:
             prompts.append(Prompt(problem, text, token_ids))
+    if not prompts:
+        raise UserError(
+            f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {config.max_prompt_tokens} tokens; "
+            "raise it"
+        )
     return prompts, len(problems) - len(prompts)
 
 

@@ -118,6 +118,8 @@ def test_long_prompts_are_left_out_and_counted(test_config, tokenizer):
     problems = [Problem("a", "1,1=2:", "1+1"), Problem("b", "1,1,1,1=4:", "1+1+1+1")]
     prompts, left_out = make_prompts(problems, test_config(data={"max_prompt_tokens": 6}).data, tokenizer)
     assert [p.id for p in prompts] == ["a"] and left_out == 1
+    with pytest.raises(UserError, match="all 2 prompts are longer than 3 tokens"):
+        make_prompts(problems, test_config(data={"max_prompt_tokens": 3}).data, tokenizer)
 
 
 def test_a_template_that_the_tokenizer_lacks_is_named(test_config, tokenizer):
