@@ -44,7 +44,7 @@ def checkpoint_root(run_dir: Path) -> Path:
 
 
 def save_checkpoint(
-    run_dir: Path, policy: TorchPolicy, tokenizer, state: TrainerState, config: Config, total: int | None = None
+    run_dir: Path, policy: TorchPolicy, tokenizer, state: TrainerState, config: Config, total: int
 ) -> Path:
     """Write the checkpoint of `state.step`, drop all but the newest `checkpoint.keep`. `total`: iterations planned."""
     root = checkpoint_root(run_dir)
@@ -125,8 +125,7 @@ def changed_keys(saved: dict, config: Config) -> list[str]:
         f"{section}.{key}"
         for section, values in now.items()
         for key, value in values.items()
-        if value != saved.get(section, {}).get(key) and section not in SAFE_TO_CHANGE
-        if f"{section}.{key}" not in SAFE_TO_CHANGE
+        if value != saved.get(section, {}).get(key) and not {section, f"{section}.{key}"} & SAFE_TO_CHANGE
     ]
 
 

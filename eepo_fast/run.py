@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from eepo_fast.display import Display
 from eepo_fast.models import load_model
 from eepo_fast.plan import num_iterations
 from eepo_fast.policy import TorchPolicy
-from eepo_fast.rewards import make_grader
+from eepo_fast.rewards import Grader, make_grader
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.trainer import Trainer, TrainerState
 from eepo_fast.types import Prompt, UserError
@@ -95,14 +96,21 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
         display.say(f"run {run_dir} is finished")
         return run_dir
 
-    grader = make_grader(config.data.train)
-    grader.start()
+    with closing(make_grader(config.data.train)) as grader:  # its worker processes must not outlive a refused command
+        grader.start()
+        _run(config, grader, folder, resume, display)
+    return run_dir
+
+
+def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display) -> None:
+    """Load everything, then write the run's folder, then train, from checkpoint `folder` where there is one."""
+    run_dir = config.run_dir
     parts = load_parts(config, display)
     total = num_iterations(config, len(parts.prompts))
     state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
     if state.step >= total:
         display.say(f"run {run_dir} is finished")
-        return run_dir
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -130,12 +138,8 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
         stop_token_ids=parts.stop_token_ids,
         state=state,
     )
-    try:
+    with closing(engine):
         _loop(trainer, config, run_dir, total, display)
-    finally:
-        grader.close()
-        engine.close()
-    return run_dir
 
 
 def _loop(trainer: Trainer, config: Config, run_dir: Path, total: int, display: Display) -> None:
@@ -170,4 +174,4 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
 def _is_finished(state: dict, config: Config) -> bool:
     """Did the run reach its planned end, and is the plan the same? Answered without loading the model."""
     same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
-    return same_plan and state["total"] is not None and state["step"] >= state["total"]
+    return same_plan and state["step"] >= state["total"]

@@ -132,6 +132,21 @@ def test_a_mistake_is_one_line_and_leaves_no_run(base, tmp_path, monkeypatch, ca
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_refused_run_leaves_no_grading_process(tmp_path, monkeypatch):
+    """The grader proves itself before the model is loaded, and is gone when the model then cannot be."""
+    from eepo_fast.rewards import MathGrader
+
+    started = []
+    original = MathGrader.start
+    monkeypatch.setattr(MathGrader, "start", lambda self: (original(self), started.extend(self.workers)))
+    (tmp_path / "d.jsonl").write_text(GOOD)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text("{}")
+    overrides = [f"data.train={tmp_path / 'd.jsonl'}", f"run.root={tmp_path / 'runs'}"]
+    assert main([str(a) for a in arguments(tmp_path / "m", tmp_path / "runs", *overrides)]) == 2
+    assert started and all(worker.process.poll() is not None for worker in started)
+
+
 def test_a_tokenizer_that_does_not_fit_leaves_no_run(base, tmp_path):
     import shutil
 

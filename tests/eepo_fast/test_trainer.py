@@ -45,7 +45,7 @@ class CoinGrader(ArithmeticGrader):
     """Rewards that differ inside a group: by the parity of the completion's length, missing where told."""
 
     def __init__(self, missing=()):
-        self.missing, self.count = missing, 0
+        self.missing = missing
 
     def grade(self, problems, completions):
         grades = [Grade(float(len(c) % 2), "ok", 0.0) for c in completions]
@@ -202,7 +202,7 @@ def test_training_goes_on_bitwise_from_a_checkpoint(make_trainer, tiny_model, to
     start = copy.deepcopy(tiny_model.state_dict())
     trainer = make_trainer(config=config)
     trainer.iteration()
-    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config)
+    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config, 9)
     rows = [trainer.iteration()[1] for _ in range(2)]
     final = weights_of(trainer)
 
@@ -224,7 +224,7 @@ def test_without_the_optimizer_the_end_differs(make_trainer, tiny_model, tokeniz
     start = copy.deepcopy(tiny_model.state_dict())
     trainer = make_trainer(config=config)
     trainer.iteration()
-    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config)
+    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config, 9)
     trainer.iteration()
     final = weights_of(trainer)
     tiny_model.load_state_dict(start)
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, 
     folders = []
     for _ in range(3):
         trainer.iteration()
-        folders.append(save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config()))
+        folders.append(save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config(), 9))
     assert not folders[0].exists(), "keep: 2"
     path = folders[2] / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -263,7 +263,7 @@ def test_going_on_before_a_damaged_checkpoint_keeps_the_new_one(make_trainer, to
     trainer.state.step = 2
     remove_newer(tmp_path, 2)
     trainer.iteration()
-    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config)
+    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config, 9)
     assert newest_valid(tmp_path)[0] == folder
 
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, tokeni
     trainer = make_trainer(eepo=OPEN)
     trainer.iteration()
     assert trainer.engine.weights_version.forgotten
-    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config())
+    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config(), 9)
     saved = load_file(folder / "model" / "model.safetensors")
     weights = trainer.policy.named_weights()
     assert set(saved) == set(weights) and all(torch.equal(saved[k], w) for k, w in weights.items())

@@ -107,9 +107,8 @@ def test_gradients_of_the_stable_form(name):
     d = leads - log_total
     p, q = torch.sigmoid(d), torch.sigmoid(-d)
     rest = torch.softmax(torch.tensor([0.0, -0.5], dtype=torch.float64), 0)
-    log_p, log_q = torch.log(p), torch.nn.functional.logsigmoid(-d)
-    entropy = -p * torch.nn.functional.logsigmoid(d) - q * log_q - q * (rest * rest.log()).sum()
-    log_p = torch.nn.functional.logsigmoid(d)
+    log_p, log_q = torch.nn.functional.logsigmoid(d), torch.nn.functional.logsigmoid(-d)
+    entropy = -p * log_p - q * log_q - q * (rest * rest.log()).sum()
     if name == "logprobs":
         target, others = q, -q[:, None] * rest
     elif name == "log1mp":
