@@ -136,25 +136,30 @@ class TorchPolicy:
         """Every weight once (a tied one under its first name), fp32."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
-    def _hidden_and_weight(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _autocast(self):
         low = self.compute_dtype != torch.float32
-        with torch.autocast(self.device.type, self.compute_dtype) if low else nullcontext():
-            hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch.positions].to(self.compute_dtype)
-        return hidden, self.head.weight.to(self.compute_dtype), self.head.bias
+        return torch.autocast(self.device.type, self.compute_dtype) if low else nullcontext()
+
+    def _head_inputs(self, batch: MicroBatch) -> dict:
+        """The fused head's arguments. Its weight stays fp32: autocast rounds it for the products, and its gradient,
+        summed in fp32, reaches the master without another rounding."""
+        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)[batch.positions]
+        tensors = {"hidden": hidden, "weight": self.head.weight, "targets": batch.targets, "bias": self.head.bias}
+        return tensors | {"temperature": self.temperature}
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         """Sum of `loss_fn` over the micro-batch's tokens, with its graph, and the detached statistics [N]."""
-        hidden, weight, bias = self._hidden_and_weight(batch)
-        return fused_linear_loss(hidden, weight, batch.targets, loss_fn, bias=bias, temperature=self.temperature)
+        with self._autocast():
+            return fused_linear_loss(**self._head_inputs(batch), loss_fn=loss_fn)
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
         """(log-probs, entropy) of every completion's tokens at the sampling temperature, by id() of the rollout."""
         logprobs, entropy = {id(r): [] for r in rollouts}, {id(r): [] for r in rollouts}
         for batch in self.micro_batches(rollouts):
-            hidden, weight, bias = self._hidden_and_weight(batch)
-            stats = linear_logprobs(hidden, weight, batch.targets, bias=bias, temperature=self.temperature)
+            with self._autocast():
+                stats = linear_logprobs(**self._head_inputs(batch))
             columns = (batch.split(stats.logprobs), batch.split(stats.entropy))
             for rollout, *values in zip(batch.rollouts, *columns, strict=True):
                 logprobs[id(rollout)], entropy[id(rollout)] = values

@@ -1,52 +1,83 @@
 """hidden · Wᵀ -> per-token statistics -> any per-token loss -> gradients, without ever holding the logits [N, V].
 
-The logits exist one chunk of rows at a time. `fused_linear_loss` makes the gradients while a chunk's logits are at
-hand, so that a loss whose coefficients are non-zero on a share f of the rows costs 1 + 2f matrix products.
+The logits exist one chunk of rows at a time, in fp32. `fused_linear_loss` makes the gradients while a chunk's logits
+are at hand: rows with a non-zero coefficient are packed, across chunks, into a buffer of their own, which goes through
+the two gradient GEMMs whenever it is full. A loss whose coefficients are non-zero on a share f of the rows costs
+1 + 2f matrix products. How many rows are packed has to be known on the host; on a GPU it is read one chunk late, while
+the next chunk's GEMM runs.
 
-Statistics in their stable form, with z the logits over the temperature, k the target, M₂ = max_{j≠k} z_j,
-e_j = exp(z_j - M₂), s = Σ_{j≠k} e_j and d = z_k - M₂ - log s:
+Buffers and products are in `linear_chunks.py`, the mathematics of a row in `row_stats_torch.py`, and its Triton kernels
+in `row_stats.py`.
 
-    log p     = -softplus(-d)
-    log(1-p)  = -softplus(d)
-    H         = -p log p - (1-p) log(1-p) + (1-p) (log s - Σ e_j (z_j - M₂) / s)
-
-Every term of H is ≥ 0, so nothing cancels. Gradients, for upstream a (log p), b (H) and c (log(1-p)):
-
-    dz_k      =  a (1-p) - b p (log p + H) - c p
-    dz_j      = (e_j / s) [-a (1-p) - b (1-p) (log p_j + H) + c p],   log p_j = log(1-p) + z_j - M₂ - log s
-
-Shapes: N tokens, n rows of a chunk, D hidden size, V vocabulary.
+Shapes: N tokens, n rows of a chunk, m rows of the gradient buffer, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import os
+
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from eepo_kernels import reference
+from eepo_kernels.linear_chunks import GradientPack, Head, HostRead, Options, Pending, default_chunk_bytes
 from eepo_kernels.reference import LossFn, TokenStats
 
-BACKENDS = ("auto", "torch", "reference")
-LIVE_BUFFERS = 3  # [n, V] buffers alive at once: shifted logits, their exponentials, the packed rows of the gradient
-MASKED = -1e30  # stands for a logit of -inf after the shift: exp gives 0, and 0 * MASKED is 0 where 0 * inf is NaN
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-def default_chunk_bytes(device: torch.device) -> int:
-    return 3 << 30 if device.type == "cuda" else 128 << 20
+@functools.cache
+def _auto_backend(device_type: str, device_index: int | None) -> str:
+    """The backend for `auto`, said in the log once a device."""
+    if device_type != "cuda":
+        backend, why = "torch", f"{device_type} tensors"
+    elif importlib.util.find_spec("triton") is None:
+        backend, why = "torch", "triton is not installed; install it for the fused row kernels"
+    elif torch.cuda.get_device_capability(device_index) < (8, 0):
+        backend, why = "torch", "the Triton kernels need compute capability 8.0"
+    else:
+        backend, why = "triton", "CUDA tensors"
+    log.log(logging.WARNING if device_type == "cuda" and backend == "torch" else logging.INFO,
+            "fused head: backend %s (%s)", backend, why)  # fmt: skip
+    return backend
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, backend: str):
+def _resolve_backend(backend: str, hidden: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+    if backend == "auto":
+        half_or_single = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return _auto_backend(hidden.device.type, hidden.device.index) if half_or_single else "torch"
+    if backend == "triton":
+        if hidden.dtype == torch.float64:
+            raise ValueError("backend: triton takes fp32, bf16 and fp16, found float64; use torch")
+        if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend: triton needs CUDA tensors, found {hidden.device}; use torch, or set TRITON_INTERPRET=1 "
+                "before the first import to run its kernels in the interpreter"
+            )
+    return backend
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float) -> torch.dtype:
+    """The dtype of the GEMMs. Under autocast it is autocast's, as for `torch.nn.functional.linear`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    if not (hidden.is_floating_point() and weight.is_floating_point()) or (
+        hidden.dtype != weight.dtype and not autocast
+    ):
         raise ValueError(
-            f"expected hidden and weight of one floating dtype, found {hidden.dtype} and {weight.dtype}; under "
-            "autocast, cast both first"
+            f"expected hidden and weight of one floating dtype, found {hidden.dtype} and {weight.dtype}; cast one of "
+            "them, or call under torch.autocast"
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
@@ -54,182 +85,189 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{weight.shape[0]}], found {tuple(bias.shape)}")
-    if len({t.device for t in (hidden, weight, targets)}) > 1:
-        raise ValueError(
-            f"expected one device, found hidden on {hidden.device}, weight on {weight.device}, targets on "
-            f"{targets.device}"
-        )
+    devices = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
+    if len({t.device for t in devices.values()}) > 1:
+        found = ", ".join(f"{name} on {t.device}" for name, t in devices.items())
+        raise ValueError(f"expected one device, found {found}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, found {temperature}")
-    # On a GPU the check would be a host synchronisation; there `gather` asserts on the device.
-    if not targets.is_cuda and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
-        raise ValueError(
-            f"targets: expected values in [0, {len(weight)}), found {int(targets.min())} to {int(targets.max())}"
-        )
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
-class _Chunk:
-    """The logits of n rows, reduced to statistics and kept as two [n, V] buffers until their gradient is made."""
-
-    def __init__(self, logits: Tensor, targets: Tensor):
-        """logits: [n, V] fp32 or float64, over the temperature; overwritten. targets: [n] int64."""
-        self.index = targets[:, None]
-        target_logits = logits.gather(1, self.index)
-        logits.scatter_(1, self.index, -torch.inf)
-        shift = logits.amax(1, keepdim=True)
-        # A row whose other logits are all -inf has no scale of its own; any finite shift leaves their exponentials 0.
-        shift = torch.where(shift == -torch.inf, target_logits.clamp_min(torch.finfo(logits.dtype).min), shift)
-        self.shifted = logits.sub_(shift).clamp_(min=MASKED)
-        self.exp = self.shifted.exp()
-        self.total = self.exp.sum(1, keepdim=True)
-        log_total = self.total.log()
-        weighted = torch.bmm(self.exp[:, None], self.shifted[:, :, None]).squeeze(2)
-        lead = target_logits - shift - log_total
-        self.logp, self.log1mp = -softplus(-lead), -softplus(lead)
-        self.p, self.q = self.logp.exp(), self.log1mp.exp()
-        rest = torch.where(self.total > 0, log_total - weighted / self.total, 0.0)
-        p_log_p = torch.where(self.p > 0, self.p * self.logp, torch.where(self.p == 0, 0.0, self.p))
-        q_log_q = torch.where(self.q > 0, self.q * self.log1mp, torch.where(self.q == 0, 0.0, self.q))
-        self.entropy = -p_log_p - q_log_q + self.q * rest
-        self.log_total = log_total
-
-    def stats(self) -> TokenStats:
-        return TokenStats(self.logp.squeeze(1), self.entropy.squeeze(1), self.log1mp.squeeze(1))
-
-    def grad_logits(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """dL/dz [n, V] for upstream gradients a, b, c [n] of (logprobs, entropy, log1mp). Consumes the buffers."""
-        a, b, c = a[:, None], b[:, None], c[:, None]
-        finite_log_total = torch.where(self.total > 0, self.log_total, 0.0)
-        finite_logp = self.logp.clamp_min(MASKED)
-        constant = c * self.p - a * self.q - b * self.q * (self.log1mp.clamp_min(MASKED) - finite_log_total)
-        constant = constant - b * self.q * self.entropy
-        inverse = torch.where(self.total > 0, 1 / self.total, 0.0)
-        grad = self.shifted.mul_(-b * self.q * inverse).add_(constant * inverse).mul_(self.exp)
-        target_grad = a * self.q - c * self.p - b * self.p * (finite_logp + self.entropy)
-        return grad.scatter_(1, self.index, target_grad)
+def _options(hidden, weight, targets, bias, temperature, chunk_bytes, backend) -> Options:
+    dtype = _check(hidden, weight, targets, bias, temperature)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(hidden.device)
+    elif chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a number of bytes above 0, found {chunk_bytes}")
+    return Options(float(temperature), chunk_bytes, _resolve_backend(backend, hidden), dtype)
 
 
-class _Head:
-    """The head's weight in the dtype the logits are computed in, and the products with it."""
+class _TargetCheck:
+    """Are all targets in [0, V)? Asked at the start, answered once the first GEMM is on its way."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float):
-        self.compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.fp32_out = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
-        # bf16 logits are too coarse for exp of a difference. A GPU's GEMM hands out fp32; a CPU's needs fp32 inputs.
-        self.weight = weight if self.fp32_out else weight.to(self.compute_dtype)
-        self.bias = None if bias is None else bias.to(self.compute_dtype)
-        self.temperature = temperature
+    def __init__(self, targets: Tensor, num_words: int):
+        self.num_words = num_words
+        self.range = HostRead(torch.stack(targets.aminmax())) if targets.numel() else None
 
-    def chunk(self, hidden: Tensor, targets: Tensor) -> _Chunk:
-        if self.fp32_out:
-            logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
-        else:
-            logits = torch.mm(hidden.to(self.compute_dtype), self.weight.T)
-        if self.bias is not None:
-            logits.add_(self.bias)
-        return _Chunk(logits.div_(self.temperature), targets)
-
-    def backward(self, chunk: _Chunk, hidden: Tensor, grads: list[Tensor], rows: slice, outputs: list[Tensor | None]):
-        """Add the gradients of one chunk to `outputs` = [dX [N, D], dW [V, D], db [V]], None where not wanted.
-        Rows whose three coefficients are all zero cost nothing here."""
-        active = torch.stack([g != 0 for g in grads]).any(0).nonzero().squeeze(1)
-        if active.numel() == 0:
-            return
-        grad_logits = chunk.grad_logits(*grads).div_(self.temperature)
-        if active.numel() < len(grad_logits):
-            grad_logits, hidden = grad_logits[active], hidden[active]
-        d_hidden, d_weight, d_bias = outputs
-        if self.fp32_out:
-            half = grad_logits.to(self.weight.dtype)
-            if d_hidden is not None:
-                d_hidden[rows][active] = torch.mm(half, self.weight, out_dtype=torch.float32).to(d_hidden.dtype)
-            if d_weight is not None:
-                torch.addmm(d_weight, half.T, hidden, out_dtype=torch.float32, out=d_weight)
-        else:
-            if d_hidden is not None:
-                d_hidden[rows][active] = torch.mm(grad_logits, self.weight).to(d_hidden.dtype)
-            if d_weight is not None:
-                d_weight.addmm_(grad_logits.T, hidden.to(self.compute_dtype))
-        if d_bias is not None:
-            d_bias.add_(grad_logits.sum(0))
-
-    def row_slices(self, num_rows: int, chunk_bytes: int) -> list[slice]:
-        row_bytes = LIVE_BUFFERS * len(self.weight) * self.compute_dtype.itemsize
-        step = max(1, chunk_bytes // row_bytes)
-        return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
-
-    def empty_grads(self, hidden: Tensor, needs: tuple[bool, bool, bool]) -> list[Tensor | None]:
-        """Gradients of the weight and bias are summed over chunks, so in fp32; those of hidden are written once."""
-        return [
-            torch.zeros_like(hidden) if needs[0] else None,
-            torch.zeros_like(self.weight, dtype=self.compute_dtype) if needs[1] else None,
-            torch.zeros_like(self.weight[:, 0], dtype=self.compute_dtype) if needs[2] else None,
-        ]
+    def raise_if_wrong(self) -> None:
+        lowest, highest = self.range.read() if self.range is not None else (0, 0)
+        if lowest < 0 or highest >= self.num_words:
+            raise ValueError(f"targets: expected values in [0, {self.num_words}), found {lowest} to {highest}")
 
 
 def _empty_stats(hidden: Tensor, dtype: torch.dtype) -> TokenStats:
     return TokenStats(*(torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3)))
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_bytes):
-        head = _Head(weight, bias, temperature)
-        out = _empty_stats(hidden, head.compute_dtype)
-        for rows in head.row_slices(len(targets), chunk_bytes):
-            for whole, part in zip(out[:3], head.chunk(hidden[rows], targets[rows]).stats()[:3], strict=True):
-                whole[rows] = part
-        ctx.save_for_backward(hidden, weight, targets, *(() if bias is None else (bias,)))
-        ctx.temperature, ctx.chunk_bytes = temperature, chunk_bytes
+def _fill(whole: TokenStats, part: TokenStats, rows: slice) -> None:
+    for target, values in zip(whole[:3], part[:3], strict=True):
+        target[rows] = values
+
+
+def _no_autocast(hidden: Tensor):
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def _packed(gradients: list[Tensor | None]) -> list[Tensor]:
+    """An operator's outputs cannot be None: a gradient that nobody asked for is empty."""
+    return [torch.empty(0) if g is None else g for g in gradients]
+
+
+@torch.library.custom_op("eepo_kernels::linear_logprobs", mutates_args=())
+def _linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_bytes: int,
+    backend: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _no_autocast(hidden):
+        check = _TargetCheck(targets, len(weight))
+        head = Head(hidden, weight, bias, Options(temperature, chunk_bytes, backend, dtype), with_grad=False)
+        out = _empty_stats(hidden, head.stats_dtype)
+        for turn, rows in enumerate(head.slices(len(targets))):
+            logits = head.logits(hidden[rows], turn)
+            if turn == 0:
+                check.raise_if_wrong()
+            _fill(out, head.rows(logits, targets[rows]).stats(), rows)
         return out[:3]
 
-    @staticmethod
-    def backward(ctx, *upstream):
-        hidden, weight, targets, *rest = ctx.saved_tensors
-        bias = rest[0] if rest else None
-        head = _Head(weight, bias, ctx.temperature)
-        outputs = head.empty_grads(hidden, ctx.needs_input_grad[:3])
-        for rows in head.row_slices(len(targets), ctx.chunk_bytes):
-            grads = [g[rows] for g in upstream]
-            if any(bool((g != 0).any()) for g in grads):
-                head.backward(head.chunk(hidden[rows], targets[rows]), hidden[rows], grads, rows, outputs)
+
+@_linear_logprobs.register_fake
+def _(hidden, weight, bias, targets, temperature, chunk_bytes, backend, dtype):
+    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=stats_dtype) for _ in range(3))
+
+
+@torch.library.custom_op("eepo_kernels::linear_logprobs_backward", mutates_args=())
+def _linear_logprobs_backward(
+    upstream: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_bytes: int,
+    backend: str,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Recomputes the logits of the rows that have an upstream gradient, and of no others."""
+    with _no_autocast(hidden):
+        tokens = torch.stack([g != 0 for g in upstream]).any(0).nonzero().squeeze(1)
+        options = Options(temperature, chunk_bytes, backend, dtype)
+        head = Head(hidden, weight, bias, options, with_grad=True)
+        pack = GradientPack(head, hidden, weight, bias, needs)
+        for turn, part in enumerate(head.slices(len(tokens))):
+            chosen = tokens[part]
+            rows = head.rows(head.logits(hidden[chosen], turn), targets[chosen])
+            everything = torch.arange(len(chosen), device=tokens.device)
+            pack.add(rows, everything, len(chosen), [g[chosen] for g in upstream], chosen)
         inputs = (hidden, weight, bias)
-        return (*(None if g is None else g.to(i.dtype) for g, i in zip(outputs, inputs, strict=True)), None, None, None)
+        return _packed([None if g is None else g.to(i.dtype) for g, i in zip(pack.outputs(), inputs, strict=True)])
+
+
+@_linear_logprobs_backward.register_fake
+def _(upstream, hidden, weight, bias, targets, temperature, chunk_bytes, backend, dtype, needs):
+    inputs = (hidden, weight, bias)
+    return _packed([torch.empty_like(i) if need else None for i, need in zip(inputs, needs, strict=True)])
+
+
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.temperature, ctx.chunk_bytes, ctx.backend, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, *upstream):
+    needs = list(ctx.needs_input_grad[:3])
+    settings = (ctx.temperature, ctx.chunk_bytes, ctx.backend, ctx.dtype)
+    grads = _linear_logprobs_backward(list(upstream), *ctx.saved_tensors, *settings, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
+
+
+_linear_logprobs.register_autograd(_backward, setup_context=_save_inputs)
 
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, loss_fn, temperature, chunk_bytes):
-        head = _Head(weight, bias, temperature)
-        out = _empty_stats(hidden, head.compute_dtype)
-        needs = ctx.needs_input_grad[:3]
-        outputs = head.empty_grads(hidden, needs)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows in head.row_slices(len(targets), chunk_bytes):
-            chunk = head.chunk(hidden[rows], targets[rows])
-            stats = chunk.stats()
-            for whole, part in zip(out[:3], stats[:3], strict=True):
-                whole[rows] = part
-            history = TokenStats(*(s[: rows.stop] for s in out[:3]))
-            indices = torch.arange(rows.start, rows.stop, device=targets.device)
-            part_loss, grads = _loss_and_coefficients(loss_fn, stats, history, indices)
-            loss += part_loss
-            if any(needs):
-                head.backward(chunk, hidden[rows], grads, rows, outputs)
-        ctx.save_for_backward(*(g for g in outputs if g is not None))
+    def forward(ctx, hidden, weight, bias, targets, loss_fn, options):
+        needs = list(ctx.needs_input_grad[:3])
+        with _no_autocast(hidden):
+            loss, stats, gradients = _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, needs)
+        ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.dtypes = [None if i is None else i.dtype for i in (hidden, weight, bias)]
-        result = (loss.to(head.compute_dtype), *out[:3])
-        ctx.mark_non_differentiable(*result[1:])
-        return result
+        ctx.mark_non_differentiable(*stats[:3])
+        return loss, *stats[:3]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
+        """Scales the gradients in place, so that they are not there twice; autograd refuses a second use of them."""
         saved = iter(ctx.saved_tensors)
-        grads = [
-            (next(saved) * upstream).to(dtype) if needed else None
-            for needed, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
-        ]
-        return *grads, None, None, None, None
+        grads = []
+        for needed, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True):
+            grad = next(saved) if needed else None
+            if needed:
+                out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+                grad = torch.mul(grad, upstream, out=out)
+            grads.append(grad)
+        return *grads, None, None, None
+
+
+def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, needs):
+    """(loss, statistics, [dX, dW, db] with None where not needed)."""
+    check = _TargetCheck(targets, len(weight))
+    head = Head(hidden, weight, bias, options, with_grad=any(needs))
+    pack = GradientPack(head, hidden, weight, bias, needs) if any(needs) else None
+    out = _empty_stats(hidden, head.stats_dtype)
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    waiting: Pending | None = None
+    for turn, rows in enumerate(head.slices(len(targets))):
+        logits = head.logits(hidden[rows], turn)
+        if turn == 0:
+            check.raise_if_wrong()
+        if waiting is not None:
+            waiting.add_to(pack)
+            waiting = None
+        chunk = head.rows(logits, targets[rows])
+        _fill(out, chunk.stats(), rows)
+        history = TokenStats(*(s[: rows.stop] for s in out[:3]))
+        tokens = torch.arange(rows.start, rows.stop, device=targets.device)
+        part_loss, coefficients = _loss_and_coefficients(loss_fn, chunk.stats(), history, tokens)
+        loss += part_loss
+        if pack is not None:
+            waiting = Pending(chunk, coefficients, tokens)
+            if head.num_slots == 1:
+                waiting.add_to(pack)
+                waiting = None
+        del chunk  # its buffers must be free before the next one's are made
+    if waiting is not None:
+        waiting.add_to(pack)
+    return loss.to(head.stats_dtype), out, [None] * 3 if pack is None else pack.outputs()
 
 
 def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenStats, rows: Tensor):
@@ -258,17 +296,20 @@ def linear_logprobs(
     """Log-prob, entropy and log(1 - p) of `targets` under softmax((hidden · weightᵀ + bias) / temperature).
 
     hidden [N, D] and weight [V, D] of one dtype, targets [N] int64, bias [V]. Statistics are fp32 (float64 for float64
-    inputs). Differentiable in hidden, weight and bias: the backward pass recomputes the logits chunk by chunk.
-    `chunk_bytes` bounds the memory held beside inputs and outputs. ValueError on shapes, dtypes, devices or targets
-    that do not fit.
+    inputs). Differentiable in hidden, weight and bias: the backward pass recomputes the logits, chunk by chunk, of the
+    rows that have an upstream gradient. One operator for torch.compile.
+
+    Under autocast the products are in autocast's dtype and each gradient in its own input's. `chunk_bytes` bounds the
+    memory held beside inputs and outputs (a CPU, which multiplies in fp32, also holds half-precision weights in fp32).
+    A NaN stays in its row. ValueError on shapes, dtypes, devices or targets that do not fit.
     """
-    _check(hidden, weight, targets, bias, temperature, backend)
-    if backend == "reference":
+    options = _options(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
+    if options.backend == "reference":
         return reference.linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
-    chunk_bytes = chunk_bytes or default_chunk_bytes(hidden.device)
-    return TokenStats(*_LinearLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_bytes))
+    return TokenStats(*_linear_logprobs(hidden, weight, bias, targets, *options))
 
 
+@torch.compiler.disable
 def fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -284,11 +325,13 @@ def fused_linear_loss(
 
     Shapes, dtypes, errors as `linear_logprobs`. `loss_fn(stats, rows)` gets a chunk's statistics (differentiated) and
     its token indices and returns weighted losses [n]; it must be pure and may look back through `stats.history`.
-    Gradients are made in this call, while a chunk's logits exist; the statistics returned are detached.
+    Gradients are made in this call, while a chunk's logits exist; the statistics returned are detached. A masked token
+    is one whose loss is a constant, as with torch.where(mask, loss, 0): it costs no backward. The backward pass can be
+    run once. torch.compile breaks its graph here, because `loss_fn` is any Python function: the model before it and
+    the code behind it are compiled, this call is not, and fullgraph=True is refused.
     """
-    _check(hidden, weight, targets, bias, temperature, backend)
-    if backend == "reference":
+    options = _options(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
+    if options.backend == "reference":
         return reference.fused_linear_loss(hidden, weight, targets, loss_fn, bias=bias, temperature=temperature)
-    chunk_bytes = chunk_bytes or default_chunk_bytes(hidden.device)
-    loss, *stats = _FusedLinearLoss.apply(hidden, weight, bias, targets, loss_fn, temperature, chunk_bytes)
+    loss, *stats = _FusedLinearLoss.apply(hidden, weight, bias, targets, loss_fn, options)
     return loss, TokenStats(*stats)

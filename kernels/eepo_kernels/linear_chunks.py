@@ -1,0 +1,172 @@
+"""The machinery under `linear_loss.py`: buffers in a byte budget, the three GEMMs, and rows packed for two of them.
+
+Shapes: N tokens, n rows of a chunk, m rows of the gradient buffer, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eepo_kernels.row_stats_torch import TorchRows
+
+CHUNK_BUFFERS = {"triton": 2, "torch": 3}
+"""fp32 [n, V] buffers alive at once. triton: the chunk and the next one. torch: shifted logits, their exponentials, and
+the rows among them that have a gradient."""
+PACK_RATIO = 8 / 3
+"""m / n. Wide gradient GEMMs matter more than wide forward ones: each reads and writes all of dW in fp32."""
+ROW_ALIGNMENT = 16
+"""Rows of the buffers start at multiples of so many elements, whatever V is: GEMMs and 16-byte loads ask for it."""
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    return 3 << 30 if device.type == "cuda" else 128 << 20
+
+
+class HostRead:
+    """A small device tensor on its way to the host. `read` waits for it alone, not for what was enqueued after it."""
+
+    def __init__(self, value: Tensor):
+        self.host, self.event = value, None
+        if value.is_cuda:
+            self.host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self.host.copy_(value, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> list[int]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+class Options(NamedTuple):
+    temperature: float
+    chunk_bytes: int
+    backend: str
+    dtype: torch.dtype
+    """Of the GEMMs' inputs."""
+
+
+class Head:
+    """The head's weight in the dtype the logits are computed in, the buffers, and the products with them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, with_grad: bool):
+        self.stats_dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
+        # bf16 logits are too coarse for exp of a difference. A GPU's GEMM hands out fp32; a CPU's needs fp32 inputs.
+        self.gemm_dtype = options.dtype if weight.is_cuda else self.stats_dtype
+        self.out_dtype = {} if self.gemm_dtype == self.stats_dtype else {"out_dtype": self.stats_dtype}
+        self.weight = weight.to(self.gemm_dtype)
+        self.bias = None if bias is None else bias.detach().to(self.stats_dtype).contiguous()
+        self.temperature = options.temperature
+        if options.backend == "triton":
+            from eepo_kernels.row_stats import TritonRows
+
+            self.rows_class = TritonRows
+        else:
+            self.rows_class = TorchRows
+        # The row count is read one chunk late, so that a chunk stays while the next one's logits are made.
+        self.num_slots = 2 if options.backend == "triton" and with_grad else 1
+        self.step, self.pack_rows = self._sizes(len(hidden), options, with_grad)
+        self.buffers = [self.empty_rows(self.step, self.stats_dtype) for _ in range(self.num_slots)]
+
+    def _sizes(self, num_rows: int, options: Options, with_grad: bool) -> tuple[int, int]:
+        """(n, m) from the byte budget: at least one row each, and no more than there are."""
+        width, depth = self.weight.shape
+        row_bytes = width * self.stats_dtype.itemsize * CHUNK_BUFFERS[options.backend]
+        if not with_grad:
+            row_bytes = width * self.stats_dtype.itemsize * (1 if options.backend == "triton" else 2)
+            return _whole_tiles(options.chunk_bytes // row_bytes, num_rows), 0
+        # a packed row: its dlogits, its hidden state, and dX before it goes to its place
+        pack_bytes = (width + depth) * self.gemm_dtype.itemsize + depth * self.stats_dtype.itemsize
+        step = int(options.chunk_bytes / (row_bytes + PACK_RATIO * pack_bytes))
+        return _whole_tiles(step, num_rows), _whole_tiles(int(PACK_RATIO * step), num_rows)
+
+    def empty_rows(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """[num_rows, V], each row aligned."""
+        width = self.weight.shape[0]
+        padded = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return torch.empty(num_rows, padded, dtype=dtype, device=self.weight.device)[:, :width]
+
+    def slices(self, num_rows: int) -> list[slice]:
+        return [slice(i, min(i + self.step, num_rows)) for i in range(0, num_rows, self.step)]
+
+    def logits(self, hidden: Tensor, turn: int) -> Tensor:
+        """[n, V] in the buffer of this turn, before bias and temperature."""
+        out = self.buffers[turn % self.num_slots][: len(hidden)]
+        return torch.mm(hidden.to(self.gemm_dtype), self.weight.T, **self.out_dtype, out=out)
+
+    def rows(self, logits: Tensor, targets: Tensor):
+        return self.rows_class(logits, targets, self.bias, self.temperature)
+
+
+def _whole_tiles(wanted: int, num_rows: int) -> int:
+    """Many rows are cut to a multiple of a GEMM's tile."""
+    wanted = wanted // 128 * 128 if wanted >= 256 else wanted
+    return max(1, min(wanted, num_rows))
+
+
+class GradientPack:
+    """dlogits and hidden states of the rows that have a gradient, gathered across chunks and multiplied when full."""
+
+    def __init__(self, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
+        """Gradients of weight and bias are sums over chunks, so fp32; those of hidden are written once, in place."""
+        self.head, self.hidden = head, hidden
+        m, device = head.pack_rows, hidden.device
+        self.dlogits = head.empty_rows(m, head.gemm_dtype)
+        self.packed_hidden = torch.empty(m, hidden.shape[1], dtype=head.gemm_dtype, device=device)
+        self.index = torch.empty(m, dtype=torch.int64, device=device)
+        self.fill = 0
+        self.d_hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.d_weight = torch.empty_like(weight, dtype=head.stats_dtype) if needs[1] else None
+        self.flushed = False
+        self.d_bias = torch.zeros(len(weight), dtype=head.stats_dtype, device=device) if needs[2] else None
+
+    def add(self, rows, order: Tensor, num_active: int, coefficients: list[Tensor], tokens: Tensor) -> None:
+        """The first `num_active` of `order` [n]: rows of a chunk whose token indices are `tokens` [n]."""
+        done = 0
+        while done < num_active:
+            take = min(len(self.index) - self.fill, num_active - done)
+            chosen, place = order[done : done + take], slice(self.fill, self.fill + take)
+            rows.write_grads(chosen, coefficients, self.dlogits[place])
+            torch.index_select(tokens, 0, chosen, out=self.index[place])
+            self.packed_hidden[place] = self.hidden[self.index[place]]
+            self.fill, done = self.fill + take, done + take
+            if self.fill == len(self.index):
+                self.flush()
+
+    def flush(self) -> None:
+        if self.fill == 0:
+            return
+        dlogits, hidden = self.dlogits[: self.fill], self.packed_hidden[: self.fill]
+        if self.d_hidden is not None:
+            product = torch.mm(dlogits, self.head.weight, **self.head.out_dtype)
+            self.d_hidden.index_copy_(0, self.index[: self.fill], product.to(self.d_hidden.dtype))
+        if self.d_weight is not None:
+            beta = 1 if self.flushed else 0  # the first product overwrites
+            torch.addmm(self.d_weight, dlogits.T, hidden, **self.head.out_dtype, beta=beta, out=self.d_weight)
+        if self.d_bias is not None:
+            self.d_bias += dlogits.sum(0, dtype=self.d_bias.dtype)
+        self.fill, self.flushed = 0, True
+
+    def outputs(self) -> list[Tensor | None]:
+        self.flush()
+        if self.d_weight is not None and not self.flushed:
+            self.d_weight.zero_()
+        return [self.d_hidden, self.d_weight, self.d_bias]
+
+
+class Pending:
+    """A chunk whose coefficients are known and whose gradient is not made yet."""
+
+    def __init__(self, rows, coefficients: list[Tensor], tokens: Tensor):
+        """coefficients: dL/d(log p, entropy, log(1-p)), [n] each; tokens [n]: the token indices of the chunk."""
+        active = torch.stack([c != 0 for c in coefficients]).any(0)  # NaN counts as active
+        self.rows, self.coefficients, self.tokens = rows, [c.contiguous() for c in coefficients], tokens
+        self.order = torch.argsort(active.to(torch.int8), descending=True, stable=True)
+        self.num_active = HostRead(active.sum()[None])
+
+    def add_to(self, pack: GradientPack) -> None:
+        pack.add(self.rows, self.order, self.num_active.read()[0], self.coefficients, self.tokens)

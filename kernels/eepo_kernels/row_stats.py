@@ -1,0 +1,234 @@
+"""Triton kernels over the rows of a chunk of logits: one pass for the statistics, one for the gradient.
+
+Both are bound by memory: `row_stats_fwd_kernel` reads each logit once; `row_grad_kernel` reads it once more and writes
+its gradient, for the rows that have one, packed. The mathematics is that of `row_stats_torch.py`, their twin.
+
+Bias and temperature are applied on the way in, so that the chunk stays what the GEMM wrote. One program a row, on
+grid x (y ends at 65,535); row offsets in int64 (row * stride passes 2^31).
+
+Shapes: n rows, k of them with a gradient, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eepo_kernels.reference import TokenStats
+
+BLOCK_V = 1024
+NUM_WARPS = 4  # 8 logits a thread: two 16-byte loads in flight, and registers for 16 programs an SM
+ROW_ALIGNMENT = tl.constexpr(16)
+MASKED = tl.constexpr(-1e30)  # stands for a logit of -inf: differences of two stay finite, where -inf - -inf is NaN
+
+
+@triton.jit
+def log1p_unit(y):
+    """log(1 + y) for y in [0, 1] to about 2 ulp: the series of 2 atanh(y / (2 + y)). Fast logs lose all near 1."""
+    w = y / (2.0 + y)
+    w2 = w * w
+    series = 1.0 / 15.0
+    series = series * w2 + 1.0 / 13.0
+    series = series * w2 + 1.0 / 11.0
+    series = series * w2 + 1.0 / 9.0
+    series = series * w2 + 1.0 / 7.0
+    series = series * w2 + 1.0 / 5.0
+    series = series * w2 + 1.0 / 3.0
+    series = series * w2 + 1.0
+    return 2.0 * w * series
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p_unit(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def load_logits(logits_ptr, bias_ptr, cols, V, inverse_temperature, HAS_BIAS: tl.constexpr):
+    """z = (logit + bias) / temperature in fp32; -inf from V on and where the logit is -inf."""
+    z = tl.load(logits_ptr + cols, mask=cols < padded(V), other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+    return tl.where(cols < V, z * inverse_temperature, float("-inf"))
+
+
+@triton.jit
+def padded(V):
+    """The end of a row with its padding. A mask that ends there leaves 16-byte accesses whole, whatever V is."""
+    return tl.cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+@triton.jit
+def row_stats_fwd_kernel(
+    logits_ptr,
+    bias_ptr,
+    targets_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    log1mp_ptr,
+    shift_ptr,
+    total_ptr,
+    stride_n,
+    V,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Every lane keeps the running maximum m of its logits but the target's, s = Σ e^(z-m) and w = Σ e^(z-m) (z-m),
+    with one exponential a logit; the lanes are merged once at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_n
+    target = tl.load(targets_ptr + row)
+    # A wrong index never becomes a wild read: the row is NaN.
+    valid = (target >= 0) & (target < V)
+    safe_target = tl.where(valid, target, 0)
+    z_target = load_logits(logits_ptr, bias_ptr, safe_target, V, inverse_temperature, HAS_BIAS)
+    z_target = tl.where(valid, z_target, float("nan"))
+
+    m = tl.full([BLOCK_V], MASKED, tl.float32)
+    s = tl.zeros([BLOCK_V], tl.float32)
+    w = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        z = load_logits(logits_ptr, bias_ptr, cols, V, inverse_temperature, HAS_BIAS)
+        masked = (z == float("-inf")) | (cols == target)
+        z = tl.where(masked, MASKED, z)
+        delta = z - m
+        decay = tl.where(masked, 0.0, tl.exp(-tl.abs(delta)))  # of the old sums if z is the new maximum, else of z
+        higher = z > m
+        w = tl.where(higher, (w - s * delta) * decay, w + decay * delta)
+        s = tl.where(higher, s * decay + 1.0, s + decay)
+        m = tl.where(higher, z, m)
+
+    shift = tl.max(m, 0)
+    rescale = tl.exp(m - shift)
+    total = tl.sum(s * rescale, 0)
+    weighted = tl.sum((w + s * (m - shift)) * rescale, 0)
+    log_total = tl.log(total)
+    lead = z_target - shift - log_total
+    logp = -softplus(-lead)
+    log1mp = -softplus(lead)
+    p = tl.exp(logp)
+    q = tl.exp(log1mp)
+    # 0 log 0 = 0; the comparisons are such that NaN stays NaN
+    p_log_p = tl.where(p == 0.0, 0.0, p * logp)
+    q_log_q = tl.where(q == 0.0, 0.0, q * log1mp)
+    rest = tl.where(total == 0.0, 0.0, log_total - weighted / total)
+    tl.store(logprobs_ptr + row, logp)
+    tl.store(log1mp_ptr + row, log1mp)
+    tl.store(entropy_ptr + row, q * rest - p_log_p - q_log_q)
+    tl.store(shift_ptr + row, shift)
+    tl.store(total_ptr + row, total)
+
+
+@triton.jit
+def row_grad_kernel(
+    logits_ptr,
+    bias_ptr,
+    targets_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    log1mp_ptr,
+    shift_ptr,
+    total_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    index_ptr,
+    grad_ptr,
+    stride_n,
+    stride_k,
+    V,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Row `index[i]` of the logits -> row i of the gradient, for upstream a (log p), b (entropy), c (log(1 - p))."""
+    out = tl.program_id(0).to(tl.int64)
+    row = tl.load(index_ptr + out)
+    logits_ptr += row * stride_n
+    grad_ptr += out * stride_k
+    target = tl.load(targets_ptr + row)
+    a = tl.load(a_ptr + row) * inverse_temperature
+    b = tl.load(b_ptr + row) * inverse_temperature
+    c = tl.load(c_ptr + row) * inverse_temperature
+    logp = tl.load(logprobs_ptr + row)
+    log1mp = tl.load(log1mp_ptr + row)
+    entropy = tl.load(entropy_ptr + row)
+    shift = tl.load(shift_ptr + row)
+    total = tl.load(total_ptr + row)
+
+    p = tl.exp(logp)
+    q = tl.exp(log1mp)
+    alone = total == 0.0  # no other token has a probability
+    log_total = tl.where(alone, 0.0, tl.log(total))
+    inverse_total = tl.where(alone, 0.0, 1.0 / total)
+    finite_logp = tl.where(logp == float("-inf"), MASKED, logp)
+    finite_log1mp = tl.where(log1mp == float("-inf"), MASKED, log1mp)
+    target_grad = a * q - c * p - b * p * (finite_logp + entropy)
+    slope = -b * q * inverse_total
+    constant = (c * p - a * q - b * q * (finite_log1mp - log_total + entropy)) * inverse_total
+    for start in range(0, V, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        z = load_logits(logits_ptr, bias_ptr, cols, V, inverse_temperature, HAS_BIAS)
+        # tl.where and not tl.maximum, which would turn NaN into a number
+        shifted = tl.where(z == float("-inf"), MASKED, z) - shift
+        grad = tl.exp(shifted) * (constant + slope * shifted)
+        grad = tl.where(cols == target, target_grad, grad)
+        tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < padded(V))
+
+
+def _has_padded_rows(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 and matrix.stride(0) % ROW_ALIGNMENT.value == 0
+
+
+class TritonRows:
+    """Statistics of a chunk's rows; the chunk itself is kept until their gradient is made."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
+        """logits: [n, V], left as it is, its rows padded to ROW_ALIGNMENT; targets: [n] int64; bias: [V] or None."""
+        n = len(logits)
+        assert _has_padded_rows(logits) and targets.is_contiguous()
+        self.logits, self.targets, self.bias, self.temperature = logits, targets, bias, temperature
+        self.columns = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(5)]
+        row_stats_fwd_kernel[(n,)](
+            logits,
+            self._bias_or_placeholder(),
+            targets,
+            *self.columns,
+            logits.stride(0),
+            logits.shape[1],
+            1.0 / temperature,
+            HAS_BIAS=bias is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )
+
+    def _bias_or_placeholder(self) -> Tensor:
+        return self.logits if self.bias is None else self.bias
+
+    def stats(self) -> TokenStats:
+        return TokenStats(*self.columns[:3])
+
+    def write_grads(self, index: Tensor, coefficients: list[Tensor], out: Tensor) -> None:
+        """out [k, V] <- dL/dlogits of rows `index` [k] int64, for `coefficients` [n] each, as in the kernel. The padding
+        of out is overwritten with zeros."""
+        assert _has_padded_rows(out) and all(c.is_contiguous() for c in coefficients)
+        row_grad_kernel[(len(index),)](
+            self.logits,
+            self._bias_or_placeholder(),
+            self.targets,
+            *self.columns,
+            *coefficients,
+            index,
+            out,
+            self.logits.stride(0),
+            out.stride(0),
+            self.logits.shape[1],
+            1.0 / self.temperature,
+            HAS_BIAS=self.bias is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )

@@ -1,0 +1,81 @@
+"""Statistics of a chunk's rows and their gradient in PyTorch: what runs on a CPU, and the twin of `row_stats.py`.
+
+The stable form, with z the logits over the temperature, k the target, M₂ = max_{j≠k} z_j, e_j = exp(z_j - M₂),
+s = Σ_{j≠k} e_j and d = z_k - M₂ - log s:
+
+    log p     = -softplus(-d)
+    log(1-p)  = -softplus(d)
+    H         = -p log p - (1-p) log(1-p) + (1-p) (log s - Σ e_j (z_j - M₂) / s)
+
+Every term of H is ≥ 0, so nothing cancels. Gradients, for upstream a (log p), b (H) and c (log(1-p)):
+
+    dz_k      =  a (1-p) - b p (log p + H) - c p
+    dz_j      = (e_j / s) [-a (1-p) - b (1-p) (log p_j + H) + c p],   log p_j = log(1-p) + z_j - M₂ - log s
+
+Shapes: n rows, k of them with a gradient, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from eepo_kernels.reference import TokenStats
+
+MASKED = -1e30  # stands for a logit of -inf after the shift: exp gives 0, and 0 * MASKED is 0 where 0 * inf is NaN
+
+
+class TorchRows:
+    """The statistics, and two [n, V] buffers kept until the gradient is made: shifted logits and their exponentials."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
+        """logits: [n, V] fp32 or float64, overwritten; targets: [n] int64; bias: [V] or None."""
+        if bias is not None:
+            logits.add_(bias)
+        if temperature != 1:
+            logits.div_(temperature)
+        self.temperature = temperature
+        self.target = targets[:, None]
+        target_logits = logits.gather(1, self.target)
+        logits.scatter_(1, self.target, -torch.inf)
+        shift = logits.amax(1, keepdim=True)
+        # A row whose other logits are all -inf has no scale of its own; any finite shift leaves their exponentials 0.
+        shift = torch.where(shift == -torch.inf, target_logits.clamp_min(torch.finfo(logits.dtype).min), shift)
+        self.shifted = logits.sub_(shift).clamp_(min=MASKED)
+        self.exp = self.shifted.exp()
+        self.total = self.exp.sum(1, keepdim=True)
+        self.log_total = self.total.log()
+        weighted = torch.bmm(self.exp[:, None], self.shifted[:, :, None]).squeeze(2)
+        lead = target_logits - shift - self.log_total
+        self.logp, self.log1mp = -softplus(-lead), -softplus(lead)
+        self.p, self.q = self.logp.exp(), self.log1mp.exp()
+        rest = torch.where(self.total == 0, 0.0, self.log_total - weighted / self.total)
+        # 0 log 0 = 0; the comparisons are such that NaN stays NaN
+        p_log_p = torch.where(self.p == 0, 0.0, self.p * self.logp)
+        q_log_q = torch.where(self.q == 0, 0.0, self.q * self.log1mp)
+        self.entropy = self.q * rest - p_log_p - q_log_q
+
+    def stats(self) -> TokenStats:
+        return TokenStats(self.logp.squeeze(1), self.entropy.squeeze(1), self.log1mp.squeeze(1))
+
+    def write_grads(self, index: Tensor, coefficients: list[Tensor], out: Tensor) -> None:
+        """out [k, V] <- dL/dlogits of rows `index` [k] int64, for `coefficients` a, b, c [n] each. A call for all of
+        the rows consumes the buffers."""
+        a, b, c = (x[:, None] / self.temperature for x in coefficients)
+        alone = self.total == 0  # no other token has a probability
+        log_total = torch.where(alone, 0.0, self.log_total)
+        inverse_total = torch.where(alone, 0.0, 1 / self.total)
+        log_p_shift = torch.where(self.log1mp == -torch.inf, MASKED, self.log1mp) - log_total
+        logp = torch.where(self.logp == -torch.inf, MASKED, self.logp)
+        target_grad = a * self.q - c * self.p - b * self.p * (logp + self.entropy)
+        slope = -b * self.q * inverse_total
+        constant = (c * self.p - a * self.q - b * self.q * (log_p_shift + self.entropy)) * inverse_total
+        if len(index) == len(self.shifted):
+            factor = self.shifted.mul_(slope).add_(constant)
+            torch.mul(factor, self.exp, out=out)
+        else:
+            factor = self.shifted[index].mul_(slope[index]).add_(constant[index])
+            out.copy_(self.exp[index])
+            out.mul_(factor)
+        out.scatter_(1, self.target[index], target_grad[index].to(out.dtype))
