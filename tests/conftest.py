@@ -4,6 +4,10 @@ import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.config import make_config

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from eepo_kernels.row_stats_torch import TorchRows
 
-CHUNK_BUFFERS = {"triton": 2, "torch": 3}
+CHUNK_BUFFERS = {"triton": 2, "torch": 3, "torch half": 4}
 """fp32 [n, V] buffers alive at once. triton: the chunk and the next one. torch: shifted logits, their exponentials, and
-the rows among them that have a gradient."""
-PACK_RATIO = 8 / 3
+the rows among them that have a gradient, which take another one on their way to half precision."""
+PACK_RATIO = 3
 """m / n. Wide gradient GEMMs matter more than wide forward ones: each reads and writes all of dW in fp32."""
 ROW_ALIGNMENT = 16
 """Rows of the buffers start at multiples of so many elements, whatever V is: GEMMs and 16-byte loads ask for it."""
@@ -57,8 +57,9 @@ class Head:
         self.stats_dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
         # bf16 logits are too coarse for exp of a difference. A GPU's GEMM hands out fp32; a CPU's needs fp32 inputs.
         self.gemm_dtype = options.dtype if weight.is_cuda else self.stats_dtype
+        self.input_dtype = options.dtype
         self.out_dtype = {} if self.gemm_dtype == self.stats_dtype else {"out_dtype": self.stats_dtype}
-        self.weight = weight.to(self.gemm_dtype)
+        self.weight = self.rounded(weight)
         self.bias = None if bias is None else bias.detach().to(self.stats_dtype).contiguous()
         self.temperature = options.temperature
         if options.backend == "triton":
@@ -75,20 +76,25 @@ class Head:
     def _sizes(self, num_rows: int, options: Options, with_grad: bool) -> tuple[int, int]:
         """(n, m) from the byte budget: at least one row each, and no more than there are."""
         width, depth = self.weight.shape
-        row_bytes = width * self.stats_dtype.itemsize * CHUNK_BUFFERS[options.backend]
+        logits_bytes = _padded(width) * self.stats_dtype.itemsize
         if not with_grad:
-            row_bytes = width * self.stats_dtype.itemsize * (1 if options.backend == "triton" else 2)
-            return _whole_tiles(options.chunk_bytes // row_bytes, num_rows), 0
-        # a packed row: its dlogits, its hidden state, and dX before it goes to its place
-        pack_bytes = (width + depth) * self.gemm_dtype.itemsize + depth * self.stats_dtype.itemsize
-        step = int(options.chunk_bytes / (row_bytes + PACK_RATIO * pack_bytes))
-        return _whole_tiles(step, num_rows), _whole_tiles(int(PACK_RATIO * step), num_rows)
+            buffers = 1 if options.backend == "triton" else 2
+            return _whole_tiles(options.chunk_bytes // (buffers * logits_bytes), num_rows), 0
+        half = options.backend == "torch" and self.gemm_dtype != self.stats_dtype
+        buffers = CHUNK_BUFFERS["torch half" if half else options.backend]
+        # a packed row: its dlogits, its hidden state, and dX in fp32 and in the dtype of its place
+        pack_bytes = (_padded(width) + depth) * self.gemm_dtype.itemsize + depth * (self.stats_dtype.itemsize + 4)
+        step = _whole_tiles(options.chunk_bytes // (buffers * logits_bytes + PACK_RATIO * pack_bytes), num_rows)
+        return step, min(PACK_RATIO * step, num_rows)
 
     def empty_rows(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         """[num_rows, V], each row aligned."""
         width = self.weight.shape[0]
-        padded = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        return torch.empty(num_rows, padded, dtype=dtype, device=self.weight.device)[:, :width]
+        return torch.empty(num_rows, _padded(width), dtype=dtype, device=self.weight.device)[:, :width]
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """In the dtype of the GEMMs, with the values that autocast's dtype can hold."""
+        return tensor.to(self.input_dtype).to(self.gemm_dtype)
 
     def slices(self, num_rows: int) -> list[slice]:
         return [slice(i, min(i + self.step, num_rows)) for i in range(0, num_rows, self.step)]
@@ -96,10 +102,14 @@ class Head:
     def logits(self, hidden: Tensor, turn: int) -> Tensor:
         """[n, V] in the buffer of this turn, before bias and temperature."""
         out = self.buffers[turn % self.num_slots][: len(hidden)]
-        return torch.mm(hidden.to(self.gemm_dtype), self.weight.T, **self.out_dtype, out=out)
+        return torch.mm(self.rounded(hidden), self.weight.T, **self.out_dtype, out=out)
 
     def rows(self, logits: Tensor, targets: Tensor):
         return self.rows_class(logits, targets, self.bias, self.temperature)
+
+
+def _padded(width: int) -> int:
+    return -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def _whole_tiles(wanted: int, num_rows: int) -> int:
@@ -132,7 +142,7 @@ class GradientPack:
             chosen, place = order[done : done + take], slice(self.fill, self.fill + take)
             rows.write_grads(chosen, coefficients, self.dlogits[place])
             torch.index_select(tokens, 0, chosen, out=self.index[place])
-            self.packed_hidden[place] = self.hidden[self.index[place]]
+            self.packed_hidden[place] = self.head.rounded(self.hidden[self.index[place]])
             self.fill, done = self.fill + take, done + take
             if self.fill == len(self.index):
                 self.flush()

@@ -48,8 +48,6 @@ def _auto_backend(device_type: str, device_index: int | None) -> str:
 
 
 def _resolve_backend(backend: str, hidden: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if backend == "auto":
         half_or_single = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return _auto_backend(hidden.device.type, hidden.device.index) if half_or_single else "torch"
@@ -94,13 +92,16 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
-def _options(hidden, weight, targets, bias, temperature, chunk_bytes, backend) -> Options:
+def _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend) -> Options:
+    """All that can be checked without looking at values; `auto` is still to be resolved."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     dtype = _check(hidden, weight, targets, bias, temperature)
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(hidden.device)
     elif chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: expected a number of bytes above 0, found {chunk_bytes}")
-    return Options(float(temperature), chunk_bytes, _resolve_backend(backend, hidden), dtype)
+    return Options(float(temperature), chunk_bytes, backend, dtype)
 
 
 class _TargetCheck:
@@ -147,7 +148,9 @@ def _linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(hidden):
         check = _TargetCheck(targets, len(weight))
-        head = Head(hidden, weight, bias, Options(temperature, chunk_bytes, backend, dtype), with_grad=False)
+        head = Head(
+            hidden, weight, bias, Options(temperature, chunk_bytes, _resolve_backend(backend, hidden), dtype), False
+        )
         out = _empty_stats(hidden, head.stats_dtype)
         for turn, rows in enumerate(head.slices(len(targets))):
             logits = head.logits(hidden[rows], turn)
@@ -179,7 +182,7 @@ def _linear_logprobs_backward(
     """Recomputes the logits of the rows that have an upstream gradient, and of no others."""
     with _no_autocast(hidden):
         tokens = torch.stack([g != 0 for g in upstream]).any(0).nonzero().squeeze(1)
-        options = Options(temperature, chunk_bytes, backend, dtype)
+        options = Options(temperature, chunk_bytes, _resolve_backend(backend, hidden), dtype)
         head = Head(hidden, weight, bias, options, with_grad=True)
         pack = GradientPack(head, hidden, weight, bias, needs)
         for turn, part in enumerate(head.slices(len(tokens))):
@@ -241,6 +244,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, needs):
     """(loss, statistics, [dX, dW, db] with None where not needed)."""
     check = _TargetCheck(targets, len(weight))
+    options = options._replace(backend=_resolve_backend(options.backend, hidden))
     head = Head(hidden, weight, bias, options, with_grad=any(needs))
     pack = GradientPack(head, hidden, weight, bias, needs) if any(needs) else None
     out = _empty_stats(hidden, head.stats_dtype)
@@ -303,7 +307,7 @@ def linear_logprobs(
     memory held beside inputs and outputs (a CPU, which multiplies in fp32, also holds half-precision weights in fp32).
     A NaN stays in its row. ValueError on shapes, dtypes, devices or targets that do not fit.
     """
-    options = _options(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
+    options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
     if options.backend == "reference":
         return reference.linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
     return TokenStats(*_linear_logprobs(hidden, weight, bias, targets, *options))
@@ -330,7 +334,7 @@ def fused_linear_loss(
     run once. torch.compile breaks its graph here, because `loss_fn` is any Python function: the model before it and
     the code behind it are compiled, this call is not, and fullgraph=True is refused.
     """
-    options = _options(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
+    options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
     if options.backend == "reference":
         return reference.fused_linear_loss(hidden, weight, targets, loss_fn, bias=bias, temperature=temperature)
     loss, *stats = _FusedLinearLoss.apply(hidden, weight, bias, targets, loss_fn, options)

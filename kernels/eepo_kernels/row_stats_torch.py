@@ -33,8 +33,6 @@ class TorchRows:
         """logits: [n, V] fp32 or float64, overwritten; targets: [n] int64; bias: [V] or None."""
         if bias is not None:
             logits.add_(bias)
-        if temperature != 1:
-            logits.div_(temperature)
         self.temperature = temperature
         self.target = targets[:, None]
         target_logits = logits.gather(1, self.target)
@@ -42,12 +40,16 @@ class TorchRows:
         shift = logits.amax(1, keepdim=True)
         # A row whose other logits are all -inf has no scale of its own; any finite shift leaves their exponentials 0.
         shift = torch.where(shift == -torch.inf, target_logits.clamp_min(torch.finfo(logits.dtype).min), shift)
-        self.shifted = logits.sub_(shift).clamp_(min=MASKED)
+        # The temperature divides differences, not logits: at an offset of 1e4 one rounding less of a thousandth.
+        self.shifted = logits.sub_(shift)
+        if temperature != 1:
+            self.shifted.div_(temperature)
+        self.shifted.clamp_(min=MASKED)
         self.exp = self.shifted.exp()
         self.total = self.exp.sum(1, keepdim=True)
         self.log_total = self.total.log()
         weighted = torch.bmm(self.exp[:, None], self.shifted[:, :, None]).squeeze(2)
-        lead = target_logits - shift - self.log_total
+        lead = (target_logits - shift) / temperature - self.log_total
         self.logp, self.log1mp = -softplus(-lead), -softplus(lead)
         self.p, self.q = self.logp.exp(), self.log1mp.exp()
         rest = torch.where(self.total == 0, 0.0, self.log_total - weighted / self.total)
@@ -76,6 +78,9 @@ class TorchRows:
             torch.mul(factor, self.exp, out=out)
         else:
             factor = self.shifted[index].mul_(slope[index]).add_(constant[index])
-            out.copy_(self.exp[index])
-            out.mul_(factor)
+            if out.dtype == factor.dtype:
+                torch.index_select(self.exp, 0, index, out=out)
+                out.mul_(factor)
+            else:
+                torch.mul(factor, self.exp[index], out=out)
         out.scatter_(1, self.target[index], target_grad[index].to(out.dtype))
