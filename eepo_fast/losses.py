@@ -51,6 +51,26 @@ def clipped_log1mp(log1mp: Tensor, config: EepoConfig) -> Tensor:
     return clipped
 
 
+def nll_loss(weights: Tensor) -> LossFn:
+    """-log p of every token, weighted; weights [N] fp32."""
+
+    def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
+        return weights[rows] * -stats.logprobs
+
+    return loss_fn
+
+
+def reinforce_loss(advantages: Tensor, weights: Tensor) -> LossFn:
+    """-A log p of every token, weighted, to be descended: REINFORCE, whose gradient is GRPO's at a ratio of 1.
+    advantages, weights: [N] fp32. A token of weight 0 is left out."""
+
+    def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
+        losses = -advantages[rows] * stats.logprobs
+        return torch.where(weights[rows] > 0, weights[rows] * losses, 0.0)
+
+    return loss_fn
+
+
 def unlearning_loss(config: EepoConfig, starts: Tensor, weights: Tensor) -> LossFn:
     """L of Eq. 10, to be ascended. starts [N] as in `gate_open`; weights [N] fp32: 1 / (T_k · number of responses)."""
 

@@ -7,7 +7,16 @@ import torch
 from eepo_kernels import TokenStats, fused_linear_loss
 from torch.nn.functional import log_softmax
 
-from eepo_fast.losses import GrpoTokens, clipped_log1mp, gate_open, grpo_loss, low_variance_kl, unlearning_loss
+from eepo_fast.losses import (
+    GrpoTokens,
+    clipped_log1mp,
+    gate_open,
+    grpo_loss,
+    low_variance_kl,
+    nll_loss,
+    reinforce_loss,
+    unlearning_loss,
+)
 
 
 def plain_gate(entropies, alpha, window):
@@ -163,3 +172,32 @@ def test_low_variance_kl_is_never_negative_and_never_overflows():
     d = torch.tensor([-200.0, -1.0, 0.0, 1.0, 200.0])
     kl = low_variance_kl(-d, torch.zeros(5))
     assert torch.all(kl >= 0) and kl[2] == 0 and kl.isfinite().all()
+
+
+def test_nll_and_reinforce_against_the_formula(test_config):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 6, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(20, 6, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, 20, (12,), generator=g)
+    advantages, weights = torch.randn(12, generator=g).double(), torch.rand(12, generator=g).double()
+    weights[4] = 0
+    logp = log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None]).squeeze(1)
+    expected = {nll_loss(weights): (-weights * logp).sum(), reinforce_loss(advantages, weights): None}
+    expected[list(expected)[1]] = (-weights * advantages * logp).sum()
+    for loss_fn, value in expected.items():
+        found, _ = fused_linear_loss(hidden, weight, targets, loss_fn, chunk_bytes=3000)
+        assert found.item() == pytest.approx(value.item(), rel=1e-9)
+        pair = [torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (found, value)]
+        assert torch.allclose(*pair, atol=1e-12)
+
+
+def test_reinforce_is_grpo_on_policy(test_config):
+    """At a ratio of 1 the two have one gradient, clip or not."""
+    hidden = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weight, targets = torch.randn(7, 4, dtype=torch.float64), torch.arange(9) % 7
+    advantages, weights = torch.linspace(-1, 1, 9), torch.full((9,), 1 / 9)
+    tokens = GrpoTokens(advantages, torch.zeros(9), torch.ones(9, dtype=torch.bool), weights)
+    grpo = test_config(grpo={"kl_coef": 0.0, "entropy_coef": 0.0}).grpo
+    losses = (grpo_loss(grpo, tokens), reinforce_loss(advantages, weights))
+    grads = [torch.autograd.grad(fused_linear_loss(hidden, weight, targets, f)[0], hidden)[0] for f in losses]
+    assert torch.allclose(*grads, atol=1e-12) and grads[0].abs().sum() > 0

@@ -1,8 +1,6 @@
 """What the fused head costs and how it behaves inside programs: GEMMs, memory, autocast, compile, checkpointing."""
 
-import importlib.util
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +8,6 @@ from eepo_kernels import fused_linear_loss, linear_logprobs, linear_loss, refere
 from torch.nn.functional import cross_entropy, embedding
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-
-spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "memory.py")
-memory = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memory)
 
 N, D, V = 60, 16, 200
 BACKENDS = ["torch", "triton"]
@@ -96,7 +90,7 @@ def test_a_masked_token_costs_nothing_even_when_it_is_nan():
 
 @pytest.mark.parametrize("f", [1.0, 0.3])
 @pytest.mark.parametrize("budget_mib", [4, 16])
-def test_memory_stays_in_the_budget(f, budget_mib):
+def test_memory_stays_in_the_budget(count_allocations, f, budget_mib):
     """Beside the outputs dX and dW, whatever N is; plain logits take more than ten times as much."""
     n, d, v = 700, 8, 30_001
     hidden, weight, targets = make(n=n, d=d, v=v)
@@ -106,18 +100,18 @@ def test_memory_stays_in_the_budget(f, budget_mib):
         fused_linear_loss(hidden, weight, targets, share_of_rows(f), chunk_bytes=budget)[0].backward()
 
     outputs = (n * d + v * d) * 4
-    found = memory.count_allocations(fused)
+    found = count_allocations(fused)
     assert found.peak_bytes - outputs <= 1.05 * budget
     assert found.peak_bytes - outputs > 0.3 * budget, "the budget should be used"
     hidden.grad = weight.grad = None
-    plain = memory.count_allocations(lambda: cross_entropy(hidden @ weight.T, targets).backward())
+    plain = count_allocations(lambda: cross_entropy(hidden @ weight.T, targets).backward())
     assert plain.largest_bytes >= n * v * 4
 
 
-def test_scoring_stays_in_the_budget():
+def test_scoring_stays_in_the_budget(count_allocations):
     hidden, weight, targets = make(n=700, d=8, v=30_001)
     with torch.no_grad():
-        found = memory.count_allocations(lambda: linear_logprobs(hidden, weight, targets, chunk_bytes=8 << 20))
+        found = count_allocations(lambda: linear_logprobs(hidden, weight, targets, chunk_bytes=8 << 20))
     assert 4 << 20 < found.peak_bytes <= 1.05 * (8 << 20)
 
 

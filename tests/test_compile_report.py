@@ -1,0 +1,62 @@
+"""bench/compile_report.py as it is run: every kernel for every GPU, and what it does when one goes wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "compile_report.py"
+
+
+def run(code_or_script, *args):
+    """Outside the interpreter that the other tests run kernels in."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *([str(code_or_script)] if isinstance(code_or_script, Path) else ["-c", code_or_script])]
+    return subprocess.run([*command, *args], capture_output=True, text=True, check=False, env=environment, timeout=500)
+
+
+def test_every_kernel_compiles_for_every_gpu_without_a_spill():
+    done = run(SCRIPT, "--arch", "80,90,100")
+    assert done.returncode == 0, done.stderr
+    for arch in ("sm_80 A100", "sm_90 H100, H200", "sm_100 B200"):
+        lines = [line for line in done.stdout.splitlines() if arch in line]
+        assert sum("row_stats_fwd_kernel" in line for line in lines) == 2
+        assert sum("row_grad_kernel" in line for line in lines) == 6
+
+
+BREAK = """
+import sys; sys.path.insert(0, {folder!r}); sys.argv = ["compile_report.py", "--arch", "90"]
+import compile_report
+{change}
+compile_report.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            "compile_report.row_stats.BLOCK_V, compile_report.row_stats.NUM_WARPS = 4096, 1",
+            "row_stats_fwd_kernel (fp32, no bias) spills on sm_90",
+        ),
+        ("compile_report.row_stats.BLOCK_V = 1000", "row_stats_fwd_kernel (fp32, no bias) does not compile for sm_90"),
+        ("compile_report.CSRC = __import__('pathlib').Path({csrc!r})", "csrc does not compile for sm_90"),
+    ],
+    ids=["spill", "triton error", "csrc error"],
+)
+def test_a_spill_or_an_error_fails(tmp_path, change, words):
+    (tmp_path / "broken.cu").write_text("__global__ void kernel(float *x) { x[0] = undeclared; }")
+    code = BREAK.format(folder=str(SCRIPT.parent), change=change.format(csrc=str(tmp_path)))
+    done = run(code)
+    assert done.returncode == 1 and words in done.stderr
+
+
+def test_csrc_kernels_are_in_the_report(tmp_path):
+    if not any(Path(p, "nvcc").exists() for p in os.environ["PATH"].split(":")):
+        pytest.skip("nvcc is not on the PATH")
+    (tmp_path / "scale.cu").write_text("__global__ void scale(float *x, float a) { x[threadIdx.x] *= a; }")
+    change = f"compile_report.CSRC = __import__('pathlib').Path({str(tmp_path)!r})"
+    done = run(BREAK.format(folder=str(SCRIPT.parent), change=change))
+    assert done.returncode == 0 and "scale.cu" in done.stdout
