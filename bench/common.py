@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
@@ -30,6 +32,38 @@ def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[s
             if turn:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Allocations(NamedTuple):
+    peak_bytes: int
+    """Most bytes alive at once, beyond what was there before."""
+    largest_bytes: int
+
+
+def count_allocations(run: Callable[[], object]) -> Allocations:
+    """The memory that `run` asks for on a CPU, allocation by allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    assert sizes, "the profiler saw no allocation"
+    alive = peak = 0
+    for size in sizes:
+        alive += size
+        peak = max(peak, alive)
+    return Allocations(peak, max(sizes))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes alive at once during `run`, on the GPU if there is one, beyond what was there before."""
+    if not torch.cuda.is_available():
+        return count_allocations(run).peak_bytes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def parse_args(description: str) -> argparse.Namespace:

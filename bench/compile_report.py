@@ -80,7 +80,9 @@ def resource_usage(cubin: Path, cuobjdump: Path | str, arch: int, variant: str) 
     pattern = r"Function ([^\n:]+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     found = re.findall(pattern, text)
     assert found, f"no resource usage in the output of {' '.join(command)}"
-    return [Usage(name, variant, arch, int(reg), int(shm), int(stack), int(loc)) for name, reg, stack, shm, loc in found]
+    return [
+        Usage(name, variant, arch, int(reg), int(shm), int(stack), int(loc)) for name, reg, stack, shm, loc in found
+    ]
 
 
 def compile_csrc(arch: int) -> list[Usage]:

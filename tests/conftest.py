@@ -1,7 +1,8 @@
 """Shared fixtures, and the rule that CI skips nothing."""
 
 import os
-from typing import NamedTuple
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.config import make_config
@@ -160,26 +160,10 @@ def metric_keys():
     return set(METRIC_KEYS)
 
 
-class Allocations(NamedTuple):
-    peak_bytes: int
-    """Most bytes alive at once, beyond what was there before."""
-    largest_bytes: int
-
-
-def _count_allocations(run) -> Allocations:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    assert sizes, "the profiler saw no allocation"
-    alive = peak = 0
-    for size in sizes:
-        alive += size
-        peak = max(peak, alive)
-    return Allocations(peak, max(sizes))
-
-
 @pytest.fixture
 def count_allocations():
-    """The memory that a function asks for on a CPU, counted allocation by allocation: run -> Allocations."""
-    return _count_allocations
+    """bench/common.py's: the memory that a function asks for on a CPU, allocation by allocation."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    import common
+
+    return common.count_allocations
