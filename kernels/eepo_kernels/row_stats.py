@@ -195,18 +195,19 @@ class TritonRows:
         assert _has_padded_rows(logits) and targets.is_contiguous()
         self.logits, self.targets, self.bias, self.temperature = logits, targets, bias, temperature
         self.columns = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(5)]
-        row_stats_fwd_kernel[(n,)](
-            logits,
-            self._bias_or_placeholder(),
-            targets,
-            *self.columns,
-            logits.stride(0),
-            logits.shape[1],
-            1.0 / temperature,
-            HAS_BIAS=bias is not None,
-            BLOCK_V=BLOCK_V,
-            num_warps=NUM_WARPS,
-        )
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            row_stats_fwd_kernel[(n,)](
+                logits,
+                self._bias_or_placeholder(),
+                targets,
+                *self.columns,
+                logits.stride(0),
+                logits.shape[1],
+                1.0 / temperature,
+                HAS_BIAS=bias is not None,
+                BLOCK_V=BLOCK_V,
+                num_warps=NUM_WARPS,
+            )
 
     def _bias_or_placeholder(self) -> Tensor:
         return self.logits if self.bias is None else self.bias
@@ -218,19 +219,20 @@ class TritonRows:
         """out [k, V] <- dL/dlogits of rows `index` [k] int64, for `coefficients` [n] each, as in the kernel. The
         padding of out is overwritten with zeros."""
         assert _has_padded_rows(out) and all(c.is_contiguous() for c in coefficients)
-        row_grad_kernel[(len(index),)](
-            self.logits,
-            self._bias_or_placeholder(),
-            self.targets,
-            *self.columns,
-            *coefficients,
-            index,
-            out,
-            self.logits.stride(0),
-            out.stride(0),
-            self.logits.shape[1],
-            1.0 / self.temperature,
-            HAS_BIAS=self.bias is not None,
-            BLOCK_V=BLOCK_V,
-            num_warps=NUM_WARPS,
-        )
+        with torch.cuda.device_of(out):
+            row_grad_kernel[(len(index),)](
+                self.logits,
+                self._bias_or_placeholder(),
+                self.targets,
+                *self.columns,
+                *coefficients,
+                index,
+                out,
+                self.logits.stride(0),
+                out.stride(0),
+                self.logits.shape[1],
+                1.0 / self.temperature,
+                HAS_BIAS=self.bias is not None,
+                BLOCK_V=BLOCK_V,
+                num_warps=NUM_WARPS,
+            )
