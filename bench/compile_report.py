@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CSRC = Path(__file__).parent.parent / "csrc"
+CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false"]  # as in setup.py
 ARCHES = {80: "A100", 90: "H100, H200", 100: "B200"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -91,7 +92,7 @@ def compile_csrc(arch: int) -> list[Usage]:
     for file in sorted(CSRC.glob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
-            command = ["nvcc", f"-arch=sm_{arch}", "-O3", "-std=c++17", "-cubin", "-o", str(cubin), str(file)]
+            command = ["nvcc", f"-arch=sm_{arch}", *CUDA_FLAGS, "-cubin", "-o", str(cubin), str(file)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

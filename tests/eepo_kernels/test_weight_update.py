@@ -1,12 +1,15 @@
 """sync and forget: exact arithmetic, unbiased rounding, reproducible bits."""
 
+import ctypes
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from eepo_kernels import forget, sync, tensor_key
+from eepo_kernels import forget, native, sync, tensor_key, weight_update
 from eepo_kernels.reference import stochastic_round
-from eepo_kernels.weight_update import fused_multiply_add, philox, random_bits, round_stochastic
+from eepo_kernels.weight_update_torch import fused_multiply_add, philox, random_bits, round_stochastic
 
 
 def one(dst, gradient, eta=1.0, **kwargs):
@@ -146,18 +149,155 @@ def test_keys_differ_by_name():
 
 
 def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match="shaped like their gradient"):
+    with pytest.raises(ValueError, match=r"pairs of one shape, found \(3,\) and \(4,\)"):
         one(torch.ones(3), torch.ones(4))
     with pytest.raises(ValueError, match="rounding"):
         one(torch.ones(3), torch.ones(3), rounding="up")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_gpu_gives_the_bits_of_the_cpu(dtype):
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def layouts():
+    """name -> (dst, gradient, offset, row stride): every way the plan may hand out a matrix."""
     g = torch.Generator().manual_seed(0)
-    weight, gradient = torch.randn(100_003, generator=g).to(dtype), torch.randn(100_003, generator=g) * 1e-3
-    there, here = weight.cuda(), weight.clone()
-    one(there, gradient.cuda(), seed=3, step=4)
-    one(here, gradient, seed=3, step=4)
-    assert torch.equal(there.cpu(), here)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=g) * 2.0 ** torch.randint(-18, 4, shape, generator=g)
+
+    whole = numbers(64, 96)
+    return {
+        "empty": (numbers(0), numbers(0), 0, None),
+        "one element": (numbers(1), numbers(1), 5, None),
+        "scalar": (numbers(1)[0], numbers(1)[0], 0, None),
+        "longer than a piece, begins inside a Philox group": (numbers(70_001), numbers(70_001), 13, None),
+        "whole vectors": (numbers(4096), numbers(4096), 1 << 34, None),
+        "columns of the source, gradient a view of it": (numbers(64, 32), whole[:, 32:64], 32, 96),
+        "odd columns of the source": (numbers(64, 31), whole[:, 5:36], 5, 96),
+        "contiguous shard of columns": (numbers(64, 32), numbers(64, 32), 32, 96),
+        "rows inside a wider destination": (numbers(40, 50)[:, 10:40], numbers(40, 30), 0, None),
+        "three dimensions": (numbers(3, 5, 7), numbers(3, 5, 7), 11, None),
+    }
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_and_pytorch_give_the_same_bits(dtype, gradient_dtype, rounding):
+    updated, stats = {}, {}
+    for backend in ("native", "torch"):
+        dst, gradients, offsets, strides = [], [], [], []
+        for weight, gradient, offset, stride in layouts().values():
+            base = weight.to(dtype) if weight.is_contiguous() else weight._base.to(dtype)
+            dst.append(base if weight.is_contiguous() else base[:, 10:40])
+            gradients.append((gradient * 1e-3 * (gradient > -0.5)).to(gradient_dtype) if gradient._base is None
+                             else _scaled_view(gradient, gradient_dtype))  # fmt: skip
+            offsets.append(offset)
+            strides.append(stride or (weight.shape[-1] if weight.dim() else 1))
+        keys = [tensor_key(name) for name in layouts()]
+        options = {"eta": 0.3, "rounding": rounding, "seed": -3, "step": 1 << 33 | 9, "backend": backend}
+        stats[backend] = forget(dst, gradients, keys=keys, offsets=offsets, row_strides=strides, **options)
+        updated[backend] = [t.contiguous() for t in dst]
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for name, a, b in zip(layouts(), updated["native"], updated["torch"], strict=True):
+        assert torch.equal(a.view(as_bits), b.view(as_bits)), name
+    for field in ("retention", "noise_ratio", "intended_norm", "applied_norm"):
+        found, expected = (getattr(stats[b], field) for b in ("native", "torch"))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), field
+
+
+def _scaled_view(view, dtype):
+    """A view of the same layout on a scaled copy of its base."""
+    base = (view._base * 1e-3).to(dtype)
+    return base.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+def test_compiled_sync_rounds_like_pytorch(source, target):
+    """Ties, both zeros, subnormals, infinities and NaN included."""
+    special = torch.tensor(
+        [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 6e-8, -3e-5, 1e-40, 65519.0, 65520.0, torch.inf, torch.nan]
+    )
+    g = torch.Generator().manual_seed(0)
+    ordinary = torch.randn(5000, generator=g) * 2.0 ** torch.randint(-20, 10, (5000,), generator=g)
+    master = torch.cat([special, ordinary]).to(source)
+    dst = torch.zeros(len(master), dtype=target)
+    sync([dst], [master], backend="native")
+    assert torch.equal(dst.nan_to_num(7), master.to(target).nan_to_num(7))
+    number = ~dst.isnan()
+    assert torch.equal(dst.signbit()[number], master.to(target).signbit()[number])
+
+
+def test_one_thread_or_many_give_the_same_sums():
+    weight, gradient = torch.randn(1_000_003).bfloat16(), torch.randn(1_000_003) * 1e-4
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(one(weight.clone(), gradient, seed=1))
+    torch.set_num_threads(threads)
+    assert len({(s.retention, s.noise_ratio, s.applied_norm) for s in found}) == 1
+
+
+def test_plain_and_vectorised_builds_give_the_same_bits(tmp_path):
+    """The library picks AVX-512 or AVX2 where it runs; here it is compiled for neither."""
+    root = Path(__file__).parents[2]
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-DEEPO_NO_CLONES"]
+    plain = tmp_path / "plain.so"
+    subprocess.run(["g++", *flags, "-o", str(plain), str(root / "csrc/weight_update_cpu.cpp")], check=True)
+    weight, gradient = torch.randn(70_003).bfloat16(), torch.randn(70_003) * 1e-3
+    vectorised, scalar = weight.clone(), weight.clone()
+    one(vectorised, gradient, seed=4, backend="native")
+    table = native.matrix_table([scalar], [gradient], [7], [0], [len(scalar)])
+    update = native.Update.of(native.FORGET_STOCHASTIC, 1.0, 0, 4)
+    sums = torch.zeros(4, dtype=torch.float64)
+    pointers = (
+        ctypes.c_void_p(table.data_ptr()),
+        ctypes.c_int64(1),
+        ctypes.byref(update),
+        ctypes.c_void_p(sums.data_ptr()),
+    )
+    ctypes.CDLL(str(plain)).eepo_weight_update_cpu(*pointers, ctypes.c_int32(1))
+    assert torch.equal(vectorised, scalar)
+
+
+def test_without_a_compiled_part_pytorch_serves_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(native, "library", lambda device_type: None)
+    weight_update._say_fallback.cache_clear()
+    weight = torch.ones(100).bfloat16()
+    for _ in range(3):
+        stats = one(weight, torch.full((100,), 1e-3))
+    assert stats.intended_norm > 0
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 1 and "was built without its cpu part" in messages[0]
+    with pytest.raises(ValueError, match="native cannot take these tensors"):
+        one(weight, torch.ones(100), backend="native")
+
+
+def test_tensors_the_compiled_part_cannot_take_are_updated_in_pytorch():
+    master, dst = torch.randn(6, 8, dtype=torch.float64), torch.zeros(8, 6).t()
+    sync([dst], [master])
+    assert torch.equal(dst, master.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_gives_the_bits_of_the_cpu(dtype, rounding):
+    weights, gradients = [], []
+    for weight, gradient, _, _ in layouts().values():
+        weights.append(weight.to(dtype) if weight.is_contiguous() else weight._base.to(dtype)[:, 10:40])
+        gradients.append(gradient * 1e-3 if gradient._base is None else _scaled_view(gradient, torch.float32))
+    there = [w.cuda() for w in weights]
+    keys, offsets = [tensor_key(name) for name in layouts()], [offset for _, _, offset, _ in layouts().values()]
+    options = {"eta": 0.3, "keys": keys, "offsets": offsets, "rounding": rounding, "seed": 3, "step": 4}
+    on_gpu = forget(there, [g.cuda() for g in gradients], **options, backend="native")
+    on_cpu = forget(weights, gradients, **options, backend="native")
+    for a, b in zip(there, weights, strict=True):
+        assert torch.equal(a.cpu(), b)
+    assert on_gpu.retention == pytest.approx(on_cpu.retention, rel=1e-4)
+    master = [torch.randn(w.shape) for w in weights]
+    sync(there, [m.cuda() for m in master], backend="native")
+    for a, m in zip(there, master, strict=True):
+        assert torch.equal(a.cpu(), m.to(dtype))
