@@ -68,13 +68,15 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
     dtype: Dtype = Field("bfloat16", description="dtype of the engine's own copy of the weights")
     group_size: Positive = Field(8, le=4096, description="completions a prompt; with EEPO half of them in each stage")
     temperature: PositiveFloat = 1.0
     top_p: float = Field(1.0, description="must stay 1: cutting the tail biases the probability ratio")
     max_new_tokens: Positive = Field(1024, le=1_000_000)
     max_sequences: Positive = Field(256, description="sequences decoded at once")
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
+    sleep: bool = Field(False, description="vllm on a GPU: move its weights to the host while the policy is updated")
 
 
 class GrpoConfig(Section):
@@ -151,6 +153,10 @@ class Config(Section):
             "probability ratio; remove the key",
         )
         _require(self.rollout.group_size >= 2, "rollout.group_size: expected at least 2, found 1: a group needs peers")
+        _require(
+            self.rollout.engine == "vllm" or not self.rollout.sleep,
+            "rollout.sleep: expected false with rollout.engine=hf, found true: only vllm can sleep",
+        )
         if self.eepo.enabled:
             _require(
                 self.rollout.group_size % 2 == 0,

@@ -17,13 +17,14 @@ from eepo_fast.models import load_model
 from eepo_fast.plan import num_iterations
 from eepo_fast.policy import TorchPolicy
 from eepo_fast.rewards import Grader, make_grader
+from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.rollout.vllm import VllmEngine, import_vllm
 from eepo_fast.trainer import Trainer, TrainerState
 from eepo_fast.types import Prompt, UserError
 from eepo_fast.warmup import ensure_base
 
 POLICIES = {"torch": TorchPolicy}
-ENGINES = {"hf": HfEngine}
 
 
 @dataclass
@@ -39,6 +40,10 @@ class Parts:
 
 def load_parts(config: Config, display: Display) -> Parts:
     """Load data and models; UserError before anything is written."""
+    if config.rollout.engine == "vllm":
+        import_vllm()
+        if config.rollout.sleep and not torch.cuda.is_available():
+            raise UserError("rollout.sleep: expected false on a CPU, found true: vLLM sleeps on a GPU only")
     problems = load_problems(config.data, config.run.seed)
     if config.model.path == BASE:
         if config.data.train != ARITHMETIC:
@@ -70,6 +75,21 @@ def load_parts(config: Config, display: Display) -> Parts:
         model, optimizer=config.optimizer, gradient_checkpointing=config.train.gradient_checkpointing, **settings
     )
     return Parts(policy, reference, tokenizer, prompts, stop_token_ids(tokenizer, eos))
+
+
+def make_engine(config: Config, parts: Parts) -> RolloutEngine:
+    rollout, model = config.rollout, parts.policy.model
+    settings = dict(dtype=getattr(torch, rollout.dtype), max_sequences=rollout.max_sequences)
+    if rollout.engine == "hf":
+        return HfEngine(model, pad_id=parts.tokenizer.pad_token_id, **settings)
+    longest = max(len(p.token_ids) for p in parts.prompts)
+    return VllmEngine(
+        model,
+        max_model_len=longest + rollout.max_new_tokens,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enable_sleep=rollout.sleep,
+        **settings,
+    )
 
 
 def _check_length(model, prompts: list[Prompt], config: Config) -> None:
@@ -121,12 +141,7 @@ def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, disp
     if resume:
         display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
 
-    engine = ENGINES[config.rollout.engine](
-        parts.policy.model,
-        dtype=getattr(torch, config.rollout.dtype),
-        max_sequences=config.rollout.max_sequences,
-        pad_id=parts.tokenizer.pad_token_id,
-    )
+    engine = make_engine(config, parts)
     trainer = Trainer(
         config,
         policy=parts.policy,

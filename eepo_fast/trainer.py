@@ -89,6 +89,7 @@ class Trainer:
             unlearning.gradient = {}
             rollouts += self._generate(prompts, 2, range(len(first_half), group_size), progress)
         batch = RolloutBatch(_by_group(rollouts, prompts), group_size)
+        self.engine.sleep()
 
         self._grade(batch)
         set_advantages(batch)

@@ -49,6 +49,9 @@ class RolloutEngine(Protocol):
         """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
         what is sampled beside it."""
 
+    def sleep(self) -> None:
+        """Give memory back until the next update or generation, if this engine was told to."""
+
     def close(self) -> None: ...
 
 

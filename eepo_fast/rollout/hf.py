@@ -140,6 +140,9 @@ class HfEngine:
         finished[rows[running]] = False
         return tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
 
+    def sleep(self) -> None:
+        """Keeps its weights: the embedded engine has no cache between stages."""
+
     def close(self) -> None:
         del self.model, self.weights
 

@@ -31,7 +31,8 @@ class EngineError(Exception):
     """The engine does not hold the weights it should, or was asked for something in a state that forbids it."""
 
 
-def _import_vllm():
+def import_vllm():
+    """The module, set up to run in this process; UserError if it cannot be imported."""
     # before the import: this process is the engine, and nothing is fetched or reported
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -67,7 +68,7 @@ class VllmEngine:
         enable_sleep: bool = False,
     ):
         """model: the policy's, for its architecture, names and shapes only."""
-        vllm = _import_vllm()
+        vllm = import_vllm()
         self._vllm = vllm
         self.dtype = dtype
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -118,13 +119,12 @@ class VllmEngine:
     @torch.no_grad()
     def _check_plan(self) -> None:
         """Values written through the plan, and the same values loaded by vLLM itself, must leave the same bits."""
-        generator = torch.Generator().manual_seed(0)
         device = self._plan.views[0].device
 
         def probe() -> Iterator[tuple[str, Tensor]]:
-            generator.manual_seed(0)
+            generator = torch.Generator(device).manual_seed(0)
             for name, shape in self._shapes.items():
-                yield name, torch.randn(shape, generator=generator).to(device, self.dtype)
+                yield name, torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
 
         for name, values in probe():
             chosen = [copy for copy in self._plan.copies if copy.name == name]
@@ -170,7 +170,7 @@ class VllmEngine:
         intended = eta * float(torch.nn.utils.get_total_norm(list(gradient.values())))
         if not math.isclose(stats.intended_norm, intended, rel_tol=INTENDED_TOLERANCE, abs_tol=1e-30):
             raise EngineError(
-                f"forget: the gradient has a norm of {intended:.6g} after eta, what was applied of {stats.intended_norm:.6g}"
+                f"forget: expected a step of norm {intended:.6g} over all weights, found {stats.intended_norm:.6g}"
             )
         if self._plan is not None:
             self._expected = checksums(self._plan.views)

@@ -1,8 +1,8 @@
 """The plan: where every element of the policy's weights lives in a vLLM model, recorded once from vLLM's own loader.
 
 vLLM fuses q, k, v and gate, up, pads vocabularies and shards over ranks; `load_weights` knows how. It is run once on
-stand-ins that hold no values, while every copy it makes is noted and not made. From then on an update is one multi-tensor
-operation over the noted views. A plan that does not cover everything is an error, never a guess.
+stand-ins that hold no values, while every copy it makes is noted and not made. From then on an update is one
+multi-tensor operation over the noted views. A plan that does not cover everything is an error, never a guess.
 
 Shapes are those of the tensors the loader copies: any.
 """
@@ -10,7 +10,8 @@ Shapes are those of the tensors the loader copies: any.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -62,9 +63,10 @@ class Plan:
 class _Recorder(TorchDispatchMode):
     """Notes copies of stand-ins into parameters, and leaves both as they are."""
 
-    def __init__(self, stand_ins: Mapping[int, str], parameters: Mapping[int, tuple[str, Tensor]]):
+    def __init__(self, parameters: Mapping[int, tuple[str, Tensor]]):
         super().__init__()
-        self.stand_ins, self.parameters = stand_ins, parameters
+        self.stand_ins: dict[int, str] = {}
+        self.parameters = parameters
         self.copies: list[Copy] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -93,20 +95,23 @@ def _storage(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size]) -> Plan:
-    """The plan for a vLLM model and a policy whose weights have these names and shapes. PlanError if vLLM's loader skips
-    a weight, transforms one, or leaves part of a parameter unwritten."""
+    """The plan for a vLLM model and a policy whose weights have these names and shapes. PlanError if vLLM's loader
+    skips a weight, transforms one, or leaves part of a parameter unwritten."""
     parameters = {name: p.data for name, p in model.named_parameters()}
     if len({_storage(p) for p in parameters.values()}) < len(parameters):
         raise PlanError("two parameters share one memory")
     any_parameter = next(iter(parameters.values()))
-    # real memory, because a slice is recognised by its address; never written, so that no page of it is touched
-    stand_ins = {name: torch.empty(shape, dtype=any_parameter.dtype, device=any_parameter.device)
-                 for name, shape in shapes.items()}  # fmt: skip
-    recorder = _Recorder(
-        {_storage(t): name for name, t in stand_ins.items()}, {_storage(p): (n, p) for n, p in parameters.items()}
-    )
+    recorder = _Recorder({_storage(p): (name, p) for name, p in parameters.items()})
+
+    def stand_ins() -> Iterator[tuple[str, Tensor]]:
+        """Real memory, because a slice is recognised by its address; one at a time, so that it is no second model."""
+        for name, shape in shapes.items():
+            stand_in = torch.empty(shape, dtype=any_parameter.dtype, device=any_parameter.device)
+            recorder.stand_ins[_storage(stand_in)] = name
+            yield name, stand_in
+
     with recorder:
-        model.load_weights(iter(stand_ins.items()))
+        model.load_weights(stand_ins())
     _check_coverage(recorder.copies, shapes, parameters)
     return Plan(recorder.copies, parameters)
 
@@ -125,10 +130,10 @@ def _check_coverage(copies: Iterable[Copy], shapes: Mapping[str, torch.Size], pa
         covered = sum(view.numel() for view in views)
         # a vocabulary is padded to whole tiles: rows behind the last word are never read
         padded = len(views) == 1 and views[0].shape[1:] == parameter.shape[1:] and views[0].storage_offset() == 0
-        if covered != parameter.numel() and not ((padded and "embed" in name) or (padded and "lm_head" in name)):
+        if covered != parameter.numel() and not (padded and ("embed" in name or "lm_head" in name)):
             raise PlanError(f"the loader writes {covered} of {parameter.numel()} elements of {name}")
         spans = sorted((view.storage_offset(), view.numel()) for view in views if view.is_contiguous())
-        for (start, length), (following, _) in zip(spans, spans[1:], strict=False):
+        for (start, length), (following, _) in pairwise(spans):
             if start + length > following:
                 raise PlanError(f"the loader writes part of {name} twice")
 
