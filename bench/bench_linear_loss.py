@@ -8,13 +8,15 @@ are non-zero on a share f of the tokens has a floor of (1 + 2f) G.
 """
 
 import gc
+import math
 import statistics
 import time
 
 import torch
 from common import interleaved, parse_args, peak_bytes, record
 from eepo_kernels import fused_linear_loss, linear_logprobs
-from head_peers import ENTROPY_COEF, TASKS, NotHere
+from eepo_kernels.linear_chunks import Head, Options, default_chunk_bytes
+from head_peers import ENTROPY_COEF, SURROGATE, TASKS, NotHere
 from torch.profiler import ProfilerActivity, profile
 
 CUDA = torch.cuda.is_available()
@@ -44,12 +46,13 @@ def weights_of(n: int, f: float) -> torch.Tensor:
 
 
 def gemm_seconds(n: int, d: int, v: int, repeats: int) -> float:
-    """G: the fastest of plain matmuls of this shape, its output in the inputs' dtype."""
+    """G: the fastest of plain matmuls of this shape, its output, in the inputs' dtype, in memory that is there."""
     a, b = torch.randn(n, d, device=DEVICE, dtype=DTYPE), torch.randn(v, d, device=DEVICE, dtype=DTYPE)
+    out = torch.empty(n, v, device=DEVICE, dtype=DTYPE)
     times = []
     for _ in range(max(3, repeats)):
         start = time.perf_counter()
-        torch.mm(a, b.T)
+        torch.mm(a, b.T, out=out)
         if CUDA:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -116,7 +119,8 @@ def measure(task: str, shape, f: float, repeats: int, g_s: float) -> list[dict]:
     inputs, weights = make_inputs(n, d, v), weights_of(n, f)
     running, skipped = available(task, inputs, weights)
     seconds = interleaved({name: lambda fn=fn: gradients(fn, inputs, weights) for name, fn in running.items()}, repeats)
-    few = max(1, min(n, (1 << 32) // (v * d)))  # float64 truth on fewer tokens: as many as take seconds
+    # float64 truth on fewer tokens, as many as take seconds: several chunks on a GPU
+    few = min(n, max(8, (1 << 32) // (v * d) * (1000 if CUDA else 1) // 8 * 8))
     small = (inputs[0].detach()[:few].requires_grad_(), *(t[:few] if t.dim() == 1 else t for t in inputs[1:]))
     truth = truth_of(task, small, weights_of(few, f))
     rows = []
@@ -127,6 +131,8 @@ def measure(task: str, shape, f: float, repeats: int, g_s: float) -> list[dict]:
         row["over_floor"] = seconds[name] / ((1 + 2 * f) * g_s)
         row["peak_beyond_grads_mib"] = (peak_bytes(lambda fn=fn: gradients(fn, inputs, weights)) - outputs) / 2**20
         row |= errors(gradients(fn, small, weights_of(few, f)), truth)
+        if name in SURROGATE:
+            del row["loss_error"]
         rows.append(row)
     rows += [
         {"task": task, "N": n, "D": d, "V": v, "f": f, "peer": name, "skipped": why} for name, why in skipped.items()
@@ -158,8 +164,9 @@ def scoring(shape, repeats: int, g_s: float) -> dict:
 
 
 def where_time_goes(shape, f: float, g_s: float, copy_rate: float) -> dict:
-    """One call of the fused loss under the profiler, its device time by kind of kernel; beside it what the row kernels'
-    bytes cost at the rate of a copy: two reads in fp32 and one write, and dW read and written once a flush."""
+    """One call of the fused loss under the profiler, its device time by kind of kernel; beside it what the bytes cost
+    at the rate of a copy: logits written and read in fp32, read again and written as gradients for a share f, which two
+    GEMMs read; and dW read and written at each flush of the packed rows but the first, which only writes."""
     inputs, weights = make_inputs(*shape), weights_of(shape[0], f)
     loss = TASKS["entropy"]["eepo"]()
     gradients(loss, inputs, weights)
@@ -172,9 +179,12 @@ def where_time_goes(shape, f: float, g_s: float, copy_rate: float) -> dict:
     for event in prof.key_averages():
         spent = (event.self_device_time_total if CUDA else event.self_cpu_time_total) / 1e6
         kinds[_kind(event.key.lower())] += spent
-    n, _, v = shape
+    n, d, v = shape
     logits = n * v
-    bytes_moved = 4 * logits + f * logits * (4 + DTYPE.itemsize)
+    row_bytes = 8 * logits + f * logits * (4 + 3 * DTYPE.itemsize)
+    options = Options(1.0, default_chunk_bytes(inputs[0].device), "triton" if CUDA else "torch", DTYPE)
+    packed = Head(inputs[0], inputs[1], None, options, with_grad=True).pack_rows
+    dw_bytes = 4 * v * d * (2 * math.ceil(f * n / packed) - 1)
     total = sum(kinds.values())
     return (
         {
@@ -187,7 +197,7 @@ def where_time_goes(shape, f: float, g_s: float, copy_rate: float) -> dict:
             "floor_s": (1 + 2 * f) * g_s,
         }
         | {f"{kind}_share": spent / total for kind, spent in kinds.items()}
-        | {"row_traffic_floor_s": bytes_moved / copy_rate}
+        | {"row_traffic_floor_s": row_bytes / copy_rate, "dW_traffic_floor_s": dw_bytes / copy_rate}
     )
 
 

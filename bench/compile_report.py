@@ -7,6 +7,9 @@ registers, shared memory, stack and spills a kernel. Exits with 1 on a compile e
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -15,10 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import eepo_kernels
 import triton
 from eepo_kernels import row_stats
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 CSRC = Path(__file__).parent.parent / "csrc"
 CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false"]  # as in setup.py
@@ -47,23 +52,35 @@ COEFFICIENTS = ["a_ptr", "b_ptr", "c_ptr"]
 
 
 def triton_variants():
-    """(kernel, name of the variant, signature, constants): what the launchers ask for, aligned as they align it."""
-    for has_bias in (False, True):
-        constants = {"HAS_BIAS": has_bias, "BLOCK_V": row_stats.BLOCK_V}
-        name = "bias" if has_bias else "no bias"
+    """(kernel, name of the variant, signature, constants): what the launchers ask for, aligned as they align it. A V
+    that 16 divides is a version of its own, as it is when launched."""
+    for has_bias, even_v in itertools.product((False, True), (True, False)):
+        constants = {"HAS_BIAS": has_bias, "BLOCK_V": row_stats.BLOCK_V, "even_v": even_v}
+        name = f"{'bias' if has_bias else 'no bias'}, {'V % 16 = 0' if even_v else 'odd V'}"
         common = dict.fromkeys([*ROW_POINTERS, *STATS], "*fp32") | {"targets_ptr": "*i64", "V": "i32"}
         common |= {"inverse_temperature": "fp32", "stride_n": "i32"}
-        yield row_stats.row_stats_fwd_kernel, f"fp32, {name}", common, constants
+        for dtype in ("fp32", "bf16", "fp16"):
+            yield row_stats.row_stats_fwd_kernel, f"{dtype}, {name}", common | {"logits_ptr": f"*{dtype}"}, constants
         for dtype in ("fp32", "bf16", "fp16"):
             types = common | dict.fromkeys(COEFFICIENTS, "*fp32")
             types |= {"index_ptr": "*i64", "grad_ptr": f"*{dtype}", "stride_k": "i32"}
             yield row_stats.row_grad_kernel, f"{dtype}, {name}", types, constants
 
 
+def all_kernels() -> list[str]:
+    """Names of all Triton kernels of the package."""
+    modules = [importlib.import_module(f"eepo_kernels.{m.name}") for m in pkgutil.iter_modules(eepo_kernels.__path__)
+               if not m.name.startswith("_")]  # fmt: skip
+    jitted = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    return sorted(name for name in jitted if name.endswith("_kernel"))
+
+
 def compile_triton(kernel, variant: str, types: dict, constants: dict, arch: int) -> Usage:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    # V stays unspecialised: an odd vocabulary is the harder case
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name.startswith("stride")]
+    constants = dict(constants)
+    divisible = ("V",) if constants.pop("even_v") else ()
+    divisible += tuple(name for name in kernel.arg_names if name.endswith("_ptr") or name.startswith("stride"))
+    aligned = [kernel.arg_names.index(name) for name in divisible]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
     options = {"num_warps": row_stats.NUM_WARPS}
@@ -103,6 +120,8 @@ def compile_csrc(arch: int) -> list[Usage]:
 def report(arches: list[int]) -> tuple[list[Usage], list[str]]:
     """What every kernel uses on every architecture, and what went wrong, a line each."""
     usages, errors = [], []
+    covered = {kernel.__name__ for kernel, *_ in triton_variants()}
+    errors += [f"{name} is in no variant of this report" for name in all_kernels() if name not in covered]
     for arch in arches:
         for variant in triton_variants():
             try:
@@ -123,11 +142,11 @@ def main() -> None:
     arches = [int(arch) for arch in parser.parse_args().arch.split(",")]
     usages, errors = report(arches)
     print(f"triton {triton.__version__}; nvcc {shutil.which('nvcc') or 'not found'}")
-    print(f"{'kernel':28} {'variant':18} {'arch':18} {'registers':>9} {'shared B':>9} {'stack B':>8} {'spilled B':>9}")
+    print(f"{'kernel':28} {'variant':26} {'arch':18} {'registers':>9} {'shared B':>9} {'stack B':>8} {'spilled B':>9}")
     for u in usages:
         arch = f"sm_{u.arch} {ARCHES.get(u.arch, '')}"
         numbers = f"{u.registers:9} {u.shared_bytes:9} {u.stack_bytes:8} {u.local_bytes:9}"
-        print(f"{u.kernel:28} {u.variant:18} {arch:18} {numbers}")
+        print(f"{u.kernel:28} {u.variant:26} {arch:18} {numbers}")
     if not any(CSRC.glob("*.cu")):
         print("csrc: no kernels yet")
     for error in errors:

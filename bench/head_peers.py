@@ -7,7 +7,9 @@ equal for all tokens, and left-out tokens marked as the library wants them marke
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from eepo_kernels import fused_linear_loss
@@ -16,6 +18,8 @@ from torch.nn.functional import cross_entropy
 
 ENTROPY_COEF = 0.01
 IGNORE = -100
+SURROGATE = ("liger grpo",)
+"""Peers whose loss has the NLL's gradient and another value."""
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -84,7 +88,15 @@ def trl_entropy() -> Loss:
 
 
 def unsloth_entropy() -> Loss:
-    from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+    # by its file: the package's own import asks for unsloth itself, and that for a GPU
+    package = importlib.util.find_spec("unsloth_zoo")
+    if package is None:
+        raise NotHere("not installed")
+    file = Path(package.origin).parent / "fused_losses" / "fused_linear.py"
+    spec = importlib.util.spec_from_file_location("unsloth_fused_linear", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fused_linear_logprobs = module.fused_linear_logprobs
 
     def loss(hidden, weight, targets, weights):
         logp, entropy = fused_linear_logprobs(hidden, weight, targets, return_entropy=True)

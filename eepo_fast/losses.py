@@ -51,11 +51,18 @@ def clipped_log1mp(log1mp: Tensor, config: EepoConfig) -> Tensor:
     return clipped
 
 
+def _kept(keep: Tensor, values: Tensor) -> Tensor:
+    """Values of left-out tokens replaced before anything is computed from them: a NaN or infinity there, times a weight
+    or a gradient of 0, would be a NaN in the sum of all."""
+    return torch.where(keep, values, 0.0)
+
+
 def nll_loss(weights: Tensor) -> LossFn:
-    """-log p of every token, weighted; weights [N] fp32."""
+    """-log p of every token, weighted; weights [N] fp32. A token of weight 0 is left out."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
-        return weights[rows] * -stats.logprobs
+        w = weights[rows]
+        return w * -_kept(w > 0, stats.logprobs)
 
     return loss_fn
 
@@ -65,8 +72,8 @@ def reinforce_loss(advantages: Tensor, weights: Tensor) -> LossFn:
     advantages, weights: [N] fp32. A token of weight 0 is left out."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
-        losses = -advantages[rows] * stats.logprobs
-        return torch.where(weights[rows] > 0, weights[rows] * losses, 0.0)
+        w = weights[rows]
+        return w * -_kept(w > 0, advantages[rows]) * _kept(w > 0, stats.logprobs)
 
     return loss_fn
 
@@ -113,15 +120,17 @@ def grpo_loss(config: GrpoConfig, tokens: GrpoTokens) -> LossFn:
     """-J of Eq. 2, plus β·KL, minus c·H, to be descended."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
-        ratio = log_ratio(stats.logprobs, tokens, rows).exp()
-        advantages = tokens.advantages[rows]
+        weights = tokens.weights[rows]
+        keep = weights > 0
+        policy_logprobs = _kept(keep, stats.logprobs)
+        ratio = _kept(keep, log_ratio(policy_logprobs, tokens, rows)).exp()
+        advantages = _kept(keep, tokens.advantages[rows])
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         losses = -torch.minimum(ratio * advantages, clipped * advantages)
         if config.kl_coef:
-            losses = losses + config.kl_coef * low_variance_kl(stats.logprobs, tokens.ref_logprobs[rows])
+            losses = losses + config.kl_coef * low_variance_kl(policy_logprobs, _kept(keep, tokens.ref_logprobs[rows]))
         if config.entropy_coef:
-            losses = losses - config.entropy_coef * stats.entropy
-        weights = tokens.weights[rows]
-        return torch.where(weights > 0, weights * losses, 0.0)  # a left-out token's NaN must not reach the sum
+            losses = losses - config.entropy_coef * _kept(keep, stats.entropy)
+        return weights * losses
 
     return loss_fn

@@ -22,8 +22,9 @@ def test_every_kernel_compiles_for_every_gpu_without_a_spill():
     assert done.returncode == 0, done.stderr
     for arch in ("sm_80 A100", "sm_90 H100, H200", "sm_100 B200"):
         lines = [line for line in done.stdout.splitlines() if arch in line]
-        assert sum("row_stats_fwd_kernel" in line for line in lines) == 2
-        assert sum("row_grad_kernel" in line for line in lines) == 6
+        assert sum("row_stats_fwd_kernel" in line for line in lines) == 12
+        assert sum("row_grad_kernel" in line for line in lines) == 12
+        assert sum("weight_update_kernel" in line for line in lines) == 1
 
 
 BREAK = """
@@ -39,12 +40,16 @@ compile_report.main()
     [
         (
             "compile_report.row_stats.BLOCK_V, compile_report.row_stats.NUM_WARPS = 4096, 1",
-            "row_stats_fwd_kernel (fp32, no bias) spills on sm_90",
+            "row_stats_fwd_kernel (fp32, no bias, V % 16 = 0) spills on sm_90",
         ),
-        ("compile_report.row_stats.BLOCK_V = 1000", "row_stats_fwd_kernel (fp32, no bias) does not compile for sm_90"),
+        (
+            "compile_report.row_stats.BLOCK_V = 1000",
+            "row_stats_fwd_kernel (fp32, no bias, V % 16 = 0) does not compile for sm_90",
+        ),
+        ("compile_report.all_kernels = lambda: ['new_kernel']", "new_kernel is in no variant of this report"),
         ("compile_report.CSRC = __import__('pathlib').Path({csrc!r})", "csrc does not compile for sm_90"),
     ],
-    ids=["spill", "triton error", "csrc error"],
+    ids=["spill", "triton error", "kernel left out", "csrc error"],
 )
 def test_a_spill_or_an_error_fails(tmp_path, change, words):
     (tmp_path / "broken.cu").write_text("__global__ void kernel(float *x) { x[0] = undeclared; }")

@@ -17,6 +17,8 @@ CHUNK_BUFFERS = {"triton": 2, "torch": 3, "torch half": 4}
 the rows among them that have a gradient, which take another one on their way to half precision."""
 PACK_RATIO = 3
 """m / n. Wide gradient GEMMs matter more than wide forward ones: each reads and writes all of dW in fp32."""
+FP16_TARGET = 16.0
+"""Largest coefficient of the first chunk after scaling: room for 4,096 times as much later, and for p down to 4e-9."""
 ROW_ALIGNMENT = 16
 """Rows of the buffers start at multiples of so many elements, whatever V is: GEMMs and 16-byte loads ask for it."""
 
@@ -33,8 +35,7 @@ class HostRead:
         if value.is_cuda:
             self.host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self.host.copy_(value, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self.event = torch.cuda.current_stream(value.device).record_event()
 
     def read(self) -> list[int]:
         if self.event is not None:
@@ -122,20 +123,31 @@ class GradientPack:
     """dlogits and hidden states of the rows that have a gradient, gathered across chunks and multiplied when full."""
 
     def __init__(self, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
-        """Gradients of weight and bias are sums over chunks, so fp32; those of hidden are written once, in place."""
+        """Gradients of weight and bias are sums over chunks, so fp32; those of hidden are written once, in place.
+
+        fp16 has no room for gradients of a mean over many tokens: there all are scaled by a power of two, found from
+        the first coefficients, and dX is kept in fp32 until the upstream gradient has been multiplied in.
+        """
         self.head, self.hidden = head, hidden
-        m, device = head.pack_rows, hidden.device
+        m, device, options_dtype = head.pack_rows, hidden.device, head.input_dtype
         self.dlogits = head.empty_rows(m, head.gemm_dtype)
         self.packed_hidden = torch.empty(m, hidden.shape[1], dtype=head.gemm_dtype, device=device)
         self.index = torch.empty(m, dtype=torch.int64, device=device)
         self.fill = 0
-        self.d_hidden = torch.zeros_like(hidden) if needs[0] else None
+        fp16 = options_dtype == torch.float16
+        self.scale = torch.zeros((), device=device) if fp16 else None
+        self.d_hidden = torch.zeros_like(hidden, dtype=torch.float32 if fp16 else hidden.dtype) if needs[0] else None
         self.d_weight = torch.empty_like(weight, dtype=head.stats_dtype) if needs[1] else None
         self.flushed = False
         self.d_bias = torch.zeros(len(weight), dtype=head.stats_dtype, device=device) if needs[2] else None
 
     def add(self, rows, order: Tensor, num_active: int, coefficients: list[Tensor], tokens: Tensor) -> None:
         """The first `num_active` of `order` [n]: rows of a chunk whose token indices are `tokens` [n]."""
+        if self.scale is not None:
+            peak = torch.stack([c.abs().amax() for c in coefficients]).amax().float()
+            usable = (self.scale == 0) & (peak > 0) & peak.isfinite()
+            self.scale = torch.where(usable, torch.exp2(torch.floor(torch.log2(FP16_TARGET / peak))), self.scale)
+            coefficients = [c * self._divisor() for c in coefficients]
         done = 0
         while done < num_active:
             take = min(len(self.index) - self.fill, num_active - done)
@@ -147,12 +159,17 @@ class GradientPack:
             if self.fill == len(self.index):
                 self.flush()
 
+    def _divisor(self) -> Tensor:
+        return torch.where(self.scale == 0, 1.0, self.scale)
+
     def flush(self) -> None:
         if self.fill == 0:
             return
         dlogits, hidden = self.dlogits[: self.fill], self.packed_hidden[: self.fill]
         if self.d_hidden is not None:
             product = torch.mm(dlogits, self.head.weight, **self.head.out_dtype)
+            if self.scale is not None:
+                product /= self._divisor()
             self.d_hidden.index_copy_(0, self.index[: self.fill], product.to(self.d_hidden.dtype))
         if self.d_weight is not None:
             beta = 1 if self.flushed else 0  # the first product overwrites
@@ -165,6 +182,10 @@ class GradientPack:
         self.flush()
         if self.d_weight is not None and not self.flushed:
             self.d_weight.zero_()
+        if self.scale is not None:
+            for total in (self.d_weight, self.d_bias):
+                if total is not None:
+                    total /= self._divisor()
         return [self.d_hidden, self.d_weight, self.d_bias]
 
 

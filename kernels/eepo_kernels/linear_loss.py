@@ -29,6 +29,7 @@ from eepo_kernels.reference import LossFn, TokenStats
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+TEMPERATURES = (1e-6, 1e6)
 
 
 @functools.cache
@@ -83,12 +84,15 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{weight.shape[0]}], found {tuple(bias.shape)}")
+    if bias is not None and (bias.dtype != weight.dtype if not autocast else not bias.is_floating_point()):
+        raise ValueError(f"expected bias in the dtype of weight, {weight.dtype}, found {bias.dtype}")
     devices = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
     if len({t.device for t in devices.values()}) > 1:
         found = ", ".join(f"{name} on {t.device}" for name, t in devices.items())
         raise ValueError(f"expected one device, found {found}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, found {temperature}")
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature: expected a number from {low:g} to {high:g}, found {temperature}")
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
@@ -217,8 +221,8 @@ _linear_logprobs.register_autograd(_backward, setup_context=_save_inputs)
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, loss_fn, options):
-        needs = list(ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, targets, loss_fn, options, grad_enabled):
+        ctx.needs = needs = [need and grad_enabled for need in ctx.needs_input_grad[:3]]
         with _no_autocast(hidden):
             loss, stats, gradients = _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, needs)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
@@ -232,13 +236,13 @@ class _FusedLinearLoss(torch.autograd.Function):
         """Scales the gradients in place, so that they are not there twice; autograd refuses a second use of them."""
         saved = iter(ctx.saved_tensors)
         grads = []
-        for needed, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True):
+        for needed, dtype in zip(ctx.needs, ctx.dtypes, strict=True):
             grad = next(saved) if needed else None
             if needed:
                 out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
                 grad = torch.mul(grad, upstream, out=out)
             grads.append(grad)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, needs):
@@ -261,7 +265,7 @@ def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, nee
         _fill(out, chunk.stats(), rows)
         history = TokenStats(*(s[: rows.stop] for s in out[:3]))
         tokens = torch.arange(rows.start, rows.stop, device=targets.device)
-        part_loss, coefficients = _loss_and_coefficients(loss_fn, chunk.stats(), history, tokens)
+        part_loss, coefficients = _loss_and_coefficients(loss_fn, chunk.stats(), history, tokens, check=turn == 0)
         loss += part_loss
         if pack is not None:
             waiting = Pending(chunk, coefficients, tokens)
@@ -274,7 +278,7 @@ def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, nee
     return loss.to(head.stats_dtype), out, [None] * 3 if pack is None else pack.outputs()
 
 
-def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenStats, rows: Tensor):
+def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenStats, rows: Tensor, check: bool):
     """Sum of the chunk's losses and its derivative in each statistic: [n] each, zeros where the loss ignores one."""
     leaves = [s.detach().requires_grad_() for s in stats[:3]]
     with torch.enable_grad():
@@ -283,8 +287,34 @@ def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenSta
         total = losses.sum(dtype=torch.float64)
     if not total.requires_grad:
         return total, [torch.zeros_like(leaf) for leaf in leaves]
+    if check:
+        _refuse_other_leaves(total, leaves)
     grads = torch.autograd.grad(total, leaves, allow_unused=True)
     return total.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+
+
+def _refuse_other_leaves(total: Tensor, leaves: list[Tensor]) -> None:
+    """A loss may not depend on other tensors that require a gradient: it would be lost in silence."""
+    seen, stack = set(), [total.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(
+                "loss_fn: expected a function of the statistics alone, found a tensor of shape "
+                f"{tuple(variable.shape)} that requires a gradient, which it would not get; detach it"
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _reference_inputs(hidden, weight, bias, targets, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For `backend="reference"`: the values that options.dtype holds, in the dtype of the statistics."""
+    _TargetCheck(targets, len(weight)).raise_if_wrong()
+    wide = torch.float64 if options.dtype == torch.float64 else torch.float32
+    return tuple(None if t is None else t.to(options.dtype).to(wide) for t in (hidden, weight, bias))
 
 
 def linear_logprobs(
@@ -301,15 +331,18 @@ def linear_logprobs(
 
     hidden [N, D] and weight [V, D] of one dtype, targets [N] int64, bias [V]. Statistics are fp32 (float64 for float64
     inputs). Differentiable in hidden, weight and bias: the backward pass recomputes the logits, chunk by chunk, of the
-    rows that have an upstream gradient. One operator for torch.compile.
+    rows that have an upstream gradient; not twice differentiable. One operator for torch.compile.
 
     Under autocast the products are in autocast's dtype and each gradient in its own input's. `chunk_bytes` bounds the
-    memory held beside inputs and outputs (a CPU, which multiplies in fp32, also holds half-precision weights in fp32).
+    memory held beside inputs and outputs; where the weight is not in the dtype of the products (under autocast, or in
+    half precision on a CPU, which multiplies in fp32) one copy of it that is comes on top.
     A NaN stays in its row. ValueError on shapes, dtypes, devices or targets that do not fit.
     """
     options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
     if options.backend == "reference":
-        return reference.linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+        with _no_autocast(hidden):
+            h, w, b = _reference_inputs(hidden, weight, bias, targets, options)
+            return reference.linear_logprobs(h, w, targets, bias=b, temperature=temperature)
     return TokenStats(*_linear_logprobs(hidden, weight, bias, targets, *options))
 
 
@@ -336,6 +369,8 @@ def fused_linear_loss(
     """
     options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
     if options.backend == "reference":
-        return reference.fused_linear_loss(hidden, weight, targets, loss_fn, bias=bias, temperature=temperature)
-    loss, *stats = _FusedLinearLoss.apply(hidden, weight, bias, targets, loss_fn, options)
+        with _no_autocast(hidden):
+            h, w, b = _reference_inputs(hidden, weight, bias, targets, options)
+            return reference.fused_linear_loss(h, w, targets, loss_fn, bias=b, temperature=temperature)
+    loss, *stats = _FusedLinearLoss.apply(hidden, weight, bias, targets, loss_fn, options, torch.is_grad_enabled())
     return loss, TokenStats(*stats)

@@ -192,7 +192,8 @@ class TritonRows:
     def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
         """logits: [n, V], left as it is, its rows padded to ROW_ALIGNMENT; targets: [n] int64; bias: [V] or None."""
         n = len(logits)
-        assert _has_padded_rows(logits) and targets.is_contiguous()
+        assert _has_padded_rows(logits)
+        targets = targets.contiguous()
         self.logits, self.targets, self.bias, self.temperature = logits, targets, bias, temperature
         self.columns = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(5)]
         with torch.cuda.device_of(logits):  # Triton launches on the current device

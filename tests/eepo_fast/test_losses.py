@@ -201,3 +201,27 @@ def test_reinforce_is_grpo_on_policy(test_config):
     losses = (grpo_loss(grpo, tokens), reinforce_loss(advantages, weights))
     grads = [torch.autograd.grad(fused_linear_loss(hidden, weight, targets, f)[0], hidden)[0] for f in losses]
     assert torch.allclose(*grads, atol=1e-12) and grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["nll", "reinforce", "grpo"])
+@pytest.mark.parametrize("poison", ["hidden", "advantage", "old nan", "old -inf", "old far", "ref"])
+def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(20, 6, generator=g), torch.randn(9, 6, generator=g).requires_grad_()
+    targets, advantages, weights = torch.arange(20) % 9, torch.randn(20, generator=g), torch.full((20,), 0.05)
+    old, ref = torch.full((20,), -2.0), torch.full((20,), -2.0)
+    weights[5] = 0
+    column = {"hidden": hidden, "advantage": advantages, "ref": ref}.get(poison, old)
+    column[5] = {"old -inf": -math.inf, "old far": -200.0}.get(poison, math.nan)
+    hidden.requires_grad_()
+    tokens = GrpoTokens(advantages, old, torch.zeros(20, dtype=torch.bool), weights, ref)
+    config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1}).grpo
+    loss_fn = {
+        "nll": nll_loss(weights),
+        "reinforce": reinforce_loss(advantages, weights),
+        "grpo": grpo_loss(config, tokens),
+    }[name]
+    loss, _ = fused_linear_loss(hidden, weight, targets, loss_fn)
+    loss.backward()
+    assert loss.isfinite() and weight.grad.isfinite().all() and torch.equal(hidden.grad[5], torch.zeros(6))
+    assert hidden.grad[4].abs().sum() > 0
