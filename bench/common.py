@@ -66,11 +66,15 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def parse_args(description: str) -> argparse.Namespace:
+def parser_with_defaults(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--repeats", type=int, default=5)
-    return parser.parse_args()
+    return parser
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    return parser_with_defaults(description).parse_args()
 
 
 def record(rows: list[dict], out: Path | None) -> None:

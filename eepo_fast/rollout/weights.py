@@ -51,6 +51,11 @@ class Plan:
         self.row_strides = [copy.stride[-2] if len(copy.stride) > 1 else copy.shape.numel() for copy in copies]
         self._pointers = {name: p.data_ptr() for name, p in parameters.items()}
 
+    def restricted_to(self, names: Iterable[str]) -> Plan:
+        """The part of the plan whose sources are these."""
+        chosen = set(names)
+        return Plan([copy for copy in self.copies if copy.name in chosen], {})
+
     def sources(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         """The slices of `weights` (contiguous, by source name) in the order of `views`."""
         return [copy.source(weights) for copy in self.copies]
@@ -94,9 +99,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size]) -> Plan:
-    """The plan for a vLLM model and a policy whose weights have these names and shapes. PlanError if vLLM's loader
-    skips a weight, transforms one, or leaves part of a parameter unwritten."""
+def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], num_shards: int = 1) -> Plan:
+    """The plan for a vLLM model, or one of `num_shards` tensor-parallel shards of it, and a policy whose weights have
+    these names and shapes. PlanError if vLLM's loader skips a weight, transforms one, or leaves part of a parameter
+    unwritten."""
     parameters = {name: p.data for name, p in model.named_parameters()}
     if len({_storage(p) for p in parameters.values()}) < len(parameters):
         raise PlanError("two parameters share one memory")
@@ -112,18 +118,23 @@ def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size]) -> Plan:
 
     with recorder:
         model.load_weights(stand_ins())
-    _check_coverage(recorder.copies, shapes, parameters)
+    _check_coverage(recorder.copies, shapes, parameters, num_shards)
     return Plan(recorder.copies, parameters)
 
 
-def _check_coverage(copies: Iterable[Copy], shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> None:
+def _check_coverage(
+    copies: Iterable[Copy], shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor], num_shards: int
+) -> None:
     taken: dict[str, int] = defaultdict(int)
     written: dict[int, list[Tensor]] = defaultdict(list)
     for copy in copies:
         taken[copy.name] += copy.shape.numel()
         written[_storage(copy.view)].append(copy.view)
     for name, shape in shapes.items():
-        if taken[name] != shape.numel():
+        # a shard takes its share, or all of what every shard has; the last shard of a padded vocabulary takes less
+        whole = taken[name] == shape.numel()
+        share = num_shards > 1 and 0 < taken[name] < shape.numel()
+        if not whole and not share:
             raise PlanError(f"the loader takes {taken[name]} of {shape.numel()} elements of {name}")
     for name, parameter in parameters.items():
         views = written[_storage(parameter)]

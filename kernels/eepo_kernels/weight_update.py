@@ -29,11 +29,11 @@ class ForgetStats:
 
     def __init__(self, sums: Tensor):
         """sums: float64 [4]: ⟨applied, intended⟩, ‖intended‖², ‖applied‖², ‖applied - intended‖²."""
-        self._on_device = sums
+        self.sums = sums
 
     @functools.cached_property
     def _sums(self) -> list[float]:
-        return self._on_device.tolist()
+        return self.sums.tolist()
 
     @property
     def retention(self) -> float:

