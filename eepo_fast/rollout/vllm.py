@@ -93,6 +93,7 @@ class VllmEngine:
         self._asleep = False
         self._enable_sleep = enable_sleep
         self._expected: Tensor | None = None
+        self._step: tuple[Tensor, ForgetStats] | None = None
         self._shadow: dict[str, Tensor] | None = None
         self._plan: Plan | None = None
         self._num_requests = 0
@@ -140,6 +141,7 @@ class VllmEngine:
     def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
         assert weights.keys() == self._shapes.keys()
         self._prepare_update()
+        self._expected = None
         if self._plan is not None:
             sources = self._plan.sources(weights)
             sync(self._plan.views, sources)
@@ -157,6 +159,7 @@ class VllmEngine:
         self._prepare_update()
         # from here on the weights are no longer the policy's, even if the update is interrupted
         self.weights_version = self.weights_version._replace(forgotten=True)
+        self._expected = None
         options = dict(eta=eta, rounding=rounding, seed=seed, step=step)
         if self._plan is not None:
             plan = self._plan
@@ -166,12 +169,8 @@ class VllmEngine:
             names = list(self._shadow)
             layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
             stats = forget(list(self._shadow.values()), [gradient[n] for n in names], **layout, **options)
-        self._expected = None  # until the step is known to have reached every weight
-        intended = eta * float(torch.nn.utils.get_total_norm(list(gradient.values())))
-        if not math.isclose(stats.intended_norm, intended, rel_tol=INTENDED_TOLERANCE, abs_tol=1e-30):
-            raise EngineError(
-                f"forget: expected a step of norm {intended:.6g} over all weights, found {stats.intended_norm:.6g}"
-            )
+        # read, and compared, when the engine is next asked to sample: nothing waits for it here
+        self._step = eta * torch.nn.utils.get_total_norm(list(gradient.values())), stats
         if self._plan is not None:
             self._expected = checksums(self._plan.views)
         else:
@@ -190,6 +189,8 @@ class VllmEngine:
         self._expected = checksums([p.data for p in self._model.parameters()])
 
     def _finish_update(self, version: WeightsVersion) -> None:
+        if not version.forgotten:
+            self._step = None
         # keys and values of earlier weights: off by whole nats if they were used again
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             self._expected = None
@@ -199,6 +200,12 @@ class VllmEngine:
     def _check_weights(self) -> None:
         if self._expected is None:
             raise EngineError("generate: the engine's weights were never synced, or their last update did not finish")
+        if self._step is not None:
+            intended, applied = float(self._step[0]), self._step[1].intended_norm
+            if not math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE, abs_tol=1e-30):
+                raise EngineError(
+                    f"generate: expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
+                )
         if self._plan is not None and self._plan.moved(self._model):
             self._plan = record_plan(self._model, self._shapes)
         held = self._plan.views if self._plan is not None else [p.data for p in self._model.parameters()]

@@ -39,7 +39,9 @@ class Copy(NamedTuple):
     """The destination, a view of the parameter's own memory."""
 
     def source(self, weights: Mapping[str, Tensor]) -> Tensor:
-        return weights[self.name].as_strided(self.shape, self.stride, self.offset)
+        whole = weights[self.name]
+        assert whole.is_contiguous()
+        return whole.as_strided(self.shape, self.stride, whole.storage_offset() + self.offset)
 
 
 class Plan:

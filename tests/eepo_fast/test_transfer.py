@@ -1,4 +1,4 @@
-"""sync and forget for a vLLM in another process, over its weight-transfer interface: the bits of an engine in this one."""
+"""sync and forget for a vLLM in another process, over its weight-transfer interface: the same bits as in this one."""
 
 import json
 import os

@@ -130,10 +130,7 @@ def test_samples_depend_on_their_seed_alone(one_pair):
     assert [(r.prompt.id, r.sample_index) for r in together] == [(p, k) for p in ("p0", "p1", "p2") for k in (0, 1)]
     alone = engine.generate(REQUESTS[1:2], SAMPLING)
     assert [r.token_ids for r in alone] == [r.token_ids for r in together[2:4]]
-    other = [
-        r._replace(seeds=(5, 6)) if hasattr(r, "_replace") else Request(r.prompt, 1, r.sample_indices, (5, 6))
-        for r in REQUESTS
-    ]
+    other = [Request(r.prompt, 1, r.sample_indices, (5, 6)) for r in REQUESTS]
     assert [r.token_ids for r in engine.generate(other, SAMPLING)] != [r.token_ids for r in together]
 
 
@@ -211,10 +208,10 @@ def test_a_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch):
         return real(dst[kept], gradient[kept], **layout, **kwargs)
 
     monkeypatch.setattr(module, "forget", partly)
-    with pytest.raises(EngineError, match="expected a step of norm"):
-        forget(engine, gradient_of(model))
-    with pytest.raises(EngineError, match="did not finish"):
-        engine.generate(REQUESTS, SAMPLING)
+    forget(engine, gradient_of(model))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="expected a forget step of norm"):
+            engine.generate(REQUESTS, SAMPLING)
     assert engine.weights_version.forgotten, "what may hold forgetful weights never says it holds the policy's"
 
 
