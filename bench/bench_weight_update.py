@@ -18,7 +18,7 @@ from eepo_fast.models import load_model
 from eepo_fast.policy import TorchPolicy
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.rollout.vllm import VllmEngine
-from eepo_fast.types import Problem, Prompt
+from eepo_fast.types import Problem, Prompt, WeightsVersion
 from eepo_fast.unlearn import compute_unlearning
 
 STEP_SIZES = (3e-4, 3e-3, 3e-2)
@@ -189,7 +189,7 @@ def main() -> None:
         model, compute_dtype=torch.float32, temperature=0.6, micro_batch_tokens=2048, pad_id=tokenizer.pad_token_id
     )
     engine = VllmEngine(model, dtype=torch.bfloat16, max_sequences=16, max_model_len=512)
-    engine.sync(policy.named_weights(), 0)
+    engine.sync([policy.named_weights()], WeightsVersion(0, False))
     prompts = []
     for i, question in enumerate(QUESTIONS):
         messages = [{"role": "user", "content": question}]

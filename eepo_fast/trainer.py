@@ -22,7 +22,7 @@ from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.policy import MicroBatch, TorchPolicy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
-from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError
+from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
 from eepo_fast.unlearn import Unlearning, compute_unlearning
 
 MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
@@ -70,7 +70,7 @@ class Trainer:
         version = self.state.policy_version
 
         with self._timed("sync"):
-            self.engine.sync(self.policy.named_weights(), version)  # θ' ← θ
+            self.engine.sync([self.policy.named_weights()], WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         rollouts = self._generate(prompts, 1, first_half, progress)
         unlearning, forgotten = None, None

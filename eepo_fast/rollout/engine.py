@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +37,9 @@ class Sampling:
 class RolloutEngine(Protocol):
     weights_version: WeightsVersion
 
-    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
-        """Own weights ← nearest(weights), all of them, in place."""
+    def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
+        """Own weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight once;
+        a bucket is read before the next is asked for. version: whose weights these are."""
 
     def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`."""

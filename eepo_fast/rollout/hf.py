@@ -6,7 +6,7 @@ Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded p
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,10 +32,14 @@ class HfEngine:
         self.device = next(self.model.parameters()).device
         self.weights_version = WeightsVersion(0, False)
 
-    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
-        assert weights.keys() == self.weights.keys()
-        sync(list(self.weights.values()), [weights[name] for name in self.weights])
-        self.weights_version = WeightsVersion(policy_version, False)
+    def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
+        self.weights_version = version._replace(forgotten=True)  # not the policy's until all of them are
+        missing = set(self.weights)
+        for bucket in weights:
+            sync([self.weights[name] for name in bucket], list(bucket.values()))
+            missing -= bucket.keys()
+        assert not missing, f"a sync without {min(missing)}"
+        self.weights_version = version
 
     def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten

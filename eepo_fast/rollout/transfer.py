@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from eepo_kernels import ForgetStats, forget, sync
 from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
@@ -153,7 +154,8 @@ class EepoTransferEngine(WeightTransferEngine[TransferInit, TransferUpdate]):
         self.group = connect(init_info.host, init_info.port, rank, init_info.world_size, self.device)
 
     def _record(self) -> Plan:
-        return record_plan(self.model, self.shapes, num_shards=self.parallel_config.tensor_parallel_size)
+        sharded = self.parallel_config.tensor_parallel_size > 1
+        return record_plan(self.model, self.shapes, get_tp_group().cpu_group if sharded else None)
 
     def start_weight_update(self) -> None:
         if self.plan.moved(self.model):
@@ -172,17 +174,25 @@ class EepoTransferEngine(WeightTransferEngine[TransferInit, TransferUpdate]):
         for names in buckets(self.shapes, dtype.itemsize, self.bucket_bytes):
             bucket = torch.empty(sum(self.shapes[n].numel() for n in names), dtype=dtype, device=self.device)
             broadcast(self.group, bucket)
+            received = unpack(bucket, names, self.shapes)
             part = self.plan.restricted_to(names)
-            sources = part.sources(unpack(bucket, names, self.shapes))
             if is_forget:
-                options = dict(eta=update_info.eta, rounding=update_info.rounding)
-                options |= dict(seed=update_info.seed, step=update_info.step)
-                layout = dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
-                sums += forget(part.views, sources, **layout, **options).sums
+                sums += self._forget(part, received, update_info)
             else:
-                sync(part.views, sources)
+                sync(part.views, part.sources(received))
         if is_forget:
             self.group.allreduce([sums]).wait()
+
+    def _forget(self, part: Plan, gradient: Mapping[str, Tensor], info: TransferUpdate) -> Tensor:
+        """float64 [4]: the sums over the slices that this worker counts."""
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for piece in part.by_ownership():
+            layout = dict(keys=piece.keys, offsets=piece.offsets, row_strides=piece.row_strides)
+            options = dict(eta=info.eta, rounding=info.rounding, seed=info.seed, step=info.step)
+            stats = forget(piece.views, piece.sources(gradient), **layout, **options)
+            if piece.owned[0]:
+                sums += stats.sums
+        return sums
 
     def shutdown(self) -> None:
         self.group = None

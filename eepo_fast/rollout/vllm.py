@@ -2,6 +2,10 @@
 
 The engine starts with no weights of its own; the first `sync` gives it the policy's. It samples only while the checksum
 of what it holds is the one its last update must have left.
+
+Under torchrun every rank has an engine, or every group of `tensor_parallel` neighbouring ranks has one together: vLLM's
+external launcher on the process group that is there. The ranks of a group make the same calls with the same arguments,
+decide together, and return the same completions.
 """
 
 from __future__ import annotations
@@ -10,15 +14,16 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Progress, Request, Sampling
-from eepo_fast.rollout.weights import Plan, PlanError, checksums, record_plan, rounded_checksums
+from eepo_fast.rollout.weights import Plan, PlanError, checksums, gather, record_plan, rounded_checksums
 from eepo_fast.types import Rollout, UserError, WeightsVersion
 
 log = logging.getLogger(__name__)
@@ -64,14 +69,18 @@ class VllmEngine:
         dtype: torch.dtype,
         max_sequences: int,
         max_model_len: int,
+        shapes: Mapping[str, torch.Size] | None = None,
+        tensor_parallel: int = 1,
         gpu_memory_utilization: float = 0.4,
         enable_sleep: bool = False,
     ):
-        """model: the policy's, for its architecture, names and shapes only."""
+        """model: the policy's, for its architecture, names and shapes only. shapes: of its weights, each once, where
+        the model itself does not show them (a sharded one)."""
         vllm = import_vllm()
         self._vllm = vllm
         self.dtype = dtype
-        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._shapes = dict(shapes or {name: p.shape for name, p in model.named_parameters()})
+        launched = "RANK" in os.environ and dist.is_initialized()
         with tempfile.TemporaryDirectory() as folder:
             config = type(model.config).from_dict(model.config.to_dict())
             config.architectures = [type(model).__name__]
@@ -89,7 +98,15 @@ class VllmEngine:
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_sleep_mode=enable_sleep,
                 disable_log_stats=True,
+                tensor_parallel_size=tensor_parallel,
+                **({"distributed_executor_backend": "external_launcher"} if launched else {}),
             )
+        self._group: dist.ProcessGroup | None = None
+        """The ranks that this engine is spread over, for values on the CPU."""
+        if tensor_parallel > 1:
+            from vllm.distributed.parallel_state import get_tp_group
+
+            self._group = get_tp_group().cpu_group
         self._asleep = False
         self._enable_sleep = enable_sleep
         self._expected: Tensor | None = None
@@ -108,7 +125,7 @@ class VllmEngine:
 
     def _make_plan(self) -> None:
         try:
-            self._plan = record_plan(self._model, self._shapes)
+            self._plan = record_plan(self._model, self._shapes, self._group)
             self._check_plan()
             self._shadow = None
         except PlanError as error:
@@ -129,42 +146,52 @@ class VllmEngine:
 
         for name, values in probe():
             chosen = [copy for copy in self._plan.copies if copy.name == name]
-            sync([copy.view for copy in chosen], [copy.source({name: values}) for copy in chosen])
+            sync([copy.view for copy in chosen], [copy.of(values) for copy in chosen])
         by_plan = checksums(self._plan.views)
         self._model.load_weights(probe())
-        if not torch.equal(by_plan, checksums(self._plan.views)):
+        same = torch.equal(by_plan, checksums(self._plan.views))
+        if not all(gather(same, self._group)):
             raise PlanError("what the plan writes is not what vLLM's own loader writes")
 
     # -- updates
 
     @torch.no_grad()
-    def sync(self, weights: Mapping[str, Tensor], policy_version: int) -> None:
-        assert weights.keys() == self._shapes.keys()
-        self._prepare_update()
-        self._expected = None
+    def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
+        self._find_weights()
+        # while it is under way, and if it is interrupted, the weights are nobody's
+        self.weights_version, self._expected, self._step = version, None, None
+        sums: dict[str, Tensor] = {}
+        for bucket in weights:
+            if self._plan is not None:
+                part = self._plan.restricted_to(bucket)
+                sources = part.sources(bucket)
+                sync(part.views, sources)
+                for copy, value in zip(part.copies, rounded_checksums(sources, self.dtype), strict=True):
+                    sums[copy.slice] = value
+            else:
+                sync([self._shadow[name] for name in bucket], list(bucket.values()))
+                sums.update(bucket)
         if self._plan is not None:
-            sources = self._plan.sources(weights)
-            sync(self._plan.views, sources)
-            self._expected = rounded_checksums(sources, self.dtype)
+            missing = [copy.name for copy in self._plan.copies if copy.slice not in sums]
+            assert not missing, f"a sync without {missing[0]}"
+            self._expected = torch.stack([sums[copy.slice] for copy in self._plan.copies])
         else:
-            sync(list(self._shadow.values()), [weights[name] for name in self._shadow])
+            assert sums.keys() == self._shadow.keys()
             self._reload()
-        self._finish_update(WeightsVersion(policy_version, False))
+        self._finish_update()
 
     @torch.no_grad()
     def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         assert gradient.keys() == self._shapes.keys() and not self.weights_version.forgotten
         if self._expected is None:
-            raise EngineError("forget: the engine has never been synced with a policy")
-        self._prepare_update()
+            raise EngineError("forget: the engine has never been synced with a policy, or not to the end")
+        self._find_weights()
         # from here on the weights are no longer the policy's, even if the update is interrupted
         self.weights_version = self.weights_version._replace(forgotten=True)
         self._expected = None
         options = dict(eta=eta, rounding=rounding, seed=seed, step=step)
         if self._plan is not None:
-            plan = self._plan
-            layout = dict(keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides)
-            stats = forget(plan.views, plan.sources(gradient), **layout, **options)
+            stats = self._forget_in_place(gradient, options)
         else:
             names = list(self._shadow)
             layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
@@ -175,54 +202,68 @@ class VllmEngine:
             self._expected = checksums(self._plan.views)
         else:
             self._reload()
-        self._finish_update(self.weights_version)
+        self._finish_update()
         return stats
 
-    def _prepare_update(self) -> None:
-        """Never write while asleep, nor into memory that has moved."""
+    def _forget_in_place(self, gradient: Mapping[str, Tensor], options: dict) -> ForgetStats:
+        """One launch; with tensor parallelism one more for slices that another rank counts, and a sum over ranks."""
+        sums = []
+        for part in self._plan.by_ownership() if self._group else [self._plan]:
+            layout = dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
+            stats = forget(part.views, part.sources(gradient), **layout, **options)
+            if part.owned[0]:
+                sums.append(stats.sums)
+        if self._group is None:
+            return stats
+        total = sum(sums, torch.zeros(4, dtype=torch.float64)).cpu()
+        dist.all_reduce(total, group=self._group)
+        return ForgetStats(total)
+
+    def _find_weights(self) -> None:
+        """Never write or read while asleep, nor in memory that has moved."""
         self.wake()
-        if self._plan is not None and self._plan.moved(self._model):
-            self._plan = record_plan(self._model, self._shapes)  # a PlanError here ends the run
+        if self._plan is not None and any(gather(self._plan.moved(self._model), self._group)):
+            self._plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
 
     def _reload(self) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self._shadow.items())})
         self._expected = checksums([p.data for p in self._model.parameters()])
 
-    def _finish_update(self, version: WeightsVersion) -> None:
-        if not version.forgotten:
-            self._step = None
+    def _finish_update(self) -> None:
         # keys and values of earlier weights: off by whole nats if they were used again
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             self._expected = None
             raise EngineError("vLLM did not reset its prefix cache after an update of the weights")
-        self.weights_version = version
 
     def _check_weights(self) -> None:
+        """EngineError, on all ranks of the engine, if any of them does not hold what its last update must have left."""
+        complaints = [c for c in gather(self._complaint(), self._group) if c]
+        if complaints:
+            raise EngineError(f"generate: {complaints[0]}")
+
+    def _complaint(self) -> str | None:
         if self._expected is None:
-            raise EngineError("generate: the engine's weights were never synced, or their last update did not finish")
+            return "the engine's weights were never synced, or their last update did not finish"
         if self._step is not None:
             intended, applied = float(self._step[0]), self._step[1].intended_norm
             if not math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE, abs_tol=1e-30):
-                raise EngineError(
-                    f"generate: expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
-                )
-        if self._plan is not None and self._plan.moved(self._model):
-            self._plan = record_plan(self._model, self._shapes)
+                return f"expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
         held = self._plan.views if self._plan is not None else [p.data for p in self._model.parameters()]
         different = (checksums(held) != self._expected.to(held[0].device)).nonzero().flatten().tolist()
         if different:
             named = self._plan.copies[different[0]].name if self._plan is not None else "its parameters"
-            raise EngineError(
-                f"generate: {len(different)} of {len(held)} tensors of the engine are not what the last update left, "
-                f"the first of them {named}"
+            return (
+                f"{len(different)} of {len(held)} tensors of the engine are not what the last update left, the first "
+                f"of them {named}"
             )
+        return None
 
     # -- sampling
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        self.wake()
+        self._find_weights()
         self._check_weights()
         engine = self.llm.llm_engine
         waiting: dict[str, tuple[int, int]] = {}

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from eepo_kernels import tensor_key
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,15 +39,24 @@ class Copy(NamedTuple):
     view: Tensor
     """The destination, a view of the parameter's own memory."""
 
-    def source(self, weights: Mapping[str, Tensor]) -> Tensor:
-        whole = weights[self.name]
+    def of(self, whole: Tensor) -> Tensor:
+        """The slice of the source, which must be contiguous."""
         assert whole.is_contiguous()
         return whole.as_strided(self.shape, self.stride, whole.storage_offset() + self.offset)
 
+    @property
+    def slice(self) -> tuple:
+        """What it takes, comparable over ranks."""
+        return self.name, tuple(self.shape), tuple(self.stride), self.offset
+
 
 class Plan:
-    def __init__(self, copies: Sequence[Copy], parameters: Mapping[str, Tensor]):
+    """The copies of this rank. owned: no rank before this one holds the same slice, so that a sum over the ranks that
+    takes each rank's own counts every element once."""
+
+    def __init__(self, copies: Sequence[Copy], parameters: Mapping[str, Tensor], owned: Sequence[bool]):
         self.copies = list(copies)
+        self.owned = list(owned)
         self.views = [copy.view for copy in copies]
         self.keys = [tensor_key(copy.name) for copy in copies]
         self.offsets = [copy.offset for copy in copies]
@@ -56,11 +66,20 @@ class Plan:
     def restricted_to(self, names: Iterable[str]) -> Plan:
         """The part of the plan whose sources are these."""
         chosen = set(names)
-        return Plan([copy for copy in self.copies if copy.name in chosen], {})
+        return self._only([copy.name in chosen for copy in self.copies])
+
+    def by_ownership(self) -> list[Plan]:
+        """The part that counts in sums over ranks, and the rest where there is any."""
+        parts = [self._only([owned == flag for owned in self.owned]) for flag in (True, False)]
+        return [part for part in parts if part.copies]
+
+    def _only(self, chosen: Sequence[bool]) -> Plan:
+        pairs = [(c, o) for c, o, keep in zip(self.copies, self.owned, chosen, strict=True) if keep]
+        return Plan([c for c, _ in pairs], {}, [o for _, o in pairs])
 
     def sources(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         """The slices of `weights` (contiguous, by source name) in the order of `views`."""
-        return [copy.source(weights) for copy in self.copies]
+        return [copy.of(weights[copy.name]) for copy in self.copies]
 
     def moved(self, model: nn.Module) -> bool:
         """Have the engine's tensors been allocated anew (as sleeping may do)? Then the views are of dead memory."""
@@ -101,11 +120,39 @@ def _storage(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], num_shards: int = 1) -> Plan:
-    """The plan for a vLLM model, or one of `num_shards` tensor-parallel shards of it, and a policy whose weights have
-    these names and shapes. PlanError if vLLM's loader skips a weight, transforms one, or leaves part of a parameter
-    unwritten."""
+def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], group: dist.ProcessGroup | None = None) -> Plan:
+    """The plan for a vLLM model and a policy whose weights have these names and shapes. group: the ranks that hold the
+    model's tensor-parallel shards together, for objects of the CPU; all of them record at once and agree.
+
+    PlanError, on all ranks, if vLLM's loader skips a weight, transforms one, or leaves part of a parameter unwritten on
+    any of them."""
     parameters = {name: p.data for name, p in model.named_parameters()}
+    copies, complaint = [], None
+    try:
+        copies = _record(model, shapes, parameters)
+        _check_written(copies, parameters)
+    except PlanError as error:
+        complaint = str(error)
+    ranks = gather((complaint, [copy.slice for copy in copies]), group)
+    for rank, (said, _) in enumerate(ranks):
+        if said:
+            raise PlanError(said if group is None else f"rank {rank}: {said}")
+    slices = [set(taken) for _, taken in ranks]
+    _check_taken(set().union(*slices), shapes, next(iter(parameters.values())).device)
+    before = set().union(*slices[: 0 if group is None else dist.get_rank(group)])
+    return Plan(copies, parameters, [copy.slice not in before for copy in copies])
+
+
+def gather(value, group: dist.ProcessGroup | None) -> list:
+    """The value of every rank of the group, in the order of ranks; [value] without one."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _record(model: nn.Module, shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> list[Copy]:
     if len({_storage(p) for p in parameters.values()}) < len(parameters):
         raise PlanError("two parameters share one memory")
     any_parameter = next(iter(parameters.values()))
@@ -115,29 +162,35 @@ def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], num_shards: 
         """Real memory, because a slice is recognised by its address; one at a time, so that it is no second model."""
         for name, shape in shapes.items():
             stand_in = torch.empty(shape, dtype=any_parameter.dtype, device=any_parameter.device)
-            recorder.stand_ins[_storage(stand_in)] = name
+            recorder.stand_ins = {_storage(stand_in): name}
             yield name, stand_in
 
     with recorder:
         model.load_weights(stand_ins())
-    _check_coverage(recorder.copies, shapes, parameters, num_shards)
-    return Plan(recorder.copies, parameters)
+    return recorder.copies
 
 
-def _check_coverage(
-    copies: Iterable[Copy], shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor], num_shards: int
-) -> None:
-    taken: dict[str, int] = defaultdict(int)
+def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+    """Together the ranks take every element of every source, each from one slice."""
+    taken: dict[str, list[tuple]] = defaultdict(list)
+    for name, *where in slices:
+        taken[name].append(where)
+    for name, shape in shapes.items():
+        count = sum(torch.Size(part).numel() for part, _, _ in taken[name])
+        if count == shape.numel() and len(taken[name]) > 1:
+            marks = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
+            for part, stride, offset in taken[name]:
+                marks.as_strided(part, stride, offset).fill_(True)
+            count = int(marks.sum())
+        if count != shape.numel():
+            raise PlanError(f"the loader takes {count} of {shape.numel()} elements of {name}")
+
+
+def _check_written(copies: Iterable[Copy], parameters: Mapping[str, Tensor]) -> None:
+    """Every element of every parameter is written, by one copy."""
     written: dict[int, list[Tensor]] = defaultdict(list)
     for copy in copies:
-        taken[copy.name] += copy.shape.numel()
         written[_storage(copy.view)].append(copy.view)
-    for name, shape in shapes.items():
-        # a shard takes its share, or all of what every shard has; the last shard of a padded vocabulary takes less
-        whole = taken[name] == shape.numel()
-        share = num_shards > 1 and 0 < taken[name] < shape.numel()
-        if not whole and not share:
-            raise PlanError(f"the loader takes {taken[name]} of {shape.numel()} elements of {name}")
     for name, parameter in parameters.items():
         views = written[_storage(parameter)]
         covered = sum(view.numel() for view in views)

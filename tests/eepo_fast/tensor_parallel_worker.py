@@ -1,0 +1,91 @@
+"""One of two ranks that hold a vLLM engine together; run by test_tensor_parallel.py under torchrun."""
+
+import json
+import sys
+
+import eepo_kernels as kernels
+import torch
+import torch.distributed as dist
+from test_vllm_engine import MODELS, REQUESTS, SAMPLING, forget, gap, gradient_of, make_model, moved, sync, weights_of
+
+from eepo_fast.rollout import vllm as module
+from eepo_fast.rollout.vllm import EngineError, VllmEngine
+
+
+def refusal(engine):
+    try:
+        engine.generate(REQUESTS, SAMPLING)
+    except EngineError as error:
+        return str(error)
+
+
+def same_bits(plan, weights, gradient):
+    """Do shards in bf16 draw the random bits that the whole model draws?"""
+    whole = {name: w.bfloat16() for name, w in weights.items()}
+    shards = [copy.of(whole[copy.name]).clone() for copy in plan.copies]
+    options = dict(eta=1e-3, rounding="stochastic", seed=3, step=4)
+    kernels.forget(
+        shards, plan.sources(gradient), keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides, **options
+    )
+    keys, zeros = [kernels.tensor_key(name) for name in whole], [0] * len(whole)
+    kernels.forget(list(whole.values()), [gradient[n] for n in whole], keys=keys, offsets=zeros, **options)
+    return all(torch.equal(shard, c.of(whole[c.name])) for shard, c in zip(shards, plan.copies, strict=True))
+
+
+def main(family):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    assert family in MODELS
+    model = make_model(family)
+    engine = VllmEngine(model, dtype=torch.float32, max_sequences=16, max_model_len=256, tensor_parallel=2)
+    found = {"fallback": engine._plan is None, "views": [list(view.shape) for view in engine._plan.views]}
+
+    sync(engine, weights_of(model), 0)
+    first = engine.generate(REQUESTS, SAMPLING)
+    held = [view.clone() for view in engine._plan.views]
+    gradient = gradient_of(model)
+    stats = forget(engine, gradient)
+    second = engine.generate(REQUESTS, SAMPLING)
+    intended = 0.5 * sum(float((g.double() ** 2).sum()) for g in gradient.values()) ** 0.5
+    found["forget"] = [stats.retention, stats.intended_norm / intended]
+    found["gaps"] = [gap(model, first), gap(moved(model, gradient, 0.5), second), gap(model, second)]
+    found["same_bits"] = same_bits(engine._plan, weights_of(model), gradient)
+    sync(engine, weights_of(model), 1)
+    found["restored"] = all(torch.equal(a, b) for a, b in zip(engine._plan.views, held, strict=True))
+    third = engine.generate(REQUESTS, SAMPLING)
+    found["same"] = [(r.token_ids, r.rollout_logprobs) for r in first] == [
+        (r.token_ids, r.rollout_logprobs) for r in third
+    ]
+    found["tokens"] = [r.token_ids for r in first]
+
+    if rank == 1:  # one tensor left out on one rank: both refuse
+        real = module.sync
+        module.sync = lambda dst, src: real(dst[:-1], src[:-1])
+        sync(engine, {name: w + 1 for name, w in weights_of(model).items()}, 2)
+        module.sync = real
+    else:
+        sync(engine, {name: w + 1 for name, w in weights_of(model).items()}, 2)
+    found["refusal"] = refusal(engine)
+    sync(engine, weights_of(model), 3)
+    found["after"] = refusal(engine)
+
+    def fallback(*args):
+        raise module.PlanError("one rank says no")
+
+    real_plan = module.record_plan
+    module.record_plan = fallback
+    engine._make_plan()
+    module.record_plan = real_plan
+    sync(engine, weights_of(model), 4)
+    forget(engine, gradient)
+    found["by_reload"] = gap(moved(model, gradient, 0.5), engine.generate(REQUESTS, SAMPLING))
+
+    everything = [None, None]
+    dist.all_gather_object(everything, found)
+    if rank == 0:
+        print("FOUND " + json.dumps(everything), flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
