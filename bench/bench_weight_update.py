@@ -149,6 +149,37 @@ def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
     return rows
 
 
+def change_over_seeds(policy, gradient: dict, gate: dict, rollouts, eta: float, num_seeds: int = 16) -> dict:
+    """Mean change of the gated tokens' log-prob over seeds of in-place stochastic rounding, against exact weights."""
+    names, zeros = list(gradient), [0] * len(gradient)
+    start = {name: w.bfloat16() for name, w in policy.named_weights().items()}
+    base = logprobs_under(policy, {name: w.float() for name, w in start.items()}, rollouts)
+
+    def change(weights: dict) -> float:
+        after = logprobs_under(policy, weights, rollouts)
+        open_tokens = [
+            a - b
+            for r in rollouts
+            for a, b, is_open in zip(after[id(r)], base[id(r)], gate[id(r)], strict=True)
+            if is_open
+        ]
+        return sum(open_tokens) / len(open_tokens)
+
+    found = []
+    for seed in range(num_seeds):
+        held = {name: w.clone() for name, w in start.items()}
+        layout = dict(keys=[tensor_key(n) for n in names], offsets=zeros, eta=eta)
+        forget([held[n] for n in names], [gradient[n] for n in names], rounding="stochastic", seed=seed, **layout)
+        found.append(change({name: w.float() for name, w in held.items()}))
+    mean = sum(found) / num_seeds
+    error = (sum((x - mean) ** 2 for x in found) / (num_seeds - 1) / num_seeds) ** 0.5
+    exact = change({name: start[name].float() + eta * gradient[name] for name in names})
+    return {
+        "task": "change of gated log-prob over seeds", "eta": eta, "seeds": num_seeds, "mean": mean,
+        "standard_error": error, "with_fp32_weights": exact, "distance_in_standard_errors": abs(mean - exact) / error,
+    }  # fmt: skip
+
+
 def ulp_of_bf16(weight: torch.Tensor) -> torch.Tensor:
     """Spacing of bf16 at each weight, float64."""
     return 2.0 ** (torch.frexp(weight.float())[1].double() - 8)
@@ -202,6 +233,7 @@ def main() -> None:
     rows = [speed(model, engine, unlearning.gradient, args.repeats)]
     rows += [row | facts for row in rounding(policy, unlearning.gradient, unlearning.gate, rollouts)]
     rows += [over_seeds(policy, unlearning.gradient, eta) for eta in STEP_SIZES]
+    rows += [change_over_seeds(policy, unlearning.gradient, unlearning.gate, rollouts, eta) for eta in STEP_SIZES]
     engine.close()
     record(rows, args.out)
 

@@ -287,6 +287,33 @@ def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, tokeni
     assert json.loads((folder / "state.json").read_text())["step"] == 1
 
 
+def test_a_crash_while_the_engine_is_forgetful_touches_nothing_else(make_trainer, tiny_model, monkeypatch):
+    """The policy and its state are what they were before the iteration, and the next one begins at the policy."""
+    start = copy.deepcopy(tiny_model.state_dict())
+    expected = make_trainer(eepo=OPEN).iteration()[0]
+    tiny_model.load_state_dict(start)
+    trainer = make_trainer(eepo=OPEN)
+    before, real = weights_of(trainer), trainer.engine.generate
+
+    def crash(requests, sampling, progress=None):
+        if requests[0].stage == 2:
+            raise RuntimeError("the engine died")
+        return real(requests, sampling, progress)
+
+    monkeypatch.setattr(trainer.engine, "generate", crash)
+    with pytest.raises(RuntimeError):
+        trainer.iteration()
+    assert trainer.engine.weights_version.forgotten
+    engine = {name: w.detach().clone() for name, w in trainer.engine.weights.items()}
+    assert any(not torch.equal(engine[n], w) for n, w in trainer.policy.named_weights().items())
+    assert torch.equal(weights_of(trainer), before) and trainer.state.step == trainer.state.policy_version == 0
+    assert not trainer.policy.optimizer.state
+    monkeypatch.setattr(trainer.engine, "generate", real)
+    trainer.state.entropy_window.clear()
+    again = trainer.iteration()[0]
+    assert [r.token_ids for r in again.rollouts] == [r.token_ids for r in expected.rollouts]
+
+
 def test_policy_loss_and_gradient_against_a_plain_mini_batch(make_trainer, monkeypatch):
     """One mini-batch with stage 1, stage 2, a missing reward, KL to a reference that is not the policy, and entropy:
     loss, KL and gradient norm by a plain float64 forward, one sequence at a time."""
