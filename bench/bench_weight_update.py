@@ -15,7 +15,7 @@ from eepo_kernels import forget, sync, tensor_key
 
 from eepo_fast.config import EepoConfig, ModelConfig
 from eepo_fast.models import load_model
-from eepo_fast.policy import TorchPolicy
+from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import Problem, Prompt, WeightsVersion
@@ -108,9 +108,7 @@ def round_to(values: dict, how: str, gradient: dict, eta: float) -> tuple[dict, 
 @torch.no_grad()
 def logprobs_under(policy, weights: dict, rollouts) -> dict[int, list[float]]:
     """Log-probs of the completions' tokens in fp32 arithmetic with other weights."""
-    other = copy.copy(policy)
-    other.model = copy.deepcopy(policy.model)
-    other.head = other.model.get_output_embeddings()
+    other = policy.with_model(copy.deepcopy(policy.model))
     for name, parameter in other.model.named_parameters():
         parameter.copy_(weights[name])
     return other.score(rollouts)[0]
@@ -230,10 +228,12 @@ def main() -> None:
     rollouts = engine.generate(make_requests(prompts, 1, range(4), 0, 0), sampling)
     unlearning = compute_unlearning(policy, rollouts, EepoConfig(), [])
     facts = {"gate_open": unlearning.active_fraction, "grad_norm": unlearning.grad_norm}
-    rows = [speed(model, engine, unlearning.gradient, args.repeats)]
-    rows += [row | facts for row in rounding(policy, unlearning.gradient, unlearning.gate, rollouts)]
-    rows += [over_seeds(policy, unlearning.gradient, eta) for eta in STEP_SIZES]
-    rows += [change_over_seeds(policy, unlearning.gradient, unlearning.gate, rollouts, eta) for eta in STEP_SIZES]
+    rows = [speed(model, engine, unlearning.gradient.tensors, args.repeats)]
+    rows += [row | facts for row in rounding(policy, unlearning.gradient.tensors, unlearning.gate, rollouts)]
+    rows += [over_seeds(policy, unlearning.gradient.tensors, eta) for eta in STEP_SIZES]
+    rows += [
+        change_over_seeds(policy, unlearning.gradient.tensors, unlearning.gate, rollouts, eta) for eta in STEP_SIZES
+    ]
     engine.close()
     record(rows, args.out)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eepo_fast.config import Config
-from eepo_fast.policy import TorchPolicy
+from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.trainer import TrainerState
 from eepo_fast.types import UserError
 

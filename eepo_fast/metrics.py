@@ -18,7 +18,7 @@ from eepo_kernels import ForgetStats, TokenStats
 
 from eepo_fast.config import Config
 from eepo_fast.losses import GrpoTokens, log_ratio, low_variance_kl
-from eepo_fast.policy import MicroBatch
+from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import Rollout, RolloutBatch
 from eepo_fast.unlearn import Unlearning
 

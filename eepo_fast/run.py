@@ -15,7 +15,7 @@ from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_t
 from eepo_fast.display import Display
 from eepo_fast.models import load_model
 from eepo_fast.plan import num_iterations
-from eepo_fast.policy import TorchPolicy
+from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import Grader, make_grader
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.rollout.hf import HfEngine

@@ -19,7 +19,8 @@ from eepo_fast.advantages import set_advantages
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
 from eepo_fast.losses import GrpoTokens, grpo_loss
-from eepo_fast.policy import MicroBatch, TorchPolicy
+from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
@@ -45,8 +46,8 @@ class Trainer:
         self,
         config: Config,
         *,
-        policy: TorchPolicy,
-        reference: TorchPolicy | None,
+        policy: Policy,
+        reference: Policy | None,
         engine: RolloutEngine,
         grader: Grader,
         prompts: Sequence[Prompt],
@@ -70,7 +71,7 @@ class Trainer:
         version = self.state.policy_version
 
         with self._timed("sync"):
-            self.engine.sync([self.policy.named_weights()], WeightsVersion(version, False))  # θ' ← θ
+            self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         rollouts = self._generate(prompts, 1, first_half, progress)
         unlearning, forgotten = None, None
@@ -79,14 +80,10 @@ class Trainer:
                 unlearning = compute_unlearning(self.policy, rollouts, eepo, self.state.entropy_window)
             if unlearning.apply:
                 with self._timed("forget"):
-                    forgotten = self.engine.forget(  # θ' ← θ' + η∇L
-                        unlearning.gradient,
-                        eta=eepo.learning_rate,
-                        rounding=eepo.rounding,
-                        seed=self.config.run.seed,
-                        step=self.state.step,
+                    forgotten = self.policy.forget(  # θ' ← θ' + η∇L
+                        self.engine, unlearning.gradient, eepo, seed=self.config.run.seed, step=self.state.step
                     )
-            unlearning.gradient = {}
+            unlearning.gradient = None
             rollouts += self._generate(prompts, 2, range(len(first_half), group_size), progress)
         batch = RolloutBatch(_by_group(rollouts, prompts), group_size)
         self.engine.sleep()
@@ -185,9 +182,8 @@ class Trainer:
             counted = sum(r.num_tokens for r in mini_batch if r.reward is not None)
             for micro in self.policy.micro_batches(mini_batch):
                 tokens = self._grpo_tokens(micro, 1 / max(1, counted), old, ref)
-                loss, token_stats = self.policy.loss(micro, grpo_loss(self.config.grpo, tokens))
-                loss.backward()
-                stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss.detach()), start == 0)
+                loss, token_stats = self.policy.backward(micro, grpo_loss(self.config.grpo, tokens))
+                stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss), start == 0)
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
             self._count_bad_updates(applied, norm)

@@ -6,6 +6,8 @@ Deviations from the paper:
 - `reduction: batch_mean` averages L over the whole stage-1 batch as Eq. 10 is written; Algorithm 1 samples one prompt.
   `prompt_sum` gives each prompt the step it would have had alone.
 - More than one step (an ablation) follows the gradient at θ' on a temporary copy; the engine applies their sum at once.
+
+Counts, sums and decisions are over all ranks: each rank ends with the same `Unlearning`, but for its share of ∇L.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from torch import Tensor
 
 from eepo_fast.config import EepoConfig
 from eepo_fast.losses import gate_open, unlearning_loss
-from eepo_fast.policy import MicroBatch, TorchPolicy
+from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.policy.module import Gradient, Policy, gather_columns
+from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Rollout
 
 
@@ -28,8 +32,8 @@ from eepo_fast.types import Rollout
 class Unlearning:
     """What the unlearning pass over stage 1 found. Per-token lists are keyed by id() of the rollout."""
 
-    gradient: dict[str, Tensor]
-    """Sum over the steps of ∇L, fp32, by weight name; None where the step is skipped."""
+    gradient: Gradient | None
+    """Sum over the steps of ∇L; None once it is used."""
     loss: float
     grad_norm: float
     """‖∇L‖ at θ, of the first step; with `gate: iteration` before the gate."""
@@ -45,7 +49,7 @@ class Unlearning:
 
 
 def compute_unlearning(
-    policy: TorchPolicy, rollouts: Sequence[Rollout], config: EepoConfig, entropy_window: list[float]
+    policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig, entropy_window: list[float]
 ) -> Unlearning:
     """∇L over stage 1 and what the pass learned on the way. `entropy_window`: mean entropies of earlier iterations'
     first stages, for `gate: iteration`; this iteration's is appended."""
@@ -63,39 +67,37 @@ def compute_unlearning(
     return result
 
 
-def _one_step(policy: TorchPolicy, rollouts: Sequence[Rollout], config: EepoConfig) -> Unlearning:
+def _one_step(policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig) -> Unlearning:
     num_prompts = len({r.prompt.id for r in rollouts})
     scale = (num_prompts if config.reduction == "prompt_sum" else 1) / max(1, len(rollouts))
-    names, parameters = zip(*policy.model.named_parameters(), strict=True)
-    gradient: list[Tensor] = []
+    gradient = policy.gradient()
     loss, num_open, num_tokens, entropy_sum = 0.0, 0, 0, 0.0
-    result = Unlearning({}, 0.0, 0.0, 0.0, 0.0, False)
+    columns: tuple[dict[int, list[float]], ...] = ({}, {}, {})
     for batch in policy.micro_batches(rollouts):
         # an empty response is counted in the mean over responses and has no token to weigh
         weights = batch.per_token([scale / r.num_tokens for r in batch.rollouts])
         part, stats = policy.loss(batch, unlearning_loss(config, batch.starts, weights))
-        # autograd.grad, not backward(): the policy's .grad must stay as it is
-        grads = torch.autograd.grad(part, parameters, allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
-        if gradient:
-            torch._foreach_add_(gradient, grads)
-        else:
-            gradient = list(grads)
+        gradient.add(part)
         loss += float(part.detach())
         is_open = _gate(batch, stats.entropy, config)
         num_open += int(is_open.sum())
         num_tokens += is_open.numel()
         entropy_sum += float(stats.entropy.sum(dtype=torch.float64))
-        columns = (batch.split(stats.logprobs), batch.split(stats.entropy), batch.split(is_open.float()))
-        for rollout, logprobs, entropy, gate in zip(batch.rollouts, *columns, strict=True):
-            key = id(rollout)
-            result.logprobs[key], result.entropy[key], result.gate[key] = logprobs, entropy, gate
-    result.gradient = dict(zip(names, gradient, strict=True)) if gradient else {}
-    result.loss = loss
-    result.grad_norm = float(torch.nn.utils.get_total_norm(gradient)) if gradient else 0.0
-    result.active_fraction = num_open / max(1, num_tokens)
-    result.mean_entropy = entropy_sum / max(1, num_tokens)
-    return result
+        for column, values in zip(columns, (stats.logprobs, stats.entropy, is_open.float()), strict=True):
+            column.update(zip(map(id, batch.rollouts), batch.split(values), strict=True))
+    loss, num_open, num_tokens, entropy_sum = policy.world.total([loss, num_open, num_tokens, entropy_sum])
+    logprobs, entropy, gate = gather_columns(policy.world, rollouts, columns)
+    return Unlearning(
+        gradient=gradient,
+        loss=loss,
+        grad_norm=gradient.norm(),
+        active_fraction=num_open / max(1, num_tokens),
+        mean_entropy=entropy_sum / max(1, num_tokens),
+        apply=False,
+        logprobs=logprobs,
+        entropy=entropy,
+        gate=gate,
+    )
 
 
 def _gate(batch: MicroBatch, entropy: Tensor, config: EepoConfig) -> Tensor:
@@ -107,11 +109,8 @@ def _gate(batch: MicroBatch, entropy: Tensor, config: EepoConfig) -> Tensor:
 
 def _further_steps(policy: TorchPolicy, rollouts: Sequence[Rollout], config: EepoConfig, first: Unlearning) -> None:
     """Steps 2 to num_steps at θ', on a temporary copy in the policy's precision; their sum becomes first.gradient."""
-    moved = copy.copy(policy)
-    moved.model = copy.deepcopy(policy.model)
-    moved.head = moved.model.get_output_embeddings()
-    latest = first.gradient
-    total = {name: g.clone() for name, g in first.gradient.items()}
+    moved = policy.with_model(copy.deepcopy(policy.model))
+    latest, total = first.gradient.tensors, {name: g.clone() for name, g in first.gradient.tensors.items()}
     for _ in range(config.num_steps - 1):
         with torch.no_grad():
             for name, parameter in moved.model.named_parameters():
@@ -120,7 +119,7 @@ def _further_steps(policy: TorchPolicy, rollouts: Sequence[Rollout], config: Eep
         if not math.isfinite(step.grad_norm):
             first.finite = first.apply = False
             return
-        latest = step.gradient
+        latest = step.gradient.tensors
         for name in total:
             total[name] += latest[name]
-    first.gradient = total
+    first.gradient.tensors = total

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.config import make_config
-from eepo_fast.policy import TorchPolicy
+from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
 from eepo_fast.warmup import make_tokenizer

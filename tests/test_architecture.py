@@ -9,13 +9,14 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {"types", "config"}
 MAY_IMPORT = {
     "types": set(),
+    "distributed": {"types"},
     "config": {"types"},
     "data": LEAVES,
     "rewards": LEAVES,
     "advantages": LEAVES,
     "rollout": {*LEAVES, "eepo_kernels"},
     "models": LEAVES,
-    "policy": {*LEAVES, "data", "rewards", "advantages", "rollout", "eepo_kernels"},
+    "policy": {*LEAVES, "distributed", "rollout", "eepo_kernels"},
     "losses": {*LEAVES, "policy", "eepo_kernels"},
     "unlearn": {*LEAVES, "policy", "losses", "eepo_kernels"},
 }

@@ -43,9 +43,7 @@ def test_the_largest_allocation_of_an_iteration(
         train={"micro_batch_tokens": 4096, "prompts_per_update": 4},
     )
     policy = make_policy(micro_batch_tokens=4096, compute_dtype=dtype)
-    reference = copy.copy(policy)
-    reference.model = copy.deepcopy(policy.model)
-    reference.head = reference.model.get_output_embeddings()
+    reference = policy.with_model(copy.deepcopy(policy.model))
     engine = make_engine(max_sequences=8)
     trainer = Trainer(
         config, policy=policy, reference=reference, engine=engine, grader=LengthGrader(), prompts=prompts,

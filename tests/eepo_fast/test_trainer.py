@@ -24,9 +24,7 @@ def make_trainer(make_policy, make_engine, prompts, tokenizer, test_config):
         )
         ref = None
         if reference:
-            ref = copy.copy(policy)
-            ref.model = copy.deepcopy(policy.model)
-            ref.head = ref.model.get_output_embeddings()
+            ref = policy.with_model(copy.deepcopy(policy.model))
         return Trainer(
             config,
             policy=policy,

@@ -52,13 +52,13 @@ def test_theta_prime_against_float64(make_policy, make_engine, prompts, test_con
     assert 0 < result.active_fraction <= 1 and (config.gate == "always") == (result.active_fraction == 1)
     assert result.loss == pytest.approx(objective.item(), rel=1e-5)
     before = {k: v.double().clone() for k, v in engine.weights.items()}
-    engine.forget(result.gradient, eta=config.learning_rate, rounding="stochastic", seed=0, step=0)
+    engine.forget(result.gradient.tensors, eta=config.learning_rate, rounding="stochastic", seed=0, step=0)
     moved = torch.cat([(engine.weights[k].double() - before[k]).flatten() for k in before])
     truth = torch.cat([config.learning_rate * expected[k].flatten() for k in before])
     # storing θ' in fp32 rounds each weight once; the gradient itself is held to 1e-4
     rounding = math.sqrt(sum(float(((v * 2**-24) ** 2).sum()) for v in before.values()))
     assert (moved - truth).norm() <= 1e-4 * truth.norm() + rounding
-    gradient = torch.cat([result.gradient[k].double().flatten() for k in before])
+    gradient = torch.cat([result.gradient.tensors[k].double().flatten() for k in before])
     assert (gradient * config.learning_rate - truth).norm() <= 1e-4 * truth.norm()
 
 
@@ -68,7 +68,7 @@ def test_after_the_step_the_sampled_tokens_are_less_likely(make_policy, make_eng
     policy, engine = make_policy(), make_engine()
     rollouts = sampled(engine, prompts)
     result = compute_unlearning(policy, rollouts, config, [])
-    engine.forget(result.gradient, eta=config.learning_rate, rounding="stochastic", seed=0, step=0)
+    engine.forget(result.gradient.tensors, eta=config.learning_rate, rounding="stochastic", seed=0, step=0)
     after = score_with(engine.model, policy, rollouts)
     change = [
         a - b
@@ -80,8 +80,7 @@ def test_after_the_step_the_sampled_tokens_are_less_likely(make_policy, make_eng
 
 
 def score_with(model, policy, rollouts):
-    other = copy.copy(policy)
-    other.model, other.head = model, model.get_output_embeddings()
+    other = policy.with_model(model)
     return other.score(rollouts)[0]
 
 
@@ -113,7 +112,7 @@ def test_policy_is_bitwise_untouched(make_policy, make_engine, prompts, test_con
         engine.sync([policy.named_weights()], WeightsVersion(1, False))
         result = compute_unlearning(policy, sampled(engine, prompts), config, [])
         assert result.apply
-        engine.forget(result.gradient, eta=1.0, rounding="stochastic", seed=0, step=0)
+        engine.forget(result.gradient.tensors, eta=1.0, rounding="stochastic", seed=0, step=0)
         sampled(engine, prompts)
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
     assert not all(torch.equal(engine.weights[n], w) for n, w in policy.named_weights().items())
@@ -145,8 +144,8 @@ def test_padding_never_enters(make_policy, make_rollouts, test_config):
     together = compute_unlearning(make_policy(micro_batch_tokens=10_000), rollouts, config, [])
     for r in rollouts:
         assert alone.logprobs[id(r)] == pytest.approx(together.logprobs[id(r)], abs=1e-5)
-    for name, gradient in alone.gradient.items():
-        assert torch.allclose(gradient, together.gradient[name], rtol=1e-4, atol=1e-6)
+    for name, gradient in alone.gradient.tensors.items():
+        assert torch.allclose(gradient, together.gradient.tensors[name], rtol=1e-4, atol=1e-6)
 
 
 def test_iteration_gate_averages_over_iterations(make_policy, make_rollouts, test_config):
@@ -164,7 +163,7 @@ def test_several_steps_follow_the_gradient_at_theta_prime(make_policy, make_roll
     eta = 0.05
     config = test_config(eepo={"gate": "always", "num_steps": 3, "learning_rate": eta}).eepo
     policy, rollouts = make_policy(), make_rollouts([5, 3])
-    found = compute_unlearning(policy, rollouts, config, []).gradient
+    found = compute_unlearning(policy, rollouts, config, []).gradient.tensors
     model = copy.deepcopy(policy.model).double()
     for _ in range(3):
         grads = torch.autograd.grad(plain_objective(model, rollouts, config), list(model.parameters()))
@@ -175,7 +174,7 @@ def test_several_steps_follow_the_gradient_at_theta_prime(make_policy, make_roll
     truth = torch.cat([(p.detach() - start[n]).flatten() for n, p in model.named_parameters()])
     moved = torch.cat([found[n].double().flatten() * eta for n in start])
     assert (moved - truth).norm() <= 1e-3 * truth.norm()
-    once = compute_unlearning(policy, rollouts, test_config(eepo={"gate": "always"}).eepo, []).gradient
+    once = compute_unlearning(policy, rollouts, test_config(eepo={"gate": "always"}).eepo, []).gradient.tensors
     assert (torch.cat([once[n].double().flatten() * 3 * eta for n in start]) - truth).norm() > 1e-2 * truth.norm()
 
 
@@ -189,8 +188,8 @@ def test_a_non_finite_gradient_is_not_applied(make_policy, make_rollouts, test_c
 
 def test_bf16_compute_keeps_fp32_gradients(make_policy, make_rollouts, test_config):
     config, rollouts = test_config(eepo={"gate": "always"}).eepo, make_rollouts([6, 9])
-    exact = compute_unlearning(make_policy(), rollouts, config, []).gradient
-    half = compute_unlearning(make_policy(compute_dtype=torch.bfloat16), rollouts, config, []).gradient
+    exact = compute_unlearning(make_policy(), rollouts, config, []).gradient.tensors
+    half = compute_unlearning(make_policy(compute_dtype=torch.bfloat16), rollouts, config, []).gradient.tensors
     flat = [torch.cat([g[k].flatten() for k in exact]) for g in (exact, half)]
     assert flat[1].dtype == torch.float32 and not torch.equal(*flat)
     assert (flat[1] - flat[0]).norm() < 5e-2 * flat[0].norm()
@@ -198,11 +197,11 @@ def test_bf16_compute_keeps_fp32_gradients(make_policy, make_rollouts, test_conf
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(make_policy, make_rollouts, test_config):
     config, rollouts = test_config(eepo={"gate": "always"}).eepo, make_rollouts([6, 9])
-    expected = compute_unlearning(make_policy(micro_batch_tokens=999), rollouts, config, []).gradient
+    expected = compute_unlearning(make_policy(micro_batch_tokens=999), rollouts, config, []).gradient.tensors
     policy = make_policy(micro_batch_tokens=999, gradient_checkpointing=True)
     calls = []
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    found = compute_unlearning(policy, rollouts, config, []).gradient
+    found = compute_unlearning(policy, rollouts, config, []).gradient.tensors
     assert len(calls) == 2, "once forward, once again in the backward pass"
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,89 @@
+"""The processes of a run: who this one is, and what the others have. One process alone communicates with nobody.
+
+Values on the CPU go over gloo, whatever the devices: they are few, and a rank that still samples must not run into the
+time limit of a device's collective.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from eepo_fast.types import UserError
+
+TIMEOUT = timedelta(hours=4)  # longer than a rollout whose longest answer is on another rank
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """All ranks, for values on the CPU."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in their order, on every rank. The values are pickled: trusted processes only."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(sums, group=self.group)
+        return sums.tolist()
+
+    def check(self, error: UserError | None) -> None:
+        """Raise on all ranks what any of them found, the first rank's first."""
+        for message in self.gather(str(error) if error else None):
+            if message:
+                raise UserError(message)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+def launched_ranks() -> int:
+    """How many processes torchrun, or another launcher that sets the same variables, has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_world() -> World:
+    """Join the other processes of torchrun, if there are any, and take this rank's device."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if launched_ranks() == 1:
+        return World()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), group)
+
+
+def deal(costs: Sequence[float], num_hands: int) -> list[list[int]]:
+    """Indices of the costs in `num_hands` hands of nearly equal sums: the largest first, each to the smallest hand.
+    Equal input, equal output, on every rank."""
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    smallest = [(0.0, 0, i) for i in range(num_hands)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        total, count, hand = heapq.heappop(smallest)
+        hands[hand].append(index)
+        heapq.heappush(smallest, (total + costs[index], count + 1, hand))
+    return hands

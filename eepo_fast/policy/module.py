@@ -1,0 +1,154 @@
+"""What the trainer asks of a policy, and the module that both kinds of policy run: model and fused head in one forward.
+
+Shapes: N completion tokens of a micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from eepo_kernels import ForgetStats, TokenStats, fused_linear_loss, linear_logprobs
+from eepo_kernels.reference import LossFn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eepo_fast.config import EepoConfig
+from eepo_fast.distributed import World
+from eepo_fast.policy.micro_batches import MicroBatch, collate, plan_micro_batches
+from eepo_fast.rollout.engine import RolloutEngine
+from eepo_fast.types import Rollout, UserError
+
+Columns = tuple[dict[int, list[float]], ...]
+"""Per-token lists by id() of the rollout."""
+
+
+class Gradient(Protocol):
+    """A gradient of the policy's weights beside the optimizer's own: summed over micro-batches and ranks, fp32. Adding
+    to it leaves weights, `.grad`, optimizer and loss scale bitwise as they were."""
+
+    def add(self, loss: Tensor) -> None:
+        """Add ∇loss. All ranks call this as often as one another."""
+
+    def norm(self) -> float:
+        """Of the sum, over all weights and ranks; the same on every rank."""
+
+
+class Policy(Protocol):
+    world: World
+    model: PreTrainedModel
+
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """This rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
+
+    def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        """Sum of `loss_fn` over this rank's micro-batch, with its graph, and the detached statistics [N]."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> Columns:
+        """(log-probs, entropy) of all rollouts' tokens at the sampling temperature, on every rank."""
+
+    def gradient(self) -> Gradient: ...
+
+    def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        """`loss`, detached, whose gradient, summed over ranks, is added to what the next `step` applies."""
+
+    def step(self) -> tuple[float, bool]:
+        """Clip and apply the accumulated gradient. (norm before clipping, applied); a non-finite one is dropped."""
+
+    def weights(self) -> Iterable[Mapping[str, Tensor]]:
+        """Every weight once and whole (a tied one under its first name), in buckets that live until the next one."""
+
+    def forget(
+        self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
+    ) -> ForgetStats:
+        """The engine's weights ← round(engine's weights + η·gradient)."""
+
+
+class PolicyModule(nn.Module):
+    """The model and the fused head in one forward, so that hooks which gather sharded weights see all of it."""
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, autocast: torch.dtype | None):
+        """autocast: dtype to compute in where the weights stay fp32; None: the weights' own."""
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.autocast = autocast
+
+    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None):
+        """(loss, statistics) with a `loss_fn`, else the statistics alone."""
+        device = batch.input_ids.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            inputs = self._head_inputs(batch)
+            if loss_fn is None:
+                return linear_logprobs(**inputs)
+            return fused_linear_loss(**inputs, loss_fn=loss_fn)
+
+    def _head_inputs(self, batch: MicroBatch) -> dict:
+        """The fused head's arguments. An fp32 weight stays fp32 under autocast, which rounds it for the products: its
+        gradient, summed in fp32, reaches the master without another rounding."""
+        packed = batch.boundaries is not None
+        packing = {"boundaries": batch.boundaries, "lengths": batch.lengths} if packed else {}
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing
+        ).last_hidden_state
+        hidden = hidden.flatten(0, 1)[batch.positions]
+        head = self.model.get_output_embeddings()
+        tensors = {"hidden": hidden, "weight": head.weight, "targets": batch.targets, "bias": head.bias}
+        return tensors | {"temperature": self.temperature}
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Some families scale or cap their logits after the head; the fused head would miss that."""
+    probe = torch.arange(4, device=next(model.parameters()).device)[None]
+    expected = model(probe).logits
+    found = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
+    if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"model.path: {type(model).__name__} changes its logits after the head (scaling or soft-capping), which is "
+            "not supported; use a model whose logits are the head's output"
+        )
+
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints in training mode only; dropout, which that turns on, is taken out
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def my_micro_batches(
+    rollouts: Sequence[Rollout], world: World, *, max_tokens: int, pad_id: int, device: torch.device, packed: bool
+) -> list[MicroBatch]:
+    plan = plan_micro_batches(rollouts, max_tokens, world.size, packed)
+    return [collate(members, pad_id, device, packed) for members in plan[world.rank]]
+
+
+def gather_columns(world: World, rollouts: Sequence[Rollout], columns: Columns) -> Columns:
+    """Per-token lists of all rollouts, on every rank, from those that each rank has."""
+    if world.size == 1:
+        return columns
+    place = {id(r): i for i, r in enumerate(rollouts)}
+    mine = [{place[key]: torch.tensor(values) for key, values in column.items() if values} for column in columns]
+    merged: Columns = tuple({id(r): [] for r in rollouts} for _ in columns)
+    for theirs in world.gather(mine):
+        for column, part in zip(merged, theirs, strict=True):
+            column.update({id(rollouts[i]): values.tolist() for i, values in part.items()})
+    return merged
+
+
+def score(module: PolicyModule, world: World, batches: Iterable[MicroBatch], rollouts: Sequence[Rollout]) -> Columns:
+    logprobs, entropy = ({id(r): [] for r in rollouts} for _ in range(2))
+    for batch in batches:
+        with torch.no_grad():
+            stats = module(batch)
+        columns = (batch.split(stats.logprobs), batch.split(stats.entropy))
+        for rollout, *values in zip(batch.rollouts, *columns, strict=True):
+            logprobs[id(rollout)], entropy[id(rollout)] = values
+    return gather_columns(world, rollouts, (logprobs, entropy))

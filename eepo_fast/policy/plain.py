@@ -1,0 +1,128 @@
+"""The policy on one device: fp32 master weights, computed with in a dtype of choice, AdamW."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from eepo_kernels import ForgetStats, TokenStats
+from eepo_kernels.reference import LossFn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eepo_fast.config import EepoConfig, OptimizerConfig
+from eepo_fast.distributed import World
+from eepo_fast.policy.attention import use_packed_attention
+from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.policy.module import Columns, PolicyModule, check_head, checkpoint_gradients, my_micro_batches, score
+from eepo_fast.rollout.engine import RolloutEngine
+from eepo_fast.types import Rollout
+
+
+class PlainGradient:
+    """See `Gradient`: whole tensors by name."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.parameters = dict(model.named_parameters())
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor) -> None:
+        # autograd.grad, not backward(): the policy's .grad must stay as it is
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters.values(), strict=True)]
+        if self.tensors:
+            torch._foreach_add_(list(self.tensors.values()), grads)
+        else:
+            self.tensors = dict(zip(self.parameters, grads, strict=True))
+
+    def norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
+
+
+class TorchPolicy:
+    """See `Policy`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype,
+        temperature: float,
+        micro_batch_tokens: int,
+        pad_id: int,
+        packed: bool = False,
+        optimizer: OptimizerConfig | None = None,
+        gradient_checkpointing: bool = False,
+    ):
+        check_head(model)
+        if packed:
+            use_packed_attention(model)
+        if gradient_checkpointing:
+            checkpoint_gradients(model)
+        self.world = World()
+        self.module = PolicyModule(
+            model, temperature=temperature, autocast=None if compute_dtype == torch.float32 else compute_dtype
+        )
+        self.batching = dict(
+            max_tokens=micro_batch_tokens, pad_id=pad_id, packed=packed, device=next(model.parameters()).device
+        )
+        if optimizer is not None:
+            self.grad_clip = optimizer.grad_clip
+            self.optimizer, self.scheduler = make_optimizer(model, optimizer)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.module.model
+
+    def with_model(self, model: PreTrainedModel) -> TorchPolicy:
+        """The same computation on another model of the same kind, without an optimizer."""
+        other = copy.copy(self)
+        other.module = PolicyModule(model, temperature=self.module.temperature, autocast=self.module.autocast)
+        return other
+
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        return my_micro_batches(rollouts, self.world, **self.batching)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        return self.module(batch, loss_fn)
+
+    def score(self, rollouts: Sequence[Rollout]) -> Columns:
+        return score(self.module, self.world, self.micro_batches(rollouts), rollouts)
+
+    def gradient(self) -> PlainGradient:
+        return PlainGradient(self.model)
+
+    def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        loss, stats = self.loss(batch, loss_fn)
+        loss.backward()
+        return loss.detach(), stats
+
+    def step(self) -> tuple[float, bool]:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        finite = norm == norm and norm != float("inf")
+        if finite:
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def weights(self) -> list[Mapping[str, Tensor]]:
+        return [self.named_weights()]
+
+    def forget(
+        self, engine: RolloutEngine, gradient: PlainGradient, config: EepoConfig, *, seed: int, step: int
+    ) -> ForgetStats:
+        options = dict(eta=config.learning_rate, rounding=config.rounding, seed=seed, step=step)
+        return engine.forget(gradient.tensors, **options)
+
+
+def make_optimizer(
+    model: PreTrainedModel, config: OptimizerConfig
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    warmup = config.warmup_steps
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
