@@ -45,19 +45,23 @@ class BuildLibraries(build_ext):
             return
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc()
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-        arches = [arch for arch in CUDA_ARCHES if f"sm_{arch}" in known]
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
-        code.append(f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}")
-        command = [nvcc, "-shared", *CUDA_FLAGS, *code, "-o", str(target), *extension.sources]
-        print(" ".join(command))
         try:
+            command = [find_nvcc(), "-shared", *CUDA_FLAGS, *self.arch_flags(), "-o", str(target), *extension.sources]
+            print(" ".join(command))
             subprocess.run(command, check=True)
-        except subprocess.CalledProcessError as error:
+        except (OSError, subprocess.CalledProcessError, LookupError) as error:
             if os.environ.get("EEPO_BUILD_CUDA") == "1":
                 raise
             raise CompileError(f"{error}; EEPO_BUILD_CUDA=1 makes this an error") from error  # optional: a warning
+
+    @staticmethod
+    def arch_flags():
+        known = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        arches = [arch for arch in CUDA_ARCHES if f"sm_{arch}" in known.split()]
+        if not arches:
+            raise LookupError(f"nvcc compiles for none of sm_{', sm_'.join(map(str, CUDA_ARCHES))}")
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in arches]
+        return [*code, f"-gencode=arch=compute_{arches[-1]},code=compute_{arches[-1]}"]
 
 
 HEADERS = ["csrc/rounding.h", "csrc/weight_update.h"]

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -188,7 +189,11 @@ EEPO_EXPORT void eepo_weight_update_cpu(const EepoMatrix *matrices, int64_t num_
         run_piece(pieces[i], *update, &partial[i * EEPO_NUM_SUMS]);
   };
   std::vector<std::thread> threads;
-  for (int32_t i = 1; i < num_threads; i++) threads.emplace_back(work);
+  try {
+    for (int32_t i = 1; i < num_threads; i++) threads.emplace_back(work);
+  } catch (const std::system_error &) {
+    // no more threads to be had: those that run, and this one, do the work
+  }
   work();
   for (std::thread &thread : threads) thread.join();
   for (int k = 0; k < EEPO_NUM_SUMS; k++) sums[k] = 0.0;

@@ -17,6 +17,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,8 @@ SAFE_TO_CHANGE = {
     "log",
     "run.root",
     "rollout.max_sequences",
+    "rollout.gpu_memory_utilization",
+    "rollout.sleep",
     "train.iterations",
     "train.epochs",
     "train.micro_batch_tokens",
@@ -125,8 +128,14 @@ def changed_keys(saved: dict, config: Config) -> list[str]:
         f"{section}.{key}"
         for section, values in now.items()
         for key, value in values.items()
-        if value != saved.get(section, {}).get(key) and not {section, f"{section}.{key}"} & SAFE_TO_CHANGE
+        # a key that an older version did not have was at its default
+        if value != saved.get(section, {}).get(key, _default(section, key))
+        and not {section, f"{section}.{key}"} & SAFE_TO_CHANGE
     ]
+
+
+def _default(section: str, key: str) -> Any:
+    return Config.model_fields[section].annotation.model_fields[key].get_default(call_default_factory=True)
 
 
 def verify(folder: Path) -> str | None:

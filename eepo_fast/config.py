@@ -74,6 +74,7 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = 1.0
     top_p: float = Field(1.0, description="must stay 1: cutting the tail biases the probability ratio")
     max_new_tokens: Positive = Field(1024, le=1_000_000)
+    tensor_parallel: Positive = Field(1, description="vllm: neighbouring ranks that hold one engine together")
     max_sequences: Positive = Field(256, description="sequences decoded at once")
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
     sleep: bool = Field(False, description="vllm on a GPU: move its weights to the host while the policy is updated")
@@ -113,9 +114,14 @@ class TrainConfig(Section):
     epochs: Positive = 1
     prompts_per_iteration: Positive = 128
     prompts_per_update: Positive = 64
-    micro_batch_tokens: Positive = Field(16384, description="padded tokens of one forward and backward")
-    engine: Literal["torch"] = "torch"
+    micro_batch_tokens: Positive = Field(16384, description="tokens of one forward and backward of a rank")
+    packing: bool = Field(True, description="sequences end to end without padding; false: padded to the longest")
+    engine: Literal["torch", "deepspeed"] = Field("torch", description="torch: one device; deepspeed: ZeRO, any number")
+    zero_stage: NonNegative = Field(2, le=3, description="deepspeed: what is cut over the ranks")
+    offload_optimizer: bool = Field(False, description="deepspeed: masters and moments in host memory")
+    offload_parameters: bool = Field(False, description="deepspeed with zero_stage 3: weights in host memory")
     gradient_checkpointing: bool = False
+    liger: bool = Field(True, description="Liger's RMSNorm, RoPE and SwiGLU kernels, on a GPU")
 
 
 class CheckpointConfig(Section):
@@ -156,6 +162,11 @@ class Config(Section):
         _require(
             self.rollout.engine == "vllm" or not self.rollout.sleep,
             "rollout.sleep: expected false with rollout.engine=hf, found true: only vllm can sleep",
+        )
+        _require(
+            self.rollout.engine == "hf" or self.rollout.temperature >= 0.01,
+            f"rollout.temperature: expected at least 0.01 with rollout.engine=vllm, found {self.rollout.temperature}: "
+            "vLLM samples at 0.01 where less is asked for",
         )
         if self.eepo.enabled:
             _require(

@@ -14,7 +14,7 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling
+from eepo_fast.rollout.engine import EngineError, Progress, Request, Sampling
 from eepo_fast.types import Rollout, WeightsVersion
 
 
@@ -23,6 +23,7 @@ class HfEngine:
 
     def __init__(self, model: PreTrainedModel, *, dtype: torch.dtype, max_sequences: int, pad_id: int):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model.set_attn_implementation("sdpa")  # the policy's may be for packed sequences, which these are not
         for parameter in self.model.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
             parameter.data = parameter.data.to(dtype)
             parameter.grad = None
@@ -31,21 +32,22 @@ class HfEngine:
         self.pad_id = pad_id
         self.device = next(self.model.parameters()).device
         self.weights_version = WeightsVersion(0, False)
+        self._whole = True
 
     def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
-        self.weights_version = version._replace(forgotten=True)  # not the policy's until all of them are
+        self._whole = False  # a mixture, if it is interrupted
         missing = set(self.weights)
         for bucket in weights:
             sync([self.weights[name] for name in bucket], list(bucket.values()))
             missing -= bucket.keys()
         assert not missing, f"a sync without {min(missing)}"
-        self.weights_version = version
+        self.weights_version, self._whole = version, True
 
     def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten
         # from here on the weights are no longer the policy's, even if the update is interrupted
-        self.weights_version = self.weights_version._replace(forgotten=True)
-        return forget(
+        self.weights_version, self._whole = self.weights_version._replace(forgotten=True), False
+        stats = forget(
             [p.data for p in self.weights.values()],
             [gradient[name] for name in self.weights],
             eta=eta,
@@ -55,11 +57,15 @@ class HfEngine:
             seed=seed,
             step=step,
         )
+        self._whole = True
+        return stats
 
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
+        if not self._whole:
+            raise EngineError("generate: the engine's last update did not finish")
         total = sum(len(r.seeds) for r in requests)
         # similar lengths side by side, to pad little; the result keeps the order of the requests
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))

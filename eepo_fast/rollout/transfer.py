@@ -28,7 +28,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-from eepo_fast.rollout.weights import Plan, record_plan
+from eepo_fast.rollout.weights import Plan, check_plan, record_plan
 
 BACKEND = "eepo"
 BUCKET_BYTES = 256 << 20
@@ -87,7 +87,8 @@ class WeightSender:
         """For `init_weight_transfer_engine`; worker i of the engine is rank first_rank + i."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         place = {"host": self.host, "port": self.port, "first_rank": first_rank, "world_size": self.world_size}
-        return place | {"shapes": shapes, "bucket_bytes": self.bucket_bytes}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return place | {"shapes": shapes, "dtype": dtype, "bucket_bytes": self.bucket_bytes}
 
     def connect(self) -> None:
         self.group = connect(self.host, self.port, 0, self.world_size, self.device)
@@ -106,7 +107,8 @@ class WeightSender:
     def forget(self, gradient: Mapping[str, Tensor]) -> ForgetStats:
         """What the step did, summed over the workers: with tensor parallelism each has a part."""
         self._send(gradient, torch.float32)
-        return ForgetStats(self._reduce(torch.zeros(4, dtype=torch.float64, device=self.device)))
+        sums = self._reduce(torch.zeros(4, dtype=torch.float64, device=self.device))
+        return ForgetStats(sums, sum(shape.numel() for shape in self.shapes.values()))
 
     def _send(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         for names in buckets(self.shapes, dtype.itemsize, self.bucket_bytes):
@@ -127,6 +129,7 @@ class TransferInit:
     first_rank: int
     world_size: int
     shapes: dict[str, list[int]]
+    dtype: str
     bucket_bytes: int
 
 
@@ -150,12 +153,20 @@ class EepoTransferEngine(WeightTransferEngine[TransferInit, TransferUpdate]):
         self.shapes = {name: torch.Size(shape) for name, shape in init_info.shapes.items()}
         self.bucket_bytes = init_info.bucket_bytes
         self.plan = self._record()
+        found = {str(view.dtype).removeprefix("torch.") for view in self.plan.views}
+        if found != {init_info.dtype}:
+            raise ValueError(f"expected weights in {init_info.dtype}, as they are sent, found {', '.join(found)}")
+        check_plan(self.plan, self.model, self.shapes, getattr(torch, init_info.dtype), sync, self._tp_group())
+        self.state = "empty"
+        """empty, synced, forgotten, or broken while an update is under way."""
         rank = init_info.first_rank + self.parallel_config.rank
         self.group = connect(init_info.host, init_info.port, rank, init_info.world_size, self.device)
 
     def _record(self) -> Plan:
-        sharded = self.parallel_config.tensor_parallel_size > 1
-        return record_plan(self.model, self.shapes, get_tp_group().cpu_group if sharded else None)
+        return record_plan(self.model, self.shapes, self._tp_group())
+
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        return get_tp_group().cpu_group if self.parallel_config.tensor_parallel_size > 1 else None
 
     def start_weight_update(self) -> None:
         if self.plan.moved(self.model):
@@ -169,6 +180,9 @@ class EepoTransferEngine(WeightTransferEngine[TransferInit, TransferUpdate]):
         if update_info.operation not in ("sync", "forget"):
             raise ValueError(f"operation: expected sync or forget, found {update_info.operation!r}")
         is_forget = update_info.operation == "forget"
+        if is_forget and self.state != "synced":
+            raise ValueError(f"forget: expected weights that were just synced, found them {self.state}")
+        self.state = "broken"
         dtype = torch.float32 if is_forget else self.plan.views[0].dtype
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for names in buckets(self.shapes, dtype.itemsize, self.bucket_bytes):
@@ -182,6 +196,7 @@ class EepoTransferEngine(WeightTransferEngine[TransferInit, TransferUpdate]):
                 sync(part.views, part.sources(received))
         if is_forget:
             self.group.allreduce([sums]).wait()
+        self.state = "forgotten" if is_forget else "synced"
 
     def _forget(self, part: Plan, gradient: Mapping[str, Tensor], info: TransferUpdate) -> Tensor:
         """float64 [4]: the sums over the slices that this worker counts."""

@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -22,24 +23,29 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling
-from eepo_fast.rollout.weights import Plan, PlanError, checksums, gather, record_plan, rounded_checksums
+from eepo_fast.rollout.engine import EngineError, Progress, Request, Sampling
+from eepo_fast.rollout.weights import (
+    Plan,
+    PlanError,
+    check_plan,
+    checksums,
+    gather,
+    record_plan,
+    rounded_checksums,
+)
 from eepo_fast.types import Rollout, UserError, WeightsVersion
 
 log = logging.getLogger(__name__)
 
 SEED_MASK = (1 << 63) - 1
 INTENDED_TOLERANCE = 1e-3  # of ‖η∇L‖, which is summed in fp32 blocks
-
-
-class EngineError(Exception):
-    """The engine does not hold the weights it should, or was asked for something in a state that forbids it."""
+SMALLEST_NORM = 1e-12  # below it the squares are lost in fp32
 
 
 def import_vllm():
     """The module, set up to run in this process; UserError if it cannot be imported."""
     # before the import: this process is the engine, and nothing is fetched or reported
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not torch.cuda.is_available():
@@ -57,6 +63,19 @@ def import_vllm():
 
         vllm._custom_ops._supports_onednn = False  # its prepacking empties the weights that updates are written into
     return vllm
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """vLLM refuses models and memory limits with exceptions of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"rollout.engine: vLLM does not start: {reason[0] if reason else type(error).__name__}; change the rollout "
+            "section, or use rollout.engine=hf"
+        ) from error
 
 
 class VllmEngine:
@@ -81,7 +100,7 @@ class VllmEngine:
         self.dtype = dtype
         self._shapes = dict(shapes or {name: p.shape for name, p in model.named_parameters()})
         launched = "RANK" in os.environ and dist.is_initialized()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _one_line_errors():
             config = type(model.config).from_dict(model.config.to_dict())
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
@@ -125,8 +144,9 @@ class VllmEngine:
 
     def _make_plan(self) -> None:
         try:
+            self._refuse_other_layouts()
             self._plan = record_plan(self._model, self._shapes, self._group)
-            self._check_plan()
+            check_plan(self._plan, self._model, self._shapes, self.dtype, sync, self._group)
             self._shadow = None
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
@@ -134,24 +154,16 @@ class VllmEngine:
             device = next(self._model.parameters()).device
             self._shadow = {n: torch.empty(s, dtype=self.dtype, device=device) for n, s in self._shapes.items()}
 
-    @torch.no_grad()
-    def _check_plan(self) -> None:
-        """Values written through the plan, and the same values loaded by vLLM itself, must leave the same bits."""
-        device = self._plan.views[0].device
-
-        def probe() -> Iterator[tuple[str, Tensor]]:
-            generator = torch.Generator(device).manual_seed(0)
-            for name, shape in self._shapes.items():
-                yield name, torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
-
-        for name, values in probe():
-            chosen = [copy for copy in self._plan.copies if copy.name == name]
-            sync([copy.view for copy in chosen], [copy.of(values) for copy in chosen])
-        by_plan = checksums(self._plan.views)
-        self._model.load_weights(probe())
-        same = torch.equal(by_plan, checksums(self._plan.views))
-        if not all(gather(same, self._group)):
-            raise PlanError("what the plan writes is not what vLLM's own loader writes")
+    def _refuse_other_layouts(self) -> None:
+        """Layers whose kernels read another layout than the loader writes, rearranged after loading."""
+        config = self.llm.llm_engine.model_config
+        for name, found in (
+            ("experts", config.get_num_experts()),
+            ("multi-head latent attention", config.use_mla),
+            ("quantised weights", config.quantization),
+        ):
+            if found:
+                raise PlanError(f"the model has {name}")
 
     # -- updates
 
@@ -162,27 +174,29 @@ class VllmEngine:
         self.weights_version, self._expected, self._step = version, None, None
         sums: dict[str, Tensor] = {}
         for bucket in weights:
+            self._check_shapes(bucket)
             if self._plan is not None:
                 part = self._plan.restricted_to(bucket)
                 sources = part.sources(bucket)
                 sync(part.views, sources)
-                for copy, value in zip(part.copies, rounded_checksums(sources, self.dtype), strict=True):
-                    sums[copy.slice] = value
+                expected = rounded_checksums(sources, [view.dtype for view in part.views])
+                sums.update(zip((copy.slice for copy in part.copies), expected, strict=True))
             else:
                 sync([self._shadow[name] for name in bucket], list(bucket.values()))
                 sums.update(bucket)
         if self._plan is not None:
             missing = [copy.name for copy in self._plan.copies if copy.slice not in sums]
             assert not missing, f"a sync without {missing[0]}"
-            self._expected = torch.stack([sums[copy.slice] for copy in self._plan.copies])
+            expected = torch.stack([sums[copy.slice] for copy in self._plan.copies])
         else:
             assert sums.keys() == self._shadow.keys()
-            self._reload()
-        self._finish_update()
+            expected = self._reload()
+        self._finish_update(expected)
 
     @torch.no_grad()
     def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         assert gradient.keys() == self._shapes.keys() and not self.weights_version.forgotten
+        self._check_shapes(gradient)
         if self._expected is None:
             raise EngineError("forget: the engine has never been synced with a policy, or not to the end")
         self._find_weights()
@@ -197,43 +211,57 @@ class VllmEngine:
             layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
             stats = forget(list(self._shadow.values()), [gradient[n] for n in names], **layout, **options)
         # read, and compared, when the engine is next asked to sample: nothing waits for it here
-        self._step = eta * torch.nn.utils.get_total_norm(list(gradient.values())), stats
-        if self._plan is not None:
-            self._expected = checksums(self._plan.views)
-        else:
-            self._reload()
-        self._finish_update()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradient.values()]
+        self._step = eta * torch.linalg.vector_norm(torch.stack(norms)), stats
+        self._finish_update(checksums(self._plan.views) if self._plan is not None else self._reload())
         return stats
 
     def _forget_in_place(self, gradient: Mapping[str, Tensor], options: dict) -> ForgetStats:
         """One launch; with tensor parallelism one more for slices that another rank counts, and a sum over ranks."""
-        sums = []
+        sums, num_weights = [], 0
         for part in self._plan.by_ownership() if self._group else [self._plan]:
             layout = dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
             stats = forget(part.views, part.sources(gradient), **layout, **options)
+            num_weights += stats.num_weights
             if part.owned[0]:
                 sums.append(stats.sums)
         if self._group is None:
             return stats
         total = sum(sums, torch.zeros(4, dtype=torch.float64)).cpu()
         dist.all_reduce(total, group=self._group)
-        return ForgetStats(total)
+        return ForgetStats(total, num_weights)
+
+    def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            assert tensor.shape == self._shapes[name], f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
 
     def _find_weights(self) -> None:
         """Never write or read while asleep, nor in memory that has moved."""
         self.wake()
         if self._plan is not None and any(gather(self._plan.moved(self._model), self._group)):
+            before = [copy.slice for copy in self._plan.copies]
             self._plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
+            assert [copy.slice for copy in self._plan.copies] == before, "the loader takes other slices than before"
 
-    def _reload(self) -> None:
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self._shadow.items())})
-        self._expected = checksums([p.data for p in self._model.parameters()])
+    def _reload(self) -> Tensor:
+        """Load the shadow's weights with vLLM's layerwise reload; the checksums of what it has left."""
+        taken = []
 
-    def _finish_update(self) -> None:
+        def weights():
+            for name, weight in self._shadow.items():
+                yield name, weight
+                taken.append(name)
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        if len(taken) != len(self._shapes):
+            raise EngineError(f"vLLM's reload took {len(taken)} of {len(self._shapes)} weights")
+        return checksums([p.data for p in self._model.parameters()])
+
+    def _finish_update(self, expected: Tensor) -> None:
         # keys and values of earlier weights: off by whole nats if they were used again
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
-            self._expected = None
             raise EngineError("vLLM did not reset its prefix cache after an update of the weights")
+        self._expected = expected  # last: whatever interrupts an update leaves an engine that refuses to sample
 
     def _check_weights(self) -> None:
         """EngineError, on all ranks of the engine, if any of them does not hold what its last update must have left."""
@@ -246,7 +274,12 @@ class VllmEngine:
             return "the engine's weights were never synced, or their last update did not finish"
         if self._step is not None:
             intended, applied = float(self._step[0]), self._step[1].intended_norm
-            if not math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE, abs_tol=1e-30):
+            views = self._plan.views if self._plan is not None else self._shadow.values()
+            missing = sum(view.numel() for view in views) - self._step[1].num_weights
+            if missing:
+                return f"the last forget step left out {missing} weights"
+            small = max(intended, applied) < SMALLEST_NORM
+            if not small and not math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE):
                 return f"expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
         held = self._plan.views if self._plan is not None else [p.data for p in self._model.parameters()]
         different = (checksums(held) != self._expected.to(held[0].device)).nonzero().flatten().tolist()
@@ -267,15 +300,14 @@ class VllmEngine:
         self._check_weights()
         engine = self.llm.llm_engine
         waiting: dict[str, tuple[int, int]] = {}
-        for i, request in enumerate(requests):
-            for k, seed in enumerate(request.seeds):
-                self._num_requests += 1
-                name = str(self._num_requests)
-                waiting[name] = (i, k)
-                prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
-                engine.add_request(name, prompt, self._sampling_params(sampling, seed))
         results: dict[tuple[int, int], Rollout] = {}
         try:
+            for i, request in enumerate(requests):
+                for k, seed in enumerate(request.seeds):
+                    self._num_requests += 1
+                    waiting[str(self._num_requests)] = (i, k)
+                    prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+                    engine.add_request(str(self._num_requests), prompt, self._sampling_params(sampling, seed))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:

@@ -10,7 +10,7 @@ Shapes are those of the tensors the loader copies: any.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -131,6 +131,9 @@ def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], group: dist.
     try:
         copies = _record(model, shapes, parameters)
         _check_written(copies, parameters)
+        moved = [name for name, p in model.named_parameters() if p.data_ptr() != parameters[name].data_ptr()]
+        if moved:
+            raise PlanError(f"the loader puts another tensor in the place of {moved[0]}")
     except PlanError as error:
         complaint = str(error)
     ranks = gather((complaint, [copy.slice for copy in copies]), group)
@@ -165,8 +168,13 @@ def _record(model: nn.Module, shapes: Mapping[str, torch.Size], parameters: Mapp
             recorder.stand_ins = {_storage(stand_in): name}
             yield name, stand_in
 
-    with recorder:
-        model.load_weights(stand_ins())
+    try:
+        with recorder:
+            model.load_weights(stand_ins())
+    except PlanError:
+        raise
+    except Exception as error:  # whatever a model's own loader raises on a name or shape it does not know
+        raise PlanError(f"the loader stops with {type(error).__name__}: {error}") from error
     return recorder.copies
 
 
@@ -176,42 +184,89 @@ def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], devi
     for name, *where in slices:
         taken[name].append(where)
     for name, shape in shapes.items():
-        count = sum(torch.Size(part).numel() for part, _, _ in taken[name])
-        if count == shape.numel() and len(taken[name]) > 1:
-            marks = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
-            for part, stride, offset in taken[name]:
-                marks.as_strided(part, stride, offset).fill_(True)
-            count = int(marks.sum())
+        count = _marked(shape.numel(), taken[name], device)
         if count != shape.numel():
             raise PlanError(f"the loader takes {count} of {shape.numel()} elements of {name}")
 
 
 def _check_written(copies: Iterable[Copy], parameters: Mapping[str, Tensor]) -> None:
-    """Every element of every parameter is written, by one copy."""
+    """Every element of every parameter is written, by one copy, and random bits can be counted along each of them."""
     written: dict[int, list[Tensor]] = defaultdict(list)
     for copy in copies:
         written[_storage(copy.view)].append(copy.view)
+        if not _has_rows(copy.shape, copy.stride):
+            raise PlanError(f"the loader transposes or reorders {copy.name}")
     for name, parameter in parameters.items():
         views = written[_storage(parameter)]
-        covered = sum(view.numel() for view in views)
+        written_once = sum(view.numel() for view in views)
+        where = [(tuple(view.shape), view.stride(), view.storage_offset()) for view in views]
+        covered = _marked(parameter.numel(), where, parameter.device)
         # a vocabulary is padded to whole tiles: rows behind the last word are never read
         padded = len(views) == 1 and views[0].shape[1:] == parameter.shape[1:] and views[0].storage_offset() == 0
         if covered != parameter.numel() and not (padded and ("embed" in name or "lm_head" in name)):
             raise PlanError(f"the loader writes {covered} of {parameter.numel()} elements of {name}")
-        spans = sorted((view.storage_offset(), view.numel()) for view in views if view.is_contiguous())
-        for (start, length), (following, _) in pairwise(spans):
-            if start + length > following:
-                raise PlanError(f"the loader writes part of {name} twice")
+        if written_once > covered:
+            raise PlanError(f"the loader writes part of {name} twice")
+
+
+def _has_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Contiguous rows, evenly far apart: then row and column give the flat index in the source."""
+    dims = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
+    if len(shape) and shape[-1] > 1:
+        if dims[-1][1] != 1:
+            return False
+        dims = dims[:-1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(dims))
+
+
+def _marked(numel: int, slices: Sequence[tuple], device: torch.device) -> int:
+    """How many of `numel` elements are in the slices (shape, stride, offset)."""
+    if len(slices) == 1:
+        return torch.Size(slices[0][0]).numel()
+    marks = torch.zeros(numel, dtype=torch.bool, device=device)
+    for shape, stride, offset in slices:
+        marks.as_strided(shape, stride, offset).fill_(True)
+    return int(marks.sum())
+
+
+@torch.no_grad()
+def check_plan(
+    plan: Plan, model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, sync: Callable,
+    group: dist.ProcessGroup | None = None,
+) -> None:  # fmt: skip
+    """Values written through the plan, and the same values loaded by vLLM itself, must leave the same bits in all of
+    the model. Leaves it with weights of no meaning; PlanError, on all ranks, where they differ on one."""
+    parameters = [p.data for p in model.parameters()]
+    device = parameters[0].device
+
+    def probe(seed: int) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, shape in shapes.items():
+            yield name, torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    model.load_weights(probe(0))
+    expected = checksums(parameters)
+    for seed in (1, 0):
+        for name, values in probe(seed):
+            chosen = [copy for copy in plan.copies if copy.name == name]
+            sync([copy.view for copy in chosen], [copy.of(values) for copy in chosen])
+    if not all(gather(torch.equal(expected, checksums(parameters)), group)):
+        raise PlanError("what the plan writes is not what vLLM's own loader writes")
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
-    """int64 [tensors]: the sum of each tensor's bits read as integers, reduced on its device."""
+    """int64 [tensors]: the bits of each tensor as integers, each row's sum times its number, reduced on its device."""
     if not tensors:
         return torch.zeros(0, dtype=torch.int64)
     integers = {2: torch.int16, 4: torch.int32}
-    return torch.stack([t.view(integers[t.itemsize]).sum(dtype=torch.int64) for t in tensors])
+    found = []
+    for t in tensors:
+        bits = t.view(integers[t.itemsize])
+        rows = bits.sum(-1, dtype=torch.int64).flatten() if t.dim() > 1 else bits.flatten().to(torch.int64)
+        found.append((rows * torch.arange(1, len(rows) + 1, device=t.device)).sum())
+    return torch.stack(found)
 
 
-def rounded_checksums(sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """What `checksums` gives for the sources rounded to nearest `dtype`: a tensor at a time, from the sources alone."""
-    return torch.cat([checksums([source.to(dtype)]) for source in sources])
+def rounded_checksums(sources: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Tensor:
+    """What `checksums` gives for each source rounded to nearest in its dtype: one at a time, from the sources alone."""
+    return torch.cat([checksums([source.to(dtype)]) for source, dtype in zip(sources, dtypes, strict=True)])

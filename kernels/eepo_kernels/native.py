@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SYNC, FORGET_NEAREST, FORGET_STOCHASTIC = 0, 1, 2
@@ -39,7 +42,11 @@ def library(device_type: str) -> ctypes.CDLL | None:
     spec = importlib.util.find_spec({"cpu": "eepo_kernels._C", "cuda": "eepo_kernels._C_cuda"}[device_type])
     if spec is None or spec.origin is None:
         return None
-    loaded = ctypes.CDLL(spec.origin)
+    try:
+        loaded = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        log.warning("weight update: %s cannot be loaded: %s", spec.origin, error)
+        return None
     if device_type == "cuda":
         loaded.eepo_piece_size.restype = ctypes.c_int64
         loaded.eepo_cuda_error.restype = ctypes.c_char_p
@@ -53,6 +60,8 @@ def as_rows(tensor: Tensor) -> tuple[int, int, int] | None:
     if tensor.dim() < 2 or tensor.stride(-1) != 1:
         return None
     columns, rows, stride = tensor.shape[-1], 1, tensor.stride(-2)
+    if stride < columns and tensor.shape[-2] > 1:  # rows that overlap, as those of an expanded tensor
+        return None
     expected = stride
     for size, step in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size > 1 and step != expected:

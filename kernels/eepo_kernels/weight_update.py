@@ -27,9 +27,11 @@ class ForgetStats:
     """What a forget step did, over all tensors: intended = η·g, applied = new value - old value. On a GPU the sums are
     read when first asked for, so that the update itself waits for nothing."""
 
-    def __init__(self, sums: Tensor):
-        """sums: float64 [4]: ⟨applied, intended⟩, ‖intended‖², ‖applied‖², ‖applied - intended‖²."""
+    def __init__(self, sums: Tensor, num_weights: int):
+        """sums: float64 [4]: ⟨applied, intended⟩, ‖intended‖², ‖applied‖², ‖applied - intended‖². num_weights: elements
+        that were read and written."""
         self.sums = sums
+        self.num_weights = num_weights
 
     @functools.cached_property
     def _sums(self) -> list[float]:
@@ -147,10 +149,12 @@ def forget(
         raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, found {rounding!r}")
     _check_shapes(dst, gradient)
     row_strides = _row_strides(dst, row_strides)
+    num_weights = sum(d.numel() for d in dst)
     if _use_native(dst, gradient, backend):
         table = native.matrix_table(dst, gradient, keys, offsets, row_strides)
         operation = native.FORGET_STOCHASTIC if rounding == "stochastic" else native.FORGET_NEAREST
-        return ForgetStats(native.run(table, native.Update.of(operation, eta, step, seed), dst[0].device))
+        update = native.Update.of(operation, eta, step, seed)
+        return ForgetStats(native.run(table, update, dst[0].device), num_weights)
     sums = torch.zeros(4, dtype=torch.float64, device=dst[0].device if dst else "cpu")
     for weight, grad, key, offset, stride in zip(dst, gradient, keys, offsets, row_strides, strict=True):
         columns = weight.shape[-1] if weight.dim() else 1
@@ -159,7 +163,7 @@ def forget(
         grads = [grad.reshape(-1)] if whole else grad.reshape(-1, columns)
         for i, (run, g) in enumerate(zip(runs, grads, strict=True)):
             sums += forget_run(run, g, offset + i * stride, key, eta, (rounding, seed, step))
-    return ForgetStats(sums)
+    return ForgetStats(sums, num_weights)
 
 
 def _rows_of(weight: Tensor) -> list[Tensor]:

@@ -1,0 +1,188 @@
+"""Weights cut over the ranks for one purpose: a gradient that no rank holds whole, and the forget step taken on it.
+
+Every weight, flat, is cut into one slice a rank of equal size, the last ones short or empty: as ZeRO-3 cuts them.
+Weights travel in buckets of several; a bucket on the wire is [R, C]: R ranks, C elements a rank, the slices of its
+weights side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from eepo_kernels import ForgetStats, forget, tensor_key
+from torch import Tensor
+
+from eepo_fast.config import EepoConfig
+from eepo_fast.distributed import World
+
+BUCKET_ELEMENTS = 64 << 20
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A weight's place in its bucket."""
+
+    name: str
+    shape: torch.Size
+    start: int  # in the bucket's C
+    size: int  # elements a rank, the last ones padded
+
+    def held_by(self, rank: int) -> tuple[int, int]:
+        """(first, count): the flat elements of the weight that this rank has; no more than there are."""
+        first = min(rank * self.size, self.shape.numel())
+        return first, min(self.size, self.shape.numel() - first)
+
+
+Bucket = list[Slice]
+
+
+def make_buckets(shapes: Mapping[str, torch.Size], num_ranks: int, num_elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
+    """Weights in order, about `num_elements` a bucket; a larger one has a bucket of its own."""
+    buckets: list[Bucket] = []
+    size = num_elements
+    for name, shape in shapes.items():
+        if size + shape.numel() > num_elements:
+            buckets.append([])
+            size = 0
+        bucket = buckets[-1]
+        start = bucket[-1].start + bucket[-1].size if bucket else 0
+        bucket.append(Slice(name, shape, start, -(-shape.numel() // num_ranks)))
+        size += shape.numel()
+    return buckets
+
+
+def width(bucket: Bucket) -> int:
+    """C of a bucket."""
+    return bucket[-1].start + bucket[-1].size
+
+
+def own_views(bucket: Bucket, flat: Tensor, rank: int) -> list[Tensor]:
+    """What `flat` [C] of this rank holds of each weight, without padding; may be empty."""
+    return [flat[s.start : s.start + s.held_by(rank)[1]] for s in bucket]
+
+
+def all_gather(bucket: Bucket, flat: Tensor, world: World) -> dict[str, Tensor]:
+    """The bucket's weights, whole, from every rank's `flat` [C]."""
+    if world.size == 1:
+        gathered = flat[None]
+    else:
+        gathered = flat.new_empty(world.size, flat.numel())
+        dist.all_gather_into_tensor(gathered.view(-1), flat)
+    return {
+        s.name: gathered[:, s.start : s.start + s.size].reshape(-1)[: s.shape.numel()].view(s.shape) for s in bucket
+    }
+
+
+class ShardedGradient:
+    """See `Gradient`: every rank keeps its slices, fp32. Each micro-batch's gradient is summed over the ranks as the
+    backward pass brings it, a bucket at a time, so that no rank ever holds all of it."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], buckets: Sequence[Bucket], world: World, device: torch.device):
+        self.parameters, self.buckets, self.world, self.device = dict(parameters), buckets, world, device
+        self.flats = [torch.zeros(width(bucket), device=device) for bucket in buckets]
+
+    def add(self, loss: Tensor) -> None:
+        reduction = _Reduction(self)
+        hooks = [p.register_hook(reduction.receiver(name)) for name, p in self.parameters.items()]
+        try:
+            # autograd.grad, not backward(): gradients go to the hooks alone, and the optimizer's never see them
+            torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        reduction.finish()
+
+    def norm(self) -> float:
+        squares = sum(float(flat.square().sum(dtype=torch.float64)) for flat in self.flats)
+        return self.world.total([squares])[0] ** 0.5
+
+
+class _Reduction:
+    """One backward pass: gradients go into their bucket, full buckets into the sum, in one order on all ranks."""
+
+    def __init__(self, gradient: ShardedGradient):
+        self.gradient = gradient
+        self.place = {s.name: (i, s) for i, bucket in enumerate(gradient.buckets) for s in bucket}
+        self.missing = [{s.name for s in bucket} for bucket in gradient.buckets]
+        self.open: dict[int, Tensor] = {}
+        self.next = len(gradient.buckets) - 1  # the backward pass brings the last weights first
+
+    def receiver(self, name: str) -> Callable[[Tensor], Tensor]:
+        def receive(grad: Tensor) -> Tensor:
+            index, piece = self.place[name]
+            wire = self._wire(index)[:, piece.start : piece.start + piece.size]
+            whole, rest = divmod(grad.numel(), piece.size) if piece.size else (0, 0)
+            flat = grad.reshape(-1)
+            wire[:whole].copy_(flat[: whole * piece.size].view(whole, -1))
+            if rest:
+                wire[whole, :rest].copy_(flat[whole * piece.size :])
+            self.missing[index].discard(name)
+            while self.next >= 0 and not self.missing[self.next]:
+                self._reduce()
+            return grad.new_zeros(()).expand_as(grad)  # the memory of the real one is free from here on
+
+        return receive
+
+    def _wire(self, index: int) -> Tensor:
+        if index not in self.open:
+            columns = self.gradient.flats[index].numel()
+            self.open[index] = torch.zeros(self.gradient.world.size, columns, device=self.gradient.device)
+        return self.open[index]
+
+    def _reduce(self) -> None:
+        wire, flat = self._wire(self.next), self.gradient.flats[self.next]
+        if self.gradient.world.size == 1:
+            flat += wire[0]
+        else:
+            mine = torch.empty_like(flat)
+            dist.reduce_scatter_tensor(mine, wire.view(-1))
+            flat += mine
+        del self.open[self.next]
+        self.next -= 1
+
+    def finish(self) -> None:
+        """Weights that got no gradient, here or on any rank, add zeros."""
+        while self.next >= 0:
+            self._reduce()
+
+
+def forgotten_weights(
+    gradient: ShardedGradient,
+    own_slice: Callable[[Slice], Tensor],
+    dtype: torch.dtype,
+    config: EepoConfig,
+    sums: Tensor,
+    *,
+    seed: int,
+    step: int,
+) -> Iterator[dict[str, Tensor]]:
+    """round(nearest(master) + η·gradient) in `dtype`, bucket by bucket, whole. Each rank computes its own slices, with
+    the random bits of their place in the whole weight, and all are gathered in `dtype`. own_slice: this rank's elements
+    of a weight, to be rounded; sums: float64 [4], to which this rank's part of `ForgetStats` is added."""
+    rank = gradient.world.rank
+    for bucket, grads in zip(gradient.buckets, gradient.flats, strict=True):
+        flat = torch.zeros(width(bucket), dtype=dtype, device=gradient.device)
+        weights = own_views(bucket, flat, rank)
+        for view, piece in zip(weights, bucket, strict=True):
+            view.copy_(own_slice(piece))
+        stats = forget(
+            weights,
+            own_views(bucket, grads, rank),
+            eta=config.learning_rate,
+            keys=[tensor_key(piece.name) for piece in bucket],
+            offsets=[piece.held_by(rank)[0] for piece in bucket],
+            rounding=config.rounding,
+            seed=seed,
+            step=step,
+        )
+        sums += stats.sums
+        yield all_gather(bucket, flat, gradient.world)
+
+
+def stats_of(gradient: ShardedGradient, sums: Tensor) -> ForgetStats:
+    """Over all ranks."""
+    total = torch.tensor(gradient.world.total(sums.tolist()), dtype=torch.float64)
+    return ForgetStats(total, sum(piece.shape.numel() for bucket in gradient.buckets for piece in bucket))

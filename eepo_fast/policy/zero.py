@@ -1,0 +1,216 @@
+"""The policy over many ranks: DeepSpeed's ZeRO, stages 0 to 3.
+
+Stage 0 keeps fp32 weights on every rank and computes under autocast; stages 1 to 3 keep the weights in the compute
+dtype and their fp32 masters cut over the ranks, as DeepSpeed does. The unlearning pass runs beside DeepSpeed: its
+gradients go through hooks of our own and never into DeepSpeed's buffers, and none of its counters moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from eepo_kernels import ForgetStats, TokenStats
+from eepo_kernels.reference import LossFn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
+from eepo_fast.distributed import World
+from eepo_fast.policy.attention import use_packed_attention
+from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.policy.module import Columns, PolicyModule, check_head, checkpoint_gradients, my_micro_batches, score
+from eepo_fast.policy.plain import make_optimizer
+from eepo_fast.policy.shards import (
+    ShardedGradient,
+    Slice,
+    all_gather,
+    forgotten_weights,
+    make_buckets,
+    own_views,
+    stats_of,
+    width,
+)
+from eepo_fast.rollout.engine import RolloutEngine
+from eepo_fast.types import Rollout, UserError, WeightsVersion
+
+
+def import_deepspeed():
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"train.engine: deepspeed cannot be imported ({error}); pip install 'deepspeed>=0.19.8', or use "
+            "train.engine=torch on one device"
+        ) from None
+    return deepspeed
+
+
+def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -> dict:
+    """DeepSpeed's own configuration: what ours says, in its words."""
+    zero = {"stage": train.zero_stage, "overlap_comm": train.zero_stage == 2}
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if train.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # ours, and their number, change from update to update:
+        "managed_gradient_accumulation": False,  # every step() ends one
+        "gradient_clipping": 0.0 if train.zero_stage == 0 else grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": train.zero_stage > 0 and dtype == torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }
+
+
+class ZeroPolicy:
+    """See `Policy`. A policy without an optimizer (a reference) is sharded too, at stage 3 only."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        world: World,
+        train: TrainConfig,
+        compute_dtype: torch.dtype,
+        engine_dtype: torch.dtype,
+        temperature: float,
+        pad_id: int,
+        optimizer: OptimizerConfig,
+    ):
+        deepspeed = import_deepspeed()
+        check_head(model)
+        if train.packing:
+            use_packed_attention(model)
+        if train.gradient_checkpointing:
+            checkpoint_gradients(model)
+        self.world, self.stage, self.engine_dtype = world, train.zero_stage, engine_dtype
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.grad_clip = optimizer.grad_clip
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.buckets = make_buckets(shapes, world.size)
+        masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        below_fp32 = compute_dtype != torch.float32
+        module = PolicyModule(
+            model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
+        )
+        base, self.scheduler = make_optimizer(model, optimizer)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=base,
+            config=deepspeed_config(train, compute_dtype, optimizer.grad_clip),
+            dist_init_required=False,
+        )
+        self.module: PolicyModule = self.deepspeed.module
+        self.batching = dict(
+            max_tokens=train.micro_batch_tokens, pad_id=pad_id, packed=train.packing, device=self.device
+        )
+        if self.stage == 0:
+            self.deepspeed.enable_backward_allreduce = False  # done in `step`, where its result is looked at
+        if self.stage == 3:  # the head's weight is read by the module itself, not by its owner's forward
+            deepspeed.zero.register_external_parameter(self.module, self.model.get_output_embeddings().weight)
+        if below_fp32 and self.stage:
+            self.load_masters(masters)  # DeepSpeed's are the weights rounded to 16 bits
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.module.model
+
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        return my_micro_batches(rollouts, self.world, **self.batching)
+
+    def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        return self.module(batch, loss_fn)  # not DeepSpeed's forward: its backward hooks would act on the gradient
+
+    def score(self, rollouts: Sequence[Rollout]) -> Columns:
+        return score(self.module, self.world, self.micro_batches(rollouts), rollouts)
+
+    # -- the policy update
+
+    def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        loss, stats = self.deepspeed(batch, loss_fn)
+        self.deepspeed.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
+        return loss.detach(), stats
+
+    def step(self) -> tuple[float, bool]:
+        if self.stage == 0:
+            return self._step_unsharded()
+        self.deepspeed.step()
+        applied = self.deepspeed.was_step_applied()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if applied:
+            self.scheduler.step()
+        return norm if applied else float("inf"), applied
+
+    def _step_unsharded(self) -> tuple[float, bool]:
+        """DeepSpeed looks for non-finite gradients from stage 1 on; here it is for us to do."""
+        if self.world.size > 1:
+            self.deepspeed.buffered_allreduce_fallback()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip))
+        finite = norm == norm and norm != float("inf")
+        if finite:
+            self.deepspeed.step()
+            self.scheduler.step()
+        else:
+            self.deepspeed.zero_grad()
+        return norm, finite
+
+    # -- weights
+
+    def gradient(self) -> ShardedGradient:
+        return ShardedGradient(dict(self.model.named_parameters()), self.buckets, self.world, self.device)
+
+    def _own_slice(self, piece: Slice) -> Tensor:
+        """This rank's elements of nearest(master)."""
+        parameter = self._parameters[piece.name]
+        first, count = piece.held_by(self.world.rank)
+        if self.stage < 3:
+            return parameter.detach().reshape(-1)[first : first + count]
+        return parameter.ds_tensor.detach().reshape(-1)[:count].to(self.device)
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def weights(self) -> Iterator[Mapping[str, Tensor]]:
+        if self.stage < 3:
+            yield {name: p.detach() for name, p in self._parameters.items()}
+            return
+        for bucket in self.buckets:
+            flat = torch.zeros(width(bucket), dtype=self.engine_dtype, device=self.device)
+            for view, piece in zip(own_views(bucket, flat, self.world.rank), bucket, strict=True):
+                view.copy_(self._own_slice(piece))
+            yield all_gather(bucket, flat, self.world)
+
+    def forget(
+        self, engine: RolloutEngine, gradient: ShardedGradient, config: EepoConfig, *, seed: int, step: int
+    ) -> ForgetStats:
+        """The engine holds nearest(master); each rank computes its slices of what that becomes, and the engine is given
+        the result: the bytes of a sync, the bits that one rank would compute."""
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        weights = forgotten_weights(gradient, self._own_slice, self.engine_dtype, config, sums, seed=seed, step=step)
+        version = WeightsVersion(engine.weights_version.policy_version, True)
+        engine.sync(weights, version)
+        return stats_of(gradient, sums)
+
+    # -- masters and optimizer state, whole, on every rank: for checkpoints
+
+    def load_masters(self, masters: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self._parameters.items():
+            safe_set_full_fp32_param(parameter, masters[name].to(self.device))
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage == 0:
+            yield from ((name, p.detach()) for name, p in self._parameters.items())
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._parameters.items():
+            yield name, safe_get_full_fp32_param(parameter)

@@ -1,0 +1,148 @@
+"""One of two gloo ranks that train with DeepSpeed; run by test_zero.py under torchrun."""
+
+import copy
+import json
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from eepo_fast.config import make_config
+from eepo_fast.distributed import start_world
+from eepo_fast.losses import GrpoTokens, grpo_loss
+from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.policy.shards import all_gather
+from eepo_fast.policy.zero import ZeroPolicy
+from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.unlearn import compute_unlearning
+
+COMMON = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+
+
+def make_model(family):
+    torch.manual_seed(0)
+    if family == "tied":
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **COMMON))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **COMMON))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(6)
+    return model.eval()
+
+
+def make_rollouts(num, stage, seed):
+    g = torch.Generator().manual_seed(seed)
+    rollouts = []
+    for i in range(num):
+        prompt = Prompt(Problem(f"p{i // 2}", "", "1"), "", torch.randint(2, 61, (3 + i % 4,), generator=g).tolist())
+        n = int(torch.randint(1, 24, (1,), generator=g))
+        ids = torch.randint(2, 61, (n,), generator=g).tolist()
+        logprobs = (-4 - torch.rand(n, generator=g)).tolist()
+        version = WeightsVersion(0, stage == 2)
+        rollouts.append(Rollout(prompt, stage, i, ids, logprobs, version, True, reward=float(i % 2)))
+        rollouts[-1].advantage = 1.0 if i % 2 else -1.0
+    return rollouts
+
+
+def flat(tensors):
+    return torch.cat([t.detach().float().flatten() for t in tensors]).double()
+
+
+def whole_gradient(gradient):
+    if isinstance(gradient.__dict__.get("tensors"), dict):
+        return flat(gradient.tensors.values())
+    parts = {}
+    for bucket, values in zip(gradient.buckets, gradient.flats, strict=True):
+        parts.update(all_gather(bucket, values, gradient.world))
+    return flat(parts.values())
+
+
+def update(policy, config, rollouts, old):
+    """Two GRPO steps on the same rollouts; the losses."""
+    losses = []
+    counted = sum(r.num_tokens for r in rollouts)
+    for _ in range(2):
+        total = 0.0
+        for micro in policy.micro_batches(rollouts):
+            tokens = GrpoTokens(
+                advantages=micro.per_token([r.advantage for r in micro.rollouts]),
+                old_logprobs=micro.concatenate([old[id(r)] for r in micro.rollouts]),
+                on_policy=micro.per_token([0.0 for r in micro.rollouts]).bool(),
+                weights=micro.per_token([1 / counted for r in micro.rollouts]),
+                ref_logprobs=None,
+            )
+            total += float(policy.backward(micro, grpo_loss(config.grpo, tokens))[0])
+        norm, applied = policy.step()
+        losses += [policy.world.total([total])[0], norm, float(applied)]
+    return losses
+
+
+def run(policy, engine, config, start):
+    """Everything that must not depend on the ranks: as one dict of vectors and numbers."""
+    rollouts = make_rollouts(10, 1, 5)
+    found = compute_unlearning(policy, rollouts, config.eepo, [])
+    engine.sync(policy.weights(), WeightsVersion(0, False))
+    held = flat(engine.weights.values())
+    result = {
+        "gradient": whole_gradient(found.gradient),
+        "numbers": torch.tensor([found.loss, found.grad_norm, found.active_fraction, found.mean_entropy]).double(),
+        "logprobs": torch.tensor([v for r in rollouts for v in found.logprobs[id(r)]]).double(),
+    }
+    stats = policy.forget(engine, found.gradient, config.eepo, seed=3, step=4)
+    result["forgotten"] = flat(engine.weights.values()) - held
+    result["stats"] = torch.tensor([stats.retention, stats.intended_norm]).double()
+    mixed = rollouts + make_rollouts(6, 2, 6)
+    old = {id(r): r.rollout_logprobs for r in mixed}
+    old.update(found.logprobs)
+    result["losses"] = torch.tensor(update(policy, config, mixed, old)).double()
+    engine.sync(policy.weights(), WeightsVersion(2, False))
+    result["updated"] = flat(engine.weights.values()) - start
+    return result
+
+
+def compare(found, expected):
+    """Distance of each vector, relative to the expected one's own norm."""
+    return {k: float((found[k] - v).norm() / v.norm().clamp_min(1e-30)) for k, v in expected.items()}
+
+
+def main():
+    world = start_world()
+    report = {}
+    for family, dtype, stage, packing, tokens, checkpointing in json.loads(sys.argv[1]):
+        config = make_config({
+            "model": {"path": "unused"}, "data": {"train": "arithmetic"},
+            "grpo": {"kl_coef": 0.0, "entropy_coef": 1e-3},
+            "eepo": {"alpha": 9.0, "learning_rate": 0.05}, "optimizer": {"learning_rate": 1e-2},
+            "train": {
+                "engine": "deepspeed", "zero_stage": stage, "packing": packing, "micro_batch_tokens": tokens,
+                "gradient_checkpointing": checkpointing,
+            },
+        })  # fmt: skip
+        model, compute = make_model(family), getattr(torch, dtype)
+        engine_dtype = compute
+        engine = HfEngine(model, dtype=engine_dtype, max_sequences=8, pad_id=0)
+        start = flat(p.to(engine_dtype) for p in model.parameters())
+        plain = TorchPolicy(
+            copy.deepcopy(model), compute_dtype=compute, temperature=0.8, micro_batch_tokens=999, pad_id=0,
+            optimizer=config.optimizer,
+        )  # fmt: skip
+        expected = run(plain, HfEngine(model, dtype=engine_dtype, max_sequences=8, pad_id=0), config, start)
+        policy = ZeroPolicy(
+            model, world=world, train=config.train, compute_dtype=compute, engine_dtype=engine_dtype, temperature=0.8,
+            pad_id=0, optimizer=config.optimizer,
+        )  # fmt: skip
+        found = run(policy, engine, config, start)
+        name = f"{family} {dtype} stage {stage} packing {packing} tokens {tokens} checkpointing {checkpointing}"
+        report[name] = compare(found, expected)
+        report[name]["retention"] = float(found["stats"][0])
+    everything = world.gather(report)
+    if world.is_main:
+        print("FOUND " + json.dumps(everything), flush=True)
+
+
+if __name__ == "__main__":
+    main()
