@@ -15,15 +15,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from eepo_fast.config import Config
-from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.distributed import World
+from eepo_fast.policy.module import Policy
 from eepo_fast.trainer import TrainerState
 from eepo_fast.types import UserError
 
@@ -46,18 +48,36 @@ def checkpoint_root(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def save_checkpoint(
-    run_dir: Path, policy: TorchPolicy, tokenizer, state: TrainerState, config: Config, total: int
-) -> Path:
-    """Write the checkpoint of `state.step`, drop all but the newest `checkpoint.keep`. `total`: iterations planned."""
+def save_checkpoint(run_dir: Path, policy: Policy, tokenizer, state: TrainerState, config: Config, total: int) -> Path:
+    """Write the checkpoint of `state.step`, drop all but the newest `checkpoint.keep`. `total`: iterations planned. All
+    ranks call this, because sharded weights are put together; the first one writes."""
     root = checkpoint_root(run_dir)
     final = root / f"step_{state.step:06d}"
+    masters = _on_host(policy.masters(), policy.world)
+    moments = _on_host(policy.moments(), policy.world)
+    if policy.world.is_main:
+        _write(root, final, policy, masters, moments, tokenizer, state, config, total)
+        for old in _folders(run_dir)[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+    policy.world.wait()
+    return final
+
+
+def _on_host(tensors: Iterator[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """On the first rank; the others only take part in putting each one together."""
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors if world.is_main}
+
+
+def _write(
+    root: Path, final: Path, policy: Policy, masters: dict[str, Tensor], moments: dict[str, Tensor], tokenizer,
+    state: TrainerState, config: Config, total: int,
+) -> None:  # fmt: skip
     temporary = root / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "model").mkdir(parents=True)
-    policy.model.save_pretrained(temporary / "model")
+    policy.model.save_pretrained(temporary / "model", state_dict=masters)
     tokenizer.save_pretrained(temporary / "model")
-    _save_optimizer(policy, temporary / "optimizer.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
     content = {
         **asdict(state),
         "total": total,
@@ -71,9 +91,6 @@ def save_checkpoint(
         _fsync(path)
     temporary.rename(final)
     _fsync(root)
-    for old in _folders(run_dir)[: -config.checkpoint.keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -91,14 +108,6 @@ def remove_newer(run_dir: Path, step: int) -> None:
     for folder in _folders(run_dir):
         if _step(folder) > step:
             shutil.rmtree(folder)
-
-
-def _save_optimizer(policy: TorchPolicy, path: Path) -> None:
-    tensors = {}
-    for name, parameter in policy.model.named_parameters():
-        for key, value in policy.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().contiguous()
-    save_file(tensors, path)
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -153,31 +162,18 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path, policy: TorchPolicy) -> TrainerState:
+def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
     """Load a verified checkpoint into the policy and return the trainer's state."""
     content = read_state(folder)
     weights = {}
     for path in sorted((folder / "model").glob("*.safetensors")):
         weights.update(load_file(path))
-    optimizer = load_file(folder / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise UserError(
-                    f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?"
-                )
-            parameter.copy_(weights[name])
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in optimizer]
-            if keys:
-                state = {k: optimizer[f"{k}.{name}"] for k in keys}
-                policy.optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
-                }
-    policy.scheduler.last_epoch = content["scheduler_step"]
-    for group, base, factor in zip(
-        policy.optimizer.param_groups, policy.scheduler.base_lrs, policy.scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * factor(content["scheduler_step"])
+    for name, shape in policy.shapes.items():
+        if name not in weights or weights[name].shape != shape:
+            raise UserError(
+                f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?"
+            )
+    policy.load_state(weights, load_file(folder / "optimizer.safetensors"), content["scheduler_step"])
     return TrainerState(content["step"], content["policy_version"], content["entropy_window"])
 
 

@@ -6,41 +6,60 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eepo_fast.types import UserError
+
+if TYPE_CHECKING:
+    from eepo_fast.config import Config
 
 TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
 DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
 
 
-def _train(args: argparse.Namespace) -> int:
-    from eepo_fast.config import dump_config, load_config
+def _load_config(args: argparse.Namespace) -> Config:
+    from eepo_fast.config import load_config
 
     files = [a for a in args.config if "=" not in a]
-    overrides = [a for a in args.config if "=" in a]
     if not files:
         raise UserError("train: expected a YAML config file, found none; see configs/ for examples")
-    config = load_config(files, overrides)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(
-            f"train: expected one process, found WORLD_SIZE={os.environ['WORLD_SIZE']}; this version is for one device"
-        )
-    if args.dry_run:
-        from eepo_fast.plan import batch_plan
+    return load_config(files, [a for a in args.config if "=" in a])
 
-        plan = batch_plan(config)
-        print(dump_config(config))
-        print(
-            "\n".join(
-                f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}"
-                for name, value in plan.items()
-            )
-        )
-        return 0
+
+def _train(args: argparse.Namespace) -> int:
+    together = os.environ.get("WORLD_SIZE", "1") != "1"
+    if args.dry_run:
+        return _dry_run(args) if os.environ.get("RANK", "0") == "0" else 0
+    if not together:
+        config = _load_config(args)  # before torch is imported, which takes seconds
+    from eepo_fast.distributed import start_world
     from eepo_fast.run import train
 
-    print(f"run folder: {train(config, resume=args.resume)}")
+    world = start_world()
+    if together:
+        with world.agree():
+            config = _load_config(args)
+    folder = train(config, resume=args.resume, world=world)
+    if world.is_main:
+        print(f"run folder: {folder}")
+    world.close()
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from eepo_fast.config import dump_config
+    from eepo_fast.plan import batch_plan
+
+    config = _load_config(args)
+    plan = batch_plan(config)
+    print(dump_config(config))
+    print(
+        "\n".join(
+            f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}"
+            for name, value in plan.items()
+        )
+    )
     return 0
 
 
@@ -92,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f"eepo-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"eepo-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eepo-fast: interrupted", file=sys.stderr)

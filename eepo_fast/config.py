@@ -168,6 +168,7 @@ class Config(Section):
             f"rollout.temperature: expected at least 0.01 with rollout.engine=vllm, found {self.rollout.temperature}: "
             "vLLM samples at 0.01 where less is asked for",
         )
+        self._check_engines()
         if self.eepo.enabled:
             _require(
                 self.rollout.group_size % 2 == 0,
@@ -186,6 +187,44 @@ class Config(Section):
             f"{per_update}",
         )
         return self
+
+    def _check_engines(self) -> None:
+        train, rollout, sharded = self.train, self.rollout, self.train.engine == "deepspeed"
+        _require(
+            rollout.tensor_parallel == 1 or (sharded and rollout.engine == "vllm"),
+            f"rollout.tensor_parallel: expected 1, found {rollout.tensor_parallel}: more needs rollout.engine=vllm and "
+            "train.engine=deepspeed",
+        )
+        if not sharded:
+            for key in ("offload_optimizer", "offload_parameters"):
+                _require(
+                    not getattr(train, key), f"train.{key}: expected false with train.engine=torch, found true: only "
+                    "deepspeed can offload",
+                )  # fmt: skip
+            return
+        _require(
+            self.model.dtype != "float16",
+            "model.dtype: expected bfloat16 or float32 with train.engine=deepspeed, found float16",
+        )
+        below_fp32 = self.model.dtype != "float32"
+        _require(
+            not below_fp32 or train.zero_stage == 0 or rollout.dtype == self.model.dtype,
+            f"rollout.dtype: expected model.dtype ({self.model.dtype}) with train.engine=deepspeed, found "
+            f"{rollout.dtype}: the engine is given the weights that the policy computes with",
+        )
+        _require(
+            not train.offload_parameters or train.zero_stage == 3,
+            f"train.offload_parameters: expected train.zero_stage 3, found {train.zero_stage}",
+        )
+        _require(
+            not train.offload_optimizer or train.zero_stage > 0,
+            "train.offload_optimizer: expected train.zero_stage 1, 2 or 3, found 0",
+        )
+        _require(
+            self.eepo.num_steps == 1 or not self.eepo.enabled,
+            f"eepo.num_steps: expected 1 with train.engine=deepspeed, found {self.eepo.num_steps}: later steps need "
+            "gradients at forgetful weights, which no rank holds whole; use train.engine=torch",
+        )
 
     @property
     def run_dir(self) -> Path:

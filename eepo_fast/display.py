@@ -46,6 +46,11 @@ class Display:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False, soft_wrap=True)
 
+    @classmethod
+    def silent(cls) -> Display:
+        """For every rank but the first."""
+        return cls(Console(quiet=True))
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 

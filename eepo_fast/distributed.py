@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -52,11 +53,33 @@ class World:
         """Raise on all ranks what any of them found, the first rank's first."""
         for message in self.gather(str(error) if error else None):
             if message:
-                raise UserError(message)
+                shared = UserError(message)
+                shared.shared = True
+                raise shared
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """What raises a UserError inside on some ranks raises it on all of them, so that none waits for another."""
+        error = None
+        try:
+            yield
+        except UserError as found:
+            if found.shared:
+                raise
+            error = found
+        self.check(error)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
 
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.group)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def launched_ranks() -> int:

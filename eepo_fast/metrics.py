@@ -17,6 +17,7 @@ import torch
 from eepo_kernels import ForgetStats, TokenStats
 
 from eepo_fast.config import Config
+from eepo_fast.distributed import World
 from eepo_fast.losses import GrpoTokens, log_ratio, low_variance_kl
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import Rollout, RolloutBatch
@@ -78,6 +79,18 @@ class UpdateStats:
             forgotten = micro.per_token([float(r.weights_version.forgotten) for r in micro.rollouts]).bool()
             self._add("unlearn/kl", (sampled - stats.logprobs)[forgotten])
             self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten].abs())
+
+    def add_other_ranks(self, world: World) -> None:
+        """Sums over all ranks, in place of this rank's own."""
+        if world.size == 1:
+            return
+        self.losses = world.total([math.fsum(self.losses)])
+        mine = {name: (mean.total, mean.count) for name, mean in self.means.items()}
+        self.means = {}
+        for part in world.gather(mine):
+            for name, (total, count) in part.items():
+                mean = self.means.setdefault(name, _Mean())
+                mean.total, mean.count = mean.total + total, mean.count + count
 
     def _add(self, name: str, values: Tensor) -> None:
         self.means.setdefault(name, _Mean()).add(values)

@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from eepo_fast import checkpoint, metrics
 from eepo_fast.config import Config, dump_config
 from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
+from eepo_fast.distributed import World, default_device
 from eepo_fast.models import load_model
 from eepo_fast.plan import num_iterations
+from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, make_grader
-from eepo_fast.rollout.engine import RolloutEngine
+from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine, import_vllm
 from eepo_fast.trainer import Trainer, TrainerState
-from eepo_fast.types import Prompt, UserError
+from eepo_fast.types import Problem, Prompt, UserError, WeightsVersion
 from eepo_fast.warmup import ensure_base
 
-POLICIES = {"torch": TorchPolicy}
+LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what a wrong weight does
 
 
 @dataclass
 class Parts:
     """Everything a run is made of, loaded and checked."""
 
-    policy: TorchPolicy
-    reference: TorchPolicy | None
+    policy: Policy
+    reference: Policy | None
+    engine: RolloutEngine
     tokenizer: object
     prompts: list[Prompt]
     stop_token_ids: list[int]
 
 
-def load_parts(config: Config, display: Display) -> Parts:
-    """Load data and models; UserError before anything is written."""
-    if config.rollout.engine == "vllm":
-        import_vllm()
-        if config.rollout.sleep and not torch.cuda.is_available():
-            raise UserError("rollout.sleep: expected false on a CPU, found true: vLLM sleeps on a GPU only")
-    problems = load_problems(config.data, config.run.seed)
+def load_parts(config: Config, world: World, display: Display) -> Parts:
+    """Load data and models; UserError, on all ranks, before anything is written."""
+    with world.agree():
+        if config.rollout.engine == "vllm":
+            import_vllm()
+            if config.rollout.sleep and not torch.cuda.is_available():
+                raise UserError("rollout.sleep: expected false on a CPU, found true: vLLM sleeps on a GPU only")
+        if config.train.engine == "deepspeed":
+            import_deepspeed()
+        problems = load_problems(config.data, config.run.seed)
+    _check_same_everywhere(config, problems, world)
     if config.model.path == BASE:
         if config.data.train != ARITHMETIC:
             raise UserError(f"model.path: {BASE} knows nothing but data.train={ARITHMETIC}, found {config.data.train}")
@@ -52,44 +63,93 @@ def load_parts(config: Config, display: Display) -> Parts:
             path = ensure_base(config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
     display.say(f"loading {config.model.path}")
-    model, tokenizer = load_model(config.model)
-    prompts, too_long = make_prompts(problems, config.data, tokenizer)
+    with world.agree():
+        model, tokenizer = load_model(config.model)
+        prompts, too_long = make_prompts(problems, config.data, tokenizer)
+        num_iterations(config, len(prompts))
+        _check_length(model, prompts, config)
     if too_long:
         display.say(
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
         )
-    num_iterations(config, len(prompts))
-    _check_length(model, prompts, config)
     eos = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = dict(
-        compute_dtype=getattr(torch, config.model.dtype),
-        temperature=config.rollout.temperature,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        pad_id=tokenizer.pad_token_id,
-    )
+    with world.agree():
+        engine = make_engine(config, model, tokenizer, prompts)  # first: a sharded model shows no weights
+        policy, reference = make_policies(config, model, tokenizer, world)
+    parts = Parts(policy, reference, engine, tokenizer, prompts, stop_token_ids(tokenizer, eos))
+    _check_engine(parts, config.rollout.temperature)
+    return parts
+
+
+def _check_same_everywhere(config: Config, problems: list[Problem], world: World) -> None:
+    """Config, data and code are the same on every rank."""
+    content = (dump_config(config), *((p.id, p.problem, p.answer) for p in problems))
+    mine = hashlib.sha256(repr(content).encode()).hexdigest(), hashlib.sha256(content[0].encode()).hexdigest()
+    everyone = world.gather(mine)
+    for rank, (whole, config_hash) in enumerate(everyone):
+        if whole != everyone[0][0]:
+            what = "config" if config_hash != everyone[0][1] else f"data of {config.data.train}"
+            error = UserError(
+                f"rank {rank} has another {what} than rank 0; start all ranks with the same files and arguments"
+            )
+            error.shared = True
+            raise error
+
+
+def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: World) -> tuple[Policy, Policy | None]:
+    """(policy, reference). The reference is whole on every rank; beside a sharded policy in the dtype computed with."""
+    train, dtype, device = config.train, getattr(torch, config.model.dtype), default_device()
+    shared = dict(compute_dtype=dtype, temperature=config.rollout.temperature, pad_id=tokenizer.pad_token_id)
+    plain = dict(micro_batch_tokens=train.micro_batch_tokens, packed=train.packing, liger=train.liger)
+    sharded = train.engine == "deepspeed"
     reference = None
     if config.grpo.kl_coef:
-        reference = TorchPolicy(copy.deepcopy(model).requires_grad_(False), **settings)
-    policy = POLICIES[config.train.engine](
-        model, optimizer=config.optimizer, gradient_checkpointing=config.train.gradient_checkpointing, **settings
-    )
-    return Parts(policy, reference, tokenizer, prompts, stop_token_ids(tokenizer, eos))
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        if sharded:
+            for parameter in frozen.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
+                parameter.data = parameter.data.to(dtype)
+        reference = TorchPolicy(frozen.to(device), world=world, **shared, **plain)
+    if sharded:
+        engine_dtype = getattr(torch, config.rollout.dtype)
+        policy = ZeroPolicy(
+            model, world=world, train=train, engine_dtype=engine_dtype, optimizer=config.optimizer, **shared
+        )
+        return policy, reference
+    options = dict(optimizer=config.optimizer, gradient_checkpointing=train.gradient_checkpointing)
+    return TorchPolicy(model.to(device), **shared, **plain, **options), reference
 
 
-def make_engine(config: Config, parts: Parts) -> RolloutEngine:
-    rollout, model = config.rollout, parts.policy.model
+def make_engine(config: Config, model: PreTrainedModel, tokenizer, prompts: list[Prompt]) -> RolloutEngine:
+    rollout = config.rollout
     settings = dict(dtype=getattr(torch, rollout.dtype), max_sequences=rollout.max_sequences)
     if rollout.engine == "hf":
-        return HfEngine(model, pad_id=parts.tokenizer.pad_token_id, **settings)
-    longest = max(len(p.token_ids) for p in parts.prompts)
+        return HfEngine(model, pad_id=tokenizer.pad_token_id, device=default_device(), **settings)
+    longest = max(len(p.token_ids) for p in prompts)
     return VllmEngine(
         model,
         max_model_len=longest + rollout.max_new_tokens,
+        tensor_parallel=rollout.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enable_sleep=rollout.sleep,
         **settings,
     )
+
+
+def _check_engine(parts: Parts, temperature: float) -> None:
+    """Engine and policy must give the same text the same probability: once, on a few tokens, before training."""
+    parts.engine.sync(parts.policy.weights(), WeightsVersion(0, False))
+    prompt = min(parts.prompts, key=lambda p: len(p.token_ids))
+    rollouts = parts.engine.generate([Request(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
+    rollouts = parts.policy.world.gather(rollouts)[0]
+    logprobs = parts.policy.score(rollouts)[0][id(rollouts[0])]
+    gap = sum(abs(a - b) for a, b in zip(logprobs, rollouts[0].rollout_logprobs, strict=True)) / len(logprobs)
+    if not gap < LARGEST_GAP:
+        error = UserError(
+            f"rollout.engine: expected the engine's log-probs to be the policy's, found them {gap:.2f} nats apart on "
+            f"average: this engine does not run {type(parts.policy.model).__name__} rightly; use another one"
+        )
+        error.shared = True
+        raise error
 
 
 def _check_length(model, prompts: list[Prompt], config: Config) -> None:
@@ -102,9 +162,48 @@ def _check_length(model, prompts: list[Prompt], config: Config) -> None:
         )
 
 
-def train(config: Config, *, resume: bool = False, display: Display | None = None) -> Path:
-    """Train as `config` says and return the run's folder."""
-    display = display or Display()
+def check_world(config: Config, world: World) -> None:
+    """UserError where the config asks for another number of processes."""
+    tensor_parallel, size = config.rollout.tensor_parallel, world.size
+    if config.train.engine == "torch" and size > 1:
+        raise UserError(
+            f"train.engine: expected deepspeed with {size} processes, found torch, which is for one device; set "
+            "train.engine=deepspeed"
+        )
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if neighbours % tensor_parallel:
+        raise UserError(
+            f"rollout.tensor_parallel: expected a divisor of the {neighbours} processes of a node, found "
+            f"{tensor_parallel}"
+        )
+    num_engines = size // tensor_parallel
+    if config.train.prompts_per_iteration % num_engines:
+        raise UserError(
+            f"train.prompts_per_iteration: expected a multiple of the {num_engines} engines of {size} processes, found "
+            f"{config.train.prompts_per_iteration}"
+        )
+
+
+def train(config: Config, *, resume: bool = False, display: Display | None = None, world: World | None = None) -> Path:
+    """Train as `config` says and return the run's folder. All processes of `world` call this."""
+    world = world or World()
+    display = display or (Display() if world.is_main else Display.silent())
+    with world.agree():
+        check_world(config, world)
+        folder = _prepare_folder(config, resume, display) if world.is_main else None
+    folder, finished = world.gather(folder)[0]
+    if finished:
+        display.say(f"run {config.run_dir} is finished")
+        return config.run_dir
+    with closing(make_grader(config.data.train)) as grader:  # its worker processes must not outlive a refused command
+        with world.agree():
+            grader.start()
+        _run(config, grader, folder, resume, display, world)
+    return config.run_dir
+
+
+def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
+    """(checkpoint to go on from, is the run finished); UserError where the run's folder cannot be used."""
     run_dir = config.run_dir
     for folder in (run_dir, *run_dir.parents):
         if folder.exists() and not folder.is_dir():
@@ -112,25 +211,42 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     if run_dir.is_dir() and any(run_dir.iterdir()) and not resume:
         raise UserError(f"run folder {run_dir} is not empty; add --resume to go on, or choose another run.name")
     folder = _checkpoint_to_resume(config, display) if resume else None
-    if folder is not None and _is_finished(checkpoint.read_state(folder), config):
-        display.say(f"run {run_dir} is finished")
-        return run_dir
-
-    with closing(make_grader(config.data.train)) as grader:  # its worker processes must not outlive a refused command
-        grader.start()
-        _run(config, grader, folder, resume, display)
-    return run_dir
+    return folder, folder is not None and _is_finished(checkpoint.read_state(folder), config)
 
 
-def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display) -> None:
+def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display, world: World) -> None:
     """Load everything, then write the run's folder, then train, from checkpoint `folder` where there is one."""
     run_dir = config.run_dir
-    parts = load_parts(config, display)
+    parts = load_parts(config, world, display)
     total = num_iterations(config, len(parts.prompts))
     state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
     if state.step >= total:
         display.say(f"run {run_dir} is finished")
         return
+    with world.agree():
+        if world.is_main:
+            _write_folder(config, state)
+    if resume:
+        display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
+
+    trainer = Trainer(
+        config,
+        policy=parts.policy,
+        reference=parts.reference,
+        engine=parts.engine,
+        grader=grader,
+        prompts=parts.prompts,
+        tokenizer=parts.tokenizer,
+        stop_token_ids=parts.stop_token_ids,
+        state=state,
+    )
+    with closing(parts.engine):
+        _loop(trainer, config, run_dir, total, display)
+
+
+def _write_folder(config: Config, state: TrainerState) -> None:
+    """The run's folder as it is after `state.step` iterations."""
+    run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -138,23 +254,6 @@ def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, disp
         raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
     metrics.cut_back(run_dir, state.step)
     checkpoint.remove_newer(run_dir, state.step)
-    if resume:
-        display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
-
-    engine = make_engine(config, parts)
-    trainer = Trainer(
-        config,
-        policy=parts.policy,
-        reference=parts.reference,
-        engine=engine,
-        grader=grader,
-        prompts=parts.prompts,
-        tokenizer=parts.tokenizer,
-        stop_token_ids=parts.stop_token_ids,
-        state=state,
-    )
-    with closing(engine):
-        _loop(trainer, config, run_dir, total, display)
 
 
 def _loop(trainer: Trainer, config: Config, run_dir: Path, total: int, display: Display) -> None:
@@ -162,9 +261,10 @@ def _loop(trainer: Trainer, config: Config, run_dir: Path, total: int, display: 
         while trainer.state.step < total:
             batch, row = trainer.iteration(show.completions)
             step = trainer.state.step
-            if config.log.rollouts:
-                metrics.write_rollouts(run_dir, step, batch, config.log.token_details, trainer.tokenizer)
-            metrics.append_metrics(run_dir, row)
+            if trainer.world.is_main:
+                if config.log.rollouts:
+                    metrics.write_rollouts(run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+                metrics.append_metrics(run_dir, row)
             show.iteration(row)
             every = config.checkpoint.every
             if step == total or (every and step % every == 0):

@@ -2,13 +2,16 @@
 
 Deviations from the paper are listed where they are made: losses.py, unlearn.py. Here: the policy is updated on
 mini-batches of `train.prompts_per_update` prompts in sampling order.
+
+Every rank runs this with the same prompts and holds the whole batch; sampling, grading and the model's passes are
+shared out inside the calls. One process is a world of one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,6 +26,7 @@ from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
+from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
 from eepo_fast.unlearn import Unlearning, compute_unlearning
 
@@ -57,6 +61,7 @@ class Trainer:
     ):
         self.config = config
         self.policy, self.reference, self.engine, self.grader = policy, reference, engine, grader
+        self.world = policy.world
         self.prompts, self.tokenizer = prompts, tokenizer
         self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, tuple(stop_token_ids))
         self.state = state or TrainerState()
@@ -84,7 +89,7 @@ class Trainer:
                         self.engine, unlearning.gradient, eepo, seed=self.config.run.seed, step=self.state.step
                     )
             unlearning.gradient = None
-            rollouts += self._generate(prompts, 2, range(len(first_half), group_size), progress)
+            rollouts += self._generate(prompts, 2, range(len(first_half), group_size), progress, mean_lengths(rollouts))
         batch = RolloutBatch(_by_group(rollouts, prompts), group_size)
         self.engine.sleep()
 
@@ -116,25 +121,45 @@ class Trainer:
         indices = prompt_indices(self.state.step, len(self.prompts), train.prompts_per_iteration, self.config.run.seed)
         return [self.prompts[i] for i in indices]
 
-    def _generate(self, prompts, stage: int, sample_indices: range, progress: Progress | None) -> list[Rollout]:
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        stage: int,
+        sample_indices: range,
+        progress: Progress | None,
+        expected_lengths: Mapping[str, float] | None = None,
+    ) -> list[Rollout]:
+        """expected_lengths: of an answer, by prompt; without them prompts are dealt out by their own length."""
         requests = make_requests(prompts, stage, sample_indices, self.config.run.seed, self.state.step)
+        lengths = expected_lengths or {}
         with self._timed(f"rollout_stage{stage}"):
-            rollouts = self.engine.generate(requests, self.sampling, progress)
-        stops = set(self.sampling.stop_token_ids)
-        for r in rollouts:
-            ids = r.token_ids[:-1] if r.token_ids and r.token_ids[-1] in stops else r.token_ids
-            r.completion = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return rollouts
+            return generate_everywhere(
+                self.engine,
+                requests,
+                self.sampling,
+                expected_tokens=[len(p.token_ids) + len(sample_indices) * lengths.get(p.id, 0.0) for p in prompts],
+                world=self.world,
+                ranks_per_engine=self.config.rollout.tensor_parallel,
+                decode=self._decode,
+                progress=progress,
+            )
+
+    def _decode(self, rollout: Rollout) -> str:
+        ids = rollout.token_ids
+        ids = ids[:-1] if ids and ids[-1] in self.sampling.stop_token_ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _grade(self, batch: RolloutBatch) -> None:
+        """Each rank grades its share."""
+        mine = batch.rollouts[self.world.rank :: self.world.size]
         with self._timed("reward"):
-            grades = self.grader.grade(
-                [r.prompt.problem for r in batch.rollouts], [r.completion for r in batch.rollouts]
-            )
-        for rollout, grade in zip(batch.rollouts, grades, strict=True):
-            rollout.status = grade.status
-            known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
-            rollout.reward = grade.reward if known else None
+            grades = self.grader.grade([r.prompt.problem for r in mine], [r.completion for r in mine])
+            shares = self.world.gather(grades)
+        for rank, share in enumerate(shares):
+            for rollout, grade in zip(batch.rollouts[rank :: self.world.size], share, strict=True):
+                rollout.status = grade.status
+                known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
+                rollout.reward = grade.reward if known else None
 
     def _old_logprobs(self, batch: RolloutBatch, unlearning: Unlearning | None) -> dict[int, list[float]]:
         """Denominators of Eq. 3's ratio, by id() of the rollout.
@@ -189,6 +214,7 @@ class Trainer:
             self._count_bad_updates(applied, norm)
             stats.skipped += not applied
             self.state.policy_version += applied
+        stats.add_other_ranks(self.world)
         return stats
 
     def _grpo_tokens(self, micro: MicroBatch, weight: float, old: dict, ref: dict) -> GrpoTokens:
@@ -218,6 +244,14 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+
+def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean number of tokens of each prompt's completions."""
+    lengths: dict[str, list[int]] = {}
+    for r in rollouts:
+        lengths.setdefault(r.prompt.id, []).append(r.num_tokens)
+    return {prompt: sum(values) / len(values) for prompt, values in lengths.items()}
 
 
 def _by_group(rollouts: list[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 class UserError(Exception):
     """A user's mistake. The command line prints the message alone, on one line, and exits with 2."""
 
+    shared = False
+    """Do all ranks raise it? Then the first one alone says it."""
+
 
 class WeightsVersion(NamedTuple):
     """Which weights sampled a token: those of policy step `policy_version`, or their forgetful copy."""

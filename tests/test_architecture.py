@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "data": LEAVES,
     "rewards": LEAVES,
     "advantages": LEAVES,
-    "rollout": {*LEAVES, "eepo_kernels"},
+    "rollout": {*LEAVES, "distributed", "eepo_kernels"},
     "models": LEAVES,
     "policy": {*LEAVES, "distributed", "rollout", "eepo_kernels"},
     "losses": {*LEAVES, "policy", "eepo_kernels"},

@@ -5,7 +5,7 @@ Shapes: N completion tokens of a micro-batch, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig
 from eepo_fast.distributed import World
+from eepo_fast.policy.attention import use_packed_attention
 from eepo_fast.policy.micro_batches import MicroBatch, collate, plan_micro_batches
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError
@@ -39,6 +40,9 @@ class Gradient(Protocol):
 class Policy(Protocol):
     world: World
     model: PreTrainedModel
+    shapes: Mapping[str, torch.Size]
+    """Of every weight, whole, once."""
+    scheduler: torch.optim.lr_scheduler.LRScheduler
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
@@ -64,6 +68,15 @@ class Policy(Protocol):
         self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
         """The engine's weights ← round(engine's weights + η·gradient)."""
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """The fp32 weights by name, whole, one after the other, on every rank: for checkpoints."""
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state in the same way, as `exp_avg.NAME` and so on; nothing before the first step."""
+
+    def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+        """What `masters` and `moments` gave; num_steps: of the learning rate's schedule."""
 
 
 class PolicyModule(nn.Module):
@@ -112,7 +125,32 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def checkpoint_gradients(model: PreTrainedModel) -> None:
+def prepare_model(
+    model: PreTrainedModel, *, packed: bool, gradient_checkpointing: bool = False, liger: bool = False
+) -> None:
+    """Make the model compute as the config says; UserError where it cannot. liger: where there is a GPU."""
+    check_head(model)
+    if packed:
+        use_packed_attention(model)
+    if gradient_checkpointing:
+        _checkpoint_gradients(model)
+    if liger and torch.cuda.is_available():
+        _use_liger(model)
+
+
+def _use_liger(model: PreTrainedModel) -> None:
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise UserError(
+            f"train.liger: liger-kernel cannot be imported ({error}); pip install liger-kernel, or set "
+            "train.liger=false"
+        ) from None
+    # the head and its loss are our own
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # transformers checkpoints in training mode only; dropout, which that turns on, is taken out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
-from eepo_fast.policy.attention import use_packed_attention
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import Columns, PolicyModule, check_head, checkpoint_gradients, my_micro_batches, score
+from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout
 
@@ -52,21 +51,19 @@ class TorchPolicy:
         micro_batch_tokens: int,
         pad_id: int,
         packed: bool = False,
+        world: World | None = None,
         optimizer: OptimizerConfig | None = None,
         gradient_checkpointing: bool = False,
+        liger: bool = False,
     ):
-        check_head(model)
-        if packed:
-            use_packed_attention(model)
-        if gradient_checkpointing:
-            checkpoint_gradients(model)
-        self.world = World()
-        self.module = PolicyModule(
-            model, temperature=temperature, autocast=None if compute_dtype == torch.float32 else compute_dtype
-        )
-        self.batching = dict(
-            max_tokens=micro_batch_tokens, pad_id=pad_id, packed=packed, device=next(model.parameters()).device
-        )
+        """world: whose ranks share the rollouts to `score`; a policy with an optimizer is alone."""
+        prepare_model(model, packed=packed, gradient_checkpointing=gradient_checkpointing, liger=liger)
+        self.world = world or World()
+        assert optimizer is None or self.world.size == 1
+        weight = next(model.parameters())
+        autocast = None if compute_dtype == weight.dtype else compute_dtype
+        self.module = PolicyModule(model, temperature=temperature, autocast=autocast)
+        self.batching = dict(max_tokens=micro_batch_tokens, pad_id=pad_id, packed=packed, device=weight.device)
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip
             self.optimizer, self.scheduler = make_optimizer(model, optimizer)
@@ -74,6 +71,10 @@ class TorchPolicy:
     @property
     def model(self) -> PreTrainedModel:
         return self.module.model
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: p.shape for name, p in self.model.named_parameters()}
 
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
         """The same computation on another model of the same kind, without an optimizer."""
@@ -118,6 +119,34 @@ class TorchPolicy:
     ) -> ForgetStats:
         options = dict(eta=config.learning_rate, rounding=config.rounding, seed=seed, step=step)
         return engine.forget(gradient.tensors, **options)
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_weights().items()
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                yield f"{key}.{name}", value.detach()
+
+    @torch.no_grad()
+    def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(masters[name])
+            found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
+            if found:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in found.items()
+                }
+        set_scheduler(self.optimizer, self.scheduler, num_steps)
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def set_scheduler(optimizer: torch.optim.Optimizer, scheduler, num_steps: int) -> None:
+    scheduler.last_epoch = num_steps
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(num_steps)
 
 
 def make_optimizer(

@@ -16,11 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
-from eepo_fast.distributed import World
-from eepo_fast.policy.attention import use_packed_attention
+from eepo_fast.distributed import World, default_device
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import Columns, PolicyModule, check_head, checkpoint_gradients, my_micro_batches, score
-from eepo_fast.policy.plain import make_optimizer
+from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, prepare_model, score
+from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
 from eepo_fast.policy.shards import (
     ShardedGradient,
     Slice,
@@ -67,7 +66,7 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -
 
 
 class ZeroPolicy:
-    """See `Policy`. A policy without an optimizer (a reference) is sharded too, at stage 3 only."""
+    """See `Policy`."""
 
     def __init__(
         self,
@@ -81,28 +80,26 @@ class ZeroPolicy:
         pad_id: int,
         optimizer: OptimizerConfig,
     ):
+        """model: on the host; DeepSpeed moves to the device what stays there."""
         deepspeed = import_deepspeed()
-        check_head(model)
-        if train.packing:
-            use_packed_attention(model)
-        if train.gradient_checkpointing:
-            checkpoint_gradients(model)
-        self.world, self.stage, self.engine_dtype = world, train.zero_stage, engine_dtype
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        prepare_model(
+            model, packed=train.packing, gradient_checkpointing=train.gradient_checkpointing, liger=train.liger
         )
+        self.world, self.stage, self.engine_dtype = world, train.zero_stage, engine_dtype
+        self.device = default_device()
         self.grad_clip = optimizer.grad_clip
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.buckets = make_buckets(shapes, world.size)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.buckets = make_buckets(self.shapes, world.size)
+        self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
         masters = {name: p.detach().clone() for name, p in model.named_parameters()}
         below_fp32 = compute_dtype != torch.float32
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
         )
-        base, self.scheduler = make_optimizer(model, optimizer)
+        self.base_optimizer, self.scheduler = make_optimizer(model, optimizer)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
-            optimizer=base,
+            optimizer=self.base_optimizer,
             config=deepspeed_config(train, compute_dtype, optimizer.grad_clip),
             dist_init_required=False,
         )
@@ -198,19 +195,90 @@ class ZeroPolicy:
         engine.sync(weights, version)
         return stats_of(gradient, sums)
 
-    # -- masters and optimizer state, whole, on every rank: for checkpoints
+    # -- masters and optimizer state, whole, on every rank
 
+    @torch.no_grad()
     def load_masters(self, masters: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
+        """The fp32 weights, and what is computed with rounded from them."""
         for name, parameter in self._parameters.items():
-            safe_set_full_fp32_param(parameter, masters[name].to(self.device))
+            if self.stage:
+                self._set(parameter, name, masters[name])
+            if self.stage < 3:
+                parameter.copy_(masters[name])
+            else:
+                parameter.ds_tensor.copy_(self._padded_slice(name, masters[name]).view(parameter.ds_tensor.shape))
+        if self.stage == 3 and (whole := self.deepspeed.optimizer.persistent_parameters):
+            whole[0].partition(whole)  # small weights, kept gathered: gather them anew
+            whole[0].all_gather(whole)
+
+    def _padded_slice(self, name: str, whole: Tensor) -> Tensor:
+        """[slice size]: this rank's elements, then zeros."""
+        piece = self.slices[name]
+        first, count = piece.held_by(self.world.rank)
+        padded = torch.zeros(piece.size, device=self.device)
+        padded[:count].copy_(whole.reshape(-1)[first : first + count])
+        return padded
+
+    def _set(self, parameter: Tensor, name: str, value: Tensor, key: str | None = None) -> None:
+        """A master, or the part `key` of its optimizer state, from the whole tensor. At stage 3 DeepSpeed's calls for
+        whole tensors refuse a weight that the ranks do not divide, so it is given slices there."""
+        from deepspeed.utils import tensor_fragment as deepspeed_state
+
+        keys = () if key is None else (key,)
+        if self.stage == 3:
+            local = self._padded_slice(name, value)
+            set_local = (
+                deepspeed_state.safe_set_local_optimizer_state if keys else deepspeed_state.safe_set_local_fp32_param
+            )
+            set_local(parameter, local, *keys)
+        else:
+            set_full = (
+                deepspeed_state.safe_set_full_optimizer_state if keys else deepspeed_state.safe_set_full_fp32_param
+            )
+            set_full(parameter, value.to(self.device, torch.float32), *keys)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        if self.stage == 0:
-            yield from ((name, p.detach()) for name, p in self._parameters.items())
-            return
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._parameters.items():
-            yield name, safe_get_full_fp32_param(parameter)
+            yield name, safe_get_full_fp32_param(parameter) if self.stage else parameter.detach()
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """DeepSpeed counts steps once for all weights; the count is given with each, as torch keeps it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = self.base_optimizer.state
+        if not states:
+            return
+        count = next(iter(states.values()))["step"]
+        for name, parameter in self._parameters.items():
+            yield f"step.{name}", torch.as_tensor(float(count))
+            for key in MOMENTS[1:]:
+                whole = safe_get_full_optimizer_state(parameter, key) if self.stage else states[parameter][key]
+                yield f"{key}.{name}", whole.detach()
+
+    def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
+        self.load_masters(masters)
+        if moments:
+            self._make_moments(count=float(next(v for k, v in moments.items() if k.startswith("step."))))
+            for name, parameter in self._parameters.items():
+                for key in MOMENTS[1:]:
+                    whole = moments[f"{key}.{name}"]
+                    if self.stage:
+                        self._set(parameter, name, whole, key)
+                    else:
+                        self.base_optimizer.state[parameter][key].copy_(whole)
+        set_scheduler(self.base_optimizer, self.scheduler, num_steps)
+
+    def _make_moments(self, count: float) -> None:
+        """The optimizer's state as its first step makes it, so that there is something to load into."""
+        zero = self.deepspeed.optimizer
+        if self.stage == 0:
+            held = list(self._parameters.values())
+        else:
+            held = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for tensor in held:
+            state = {key: torch.zeros_like(tensor) for key in MOMENTS[1:]}
+            self.base_optimizer.state[tensor] = {"step": torch.tensor(count), **state}
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()

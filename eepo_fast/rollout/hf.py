@@ -21,16 +21,26 @@ from eepo_fast.types import Rollout, WeightsVersion
 class HfEngine:
     """Its own copy of a model's weights in `dtype`; prompts are prefilled once a stage for all their samples."""
 
-    def __init__(self, model: PreTrainedModel, *, dtype: torch.dtype, max_sequences: int, pad_id: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        max_sequences: int,
+        pad_id: int,
+        device: torch.device | None = None,
+    ):
+        """model: copied. device: the model's own where none is given."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.model.set_attn_implementation("sdpa")  # the policy's may be for packed sequences, which these are not
         for parameter in self.model.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
             parameter.data = parameter.data.to(dtype)
             parameter.grad = None
+        self.device = device or next(self.model.parameters()).device
+        self.model.to(self.device)
         self.weights = dict(self.model.named_parameters())
         self.max_sequences = max_sequences
         self.pad_id = pad_id
-        self.device = next(self.model.parameters()).device
         self.weights_version = WeightsVersion(0, False)
         self._whole = True
 

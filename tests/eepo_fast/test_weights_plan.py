@@ -147,8 +147,8 @@ def broadcast(self, name, weight):
     [
         (skip_norm, "writes 0 of 4 elements of norm"),
         (scaled, "something computed, not a slice of a weight, into norm"),
-        (half_of_norm, "writes 4 of 4|twice"),
-        (twice, "writes 6 of 4 elements of norm"),
+        (half_of_norm, "writes 2 of 4 elements of norm"),
+        (twice, "writes part of norm twice"),
         (elsewhere, "no parameter"),
         (one_half_twice, "takes 16 of 32 elements of down"),
         (overlapping, "takes 24 of 32 elements of down"),

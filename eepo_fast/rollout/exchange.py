@@ -1,0 +1,61 @@
+"""Sampling shared out over the ranks' engines: each prompt is sampled on one of them; every rank gets all rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from eepo_fast.distributed import World, deal
+from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling
+from eepo_fast.types import Rollout, WeightsVersion
+
+
+def generate_everywhere(
+    engine: RolloutEngine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    expected_tokens: Sequence[float],
+    world: World,
+    ranks_per_engine: int,
+    decode: Callable[[Rollout], str],
+    progress: Progress | None = None,
+) -> list[Rollout]:
+    """All samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and answers,
+    by which requests are dealt out; ranks of one engine take the same. decode: sets each completion where it was
+    sampled."""
+    hands = deal(expected_tokens, world.size // ranks_per_engine)
+    share = sorted(hands[world.rank // ranks_per_engine])
+    rollouts = engine.generate([requests[i] for i in share], sampling, progress)
+    for rollout in rollouts:
+        rollout.completion = decode(rollout)
+    if world.size == 1:
+        return rollouts
+    places = [(i, k) for i in share for k in range(len(requests[i].seeds))]
+    leads = world.rank % ranks_per_engine == 0
+    mine = [(place, _pack(r)) for place, r in zip(places, rollouts, strict=True)] if leads else []
+    everything = {place: packed for part in world.gather(mine) for place, packed in part}
+    return [
+        _unpack(everything[i, k], request, k) for i, request in enumerate(requests) for k in range(len(request.seeds))
+    ]
+
+
+def _pack(r: Rollout) -> tuple:
+    """What other ranks cannot know; log-probs are fp32 numbers."""
+    logprobs = np.asarray(r.rollout_logprobs, np.float32)
+    return np.asarray(r.token_ids, np.int32), logprobs, tuple(r.weights_version), r.finished, r.completion
+
+
+def _unpack(packed: tuple, request: Request, k: int) -> Rollout:
+    token_ids, logprobs, version, finished, completion = packed
+    return Rollout(
+        prompt=request.prompt,
+        stage=request.stage,
+        sample_index=request.sample_indices[k],
+        token_ids=token_ids.tolist(),
+        rollout_logprobs=logprobs.tolist(),
+        weights_version=WeightsVersion(*version),
+        finished=finished,
+        completion=completion,
+    )
