@@ -29,7 +29,7 @@ from eepo_fast.policy.module import Policy
 from eepo_fast.trainer import TrainerState
 from eepo_fast.types import UserError
 
-# Sections and keys that may differ when a run is resumed: how long, how often, how large a batch in memory.
+# Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {
     "checkpoint",
     "log",
@@ -40,6 +40,13 @@ SAFE_TO_CHANGE = {
     "train.iterations",
     "train.epochs",
     "train.micro_batch_tokens",
+    "train.packing",
+    "train.engine",
+    "train.zero_stage",
+    "train.offload_optimizer",
+    "train.offload_parameters",
+    "train.liger",
+    "rollout.tensor_parallel",
     "train.gradient_checkpointing",
 }
 

@@ -105,6 +105,8 @@ class EepoConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: NonNegativeFloat = 5e-7
     weight_decay: NonNegativeFloat = 0.0
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="of AdamW")
+    eps: PositiveFloat = Field(1e-8, description="of AdamW")
     grad_clip: PositiveFloat = 1.0
     warmup_steps: NonNegative = 0
 

@@ -1,6 +1,8 @@
 """Shared fixtures, and the rule that CI skips nothing."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -153,6 +155,24 @@ def make_rollouts(prompts):
         return rollouts
 
     return make
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Run a script of tests/eepo_fast on two ranks under torchrun; what it printed behind FOUND."""
+    here = Path(__file__).parent / "eepo_fast"
+
+    def run(script, *arguments, timeout=300):
+        environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [*command, str(here / script), *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+        return json.loads(found.removeprefix("FOUND "))
+
+    return run
 
 
 @pytest.fixture(scope="session")

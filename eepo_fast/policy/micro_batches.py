@@ -70,14 +70,17 @@ def plan_micro_batches(
 
 
 def _pack(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[Rollout]]:
-    lengths = [input_length(r) for r in rollouts]
-    budget = max(max_tokens, *lengths)
-    num_bins = _round_up(-(-sum(lengths) // budget), num_ranks)
+    """As few bins as hold them, evenly filled; a sequence beyond the budget has a bin of its own."""
+    bins = [[r] for r in rollouts if input_length(r) > max_tokens]
+    rest = [r for r in rollouts if input_length(r) <= max_tokens]
+    lengths = [input_length(r) for r in rest]
+    total = len(bins) + -(-sum(lengths) // max_tokens)
+    total = -(-total // num_ranks) * num_ranks
     while True:
-        hands = deal(lengths, num_bins)
-        if max(sum(lengths[i] for i in hand) for hand in hands) <= budget:
-            return [[rollouts[i] for i in sorted(hand)] for hand in hands]
-        num_bins += num_ranks
+        hands = deal(lengths, total - len(bins))
+        if all(sum(lengths[i] for i in hand) <= max_tokens for hand in hands):
+            return bins + [[rest[i] for i in sorted(hand)] for hand in hands]
+        total += num_ranks
 
 
 def _pad(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[Rollout]]:
@@ -88,18 +91,14 @@ def _pad(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[
             bins.append([])
         bins[-1].append(rollout)
     while len(bins) % num_ranks:
-        largest = max(bins, key=lambda members: (len(members) > 1, len(members) * input_length(members[-1])))
-        if len(largest) < 2:
+        largest = max((b for b in bins if len(b) > 1), key=lambda b: len(b) * input_length(b[-1]), default=None)
+        if largest is None:
             bins.append([])
             continue
         half = len(largest) // 2
         bins.append(largest[half:])
         del largest[half:]
     return bins
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def collate(rollouts: list[Rollout], pad_id: int, device: torch.device, packed: bool) -> MicroBatch:

@@ -20,6 +20,10 @@ from eepo_fast.distributed import World
 
 BUCKET_ELEMENTS = 64 << 20
 
+# torch 2.13 has new names for two collectives
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -70,7 +74,7 @@ def all_gather(bucket: Bucket, flat: Tensor, world: World) -> dict[str, Tensor]:
         gathered = flat[None]
     else:
         gathered = flat.new_empty(world.size, flat.numel())
-        dist.all_gather_into_tensor(gathered.view(-1), flat)
+        _all_gather(gathered.view(-1), flat)
     return {
         s.name: gathered[:, s.start : s.start + s.size].reshape(-1)[: s.shape.numel()].view(s.shape) for s in bucket
     }
@@ -138,7 +142,7 @@ class _Reduction:
             flat += wire[0]
         else:
             mine = torch.empty_like(flat)
-            dist.reduce_scatter_tensor(mine, wire.view(-1))
+            _reduce_scatter(mine, wire.view(-1))
             flat += mine
         del self.open[self.next]
         self.next -= 1

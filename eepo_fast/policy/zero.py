@@ -7,7 +7,12 @@ gradients go through hooks of our own and never into DeepSpeed's buffers, and no
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -35,6 +40,8 @@ from eepo_fast.types import Rollout, UserError, WeightsVersion
 
 
 def import_deepspeed():
+    os.environ.setdefault("DS_ACCELERATOR", default_device().type)  # else it says which it found
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it still uses
     try:
         import deepspeed
     except ImportError as error:
@@ -42,6 +49,7 @@ def import_deepspeed():
             f"train.engine: deepspeed cannot be imported ({error}); pip install 'deepspeed>=0.19.8', or use "
             "train.engine=torch on one device"
         ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every step of its own
     return deepspeed
 
 
@@ -97,12 +105,13 @@ class ZeroPolicy:
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
         )
         self.base_optimizer, self.scheduler = make_optimizer(model, optimizer)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self.base_optimizer,
-            config=deepspeed_config(train, compute_dtype, optimizer.grad_clip),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # it prints what it builds
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self.base_optimizer,
+                config=deepspeed_config(train, compute_dtype, optimizer.grad_clip),
+                dist_init_required=False,
+            )
         self.module: PolicyModule = self.deepspeed.module
         self.batching = dict(
             max_tokens=train.micro_batch_tokens, pad_id=pad_id, packed=train.packing, device=self.device
@@ -222,7 +231,7 @@ class ZeroPolicy:
     def _set(self, parameter: Tensor, name: str, value: Tensor, key: str | None = None) -> None:
         """A master, or the part `key` of its optimizer state, from the whole tensor. At stage 3 DeepSpeed's calls for
         whole tensors refuse a weight that the ranks do not divide, so it is given slices there."""
-        from deepspeed.utils import tensor_fragment as deepspeed_state
+        from deepspeed import utils as deepspeed_state
 
         keys = () if key is None else (key,)
         if self.stage == 3:

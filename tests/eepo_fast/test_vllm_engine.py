@@ -201,22 +201,131 @@ def test_a_tensor_left_out_of_a_sync_is_noticed(one_pair, monkeypatch):
     engine.generate(REQUESTS, SAMPLING)
 
 
-def test_a_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch):
+@pytest.mark.parametrize("fallback", [False, True], ids=["in place", "reload"])
+def test_any_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch, fallback):
+    """Small ones too, whose part of the step's norm is lost in rounding."""
+    model, engine = one_pair
+    real, left_out = module.forget, []
+
+    def partly(dst, gradient, *, keys, offsets, row_strides=None, **kwargs):
+        kept = [i for i in range(len(dst)) if i not in left_out]
+        columns = [row_strides[i] for i in kept] if row_strides else None
+        layout = dict(keys=[keys[i] for i in kept], offsets=[offsets[i] for i in kept], row_strides=columns)
+        return real([dst[i] for i in kept], [gradient[i] for i in kept], **layout, **kwargs)
+
+    def no_plan(*args):
+        raise plan_module.PlanError("none")
+
+    with monkeypatch.context() as patch:
+        if fallback:
+            patch.setattr(module, "record_plan", no_plan)
+            engine._make_plan()
+        patch.setattr(module, "forget", partly)
+        for index in (0, 7, 20):
+            left_out[:] = [index]
+            sync(engine, weights_of(model), 0)
+            forget(engine, gradient_of(model))
+            for _ in range(2):
+                with pytest.raises(EngineError, match=r"the last forget step left out \d+ weights"):
+                    engine.generate(REQUESTS, SAMPLING)
+            assert engine.weights_version.forgotten, "what may hold forgetful weights never says it holds the policy's"
+    engine._make_plan()
+    assert engine._plan is not None
+
+
+def test_a_step_of_another_size_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
     sync(engine, weights_of(model), 0)
     real = module.forget
-
-    def partly(dst, gradient, *, keys, offsets, row_strides, **kwargs):
-        kept = slice(1, None)
-        layout = dict(keys=keys[kept], offsets=offsets[kept], row_strides=row_strides[kept])
-        return real(dst[kept], gradient[kept], **layout, **kwargs)
-
-    monkeypatch.setattr(module, "forget", partly)
+    monkeypatch.setattr(module, "forget", lambda *args, eta, **kwargs: real(*args, eta=eta * 1.01, **kwargs))
     forget(engine, gradient_of(model))
-    for _ in range(2):
-        with pytest.raises(EngineError, match="expected a forget step of norm"):
+    with pytest.raises(EngineError, match="expected a forget step of norm"):
+        engine.generate(REQUESTS, SAMPLING)
+
+
+def test_gradients_in_16_bits_and_tiny_steps_pass(one_pair):
+    model, engine = one_pair
+    for gradient, eta in (({n: g.bfloat16() for n, g in gradient_of(model).items()}, 0.5), (gradient_of(model), 1e-20)):
+        sync(engine, weights_of(model), 0)
+        forget(engine, gradient, eta=eta)
+        engine.generate(REQUESTS, SAMPLING)
+
+
+def test_an_update_interrupted_before_its_cache_reset_closes_the_engine(one_pair, monkeypatch):
+    model, engine = one_pair
+
+    def interrupt(**kwargs):
+        raise KeyboardInterrupt
+
+    for update in (lambda: sync(engine, weights_of(model), 1), lambda: forget(engine, gradient_of(model))):
+        sync(engine, weights_of(model), 0)
+        engine.generate(REQUESTS, SAMPLING)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.llm, "reset_prefix_cache", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                update()
+        with pytest.raises(EngineError, match="last update did not finish"):
             engine.generate(REQUESTS, SAMPLING)
-    assert engine.weights_version.forgotten, "what may hold forgetful weights never says it holds the policy's"
+    sync(engine, weights_of(model), 0)
+
+
+def test_a_weight_that_the_reload_leaves_out_is_noticed(one_pair, monkeypatch):
+    model, engine = one_pair
+    engine._shadow = {n: w.clone() for n, w in weights_of(model).items()}
+    real = engine.llm.collective_rpc
+
+    def stops_early(method, kwargs):
+        iterator = kwargs["weights_iterator"]
+        return real(method, kwargs={"weights_iterator": (next(iterator) for _ in range(len(engine._shadow) - 1))})
+
+    monkeypatch.setattr(engine.llm, "collective_rpc", stops_early)
+    with pytest.raises(EngineError, match=r"took \d+ of 26 weights"):
+        engine._reload()
+    engine._shadow = None
+    engine._make_plan()
+
+
+def test_a_prompt_that_vllm_refuses_leaves_nothing_behind(one_pair):
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    with pytest.raises(Exception, match=r"longer|length|exceed"):
+        engine.generate(requests_for([3, 4], [5] * 300), SAMPLING)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.generate(REQUESTS, SAMPLING)) == 6
+
+
+def test_shapes_are_checked(one_pair):
+    model, engine = one_pair
+    weights = weights_of(model)
+    weights["model.norm.weight"] = weights["model.norm.weight"].new_zeros(129)
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight: \(129,\), not"):
+        sync(engine, weights, 0)
+
+
+def test_sleep_wakes_before_anything_is_read_or_written(one_pair, monkeypatch):
+    """vLLM sleeps on a GPU only: here its two calls are noted."""
+    model, engine = one_pair
+    calls = []
+    monkeypatch.setattr(engine.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+    monkeypatch.setattr(engine.llm, "wake_up", lambda: calls.append("wake"))
+    monkeypatch.setattr(engine, "_enable_sleep", True)
+    reset = engine.llm.reset_prefix_cache
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda **kwargs: calls.append("reset") or reset(**kwargs))
+    sync(engine, weights_of(model), 0)
+    engine.sleep()
+    engine.sleep()
+    engine.generate(REQUESTS, SAMPLING)
+    engine.sleep()
+    sync(engine, weights_of(model), 1)
+    assert calls == ["reset", "sleep 1", "wake", "sleep 1", "wake", "reset"]
+
+
+def test_a_model_that_vllm_refuses_is_one_line():
+    from eepo_fast.types import UserError
+
+    model = make_model("llama")
+    with pytest.raises(UserError, match=r"rollout\.engine: vLLM does not start: "):
+        VllmEngine(model, dtype=torch.float32, max_sequences=16, max_model_len=10_000)
 
 
 def test_weights_that_someone_else_changed_are_noticed(one_pair):

@@ -5,7 +5,7 @@ import torch
 from eepo_kernels import sync, tensor_key
 from torch import nn
 
-from eepo_fast.rollout.weights import PlanError, checksums, record_plan, rounded_checksums
+from eepo_fast.rollout.weights import PlanError, check_plan, checksums, record_plan, rounded_checksums
 
 SHAPES = {
     "q": torch.Size([6, 4]),
@@ -132,6 +132,30 @@ def overlapping(self, name, weight):
         self.other.data.copy_(weight[:, 2:6])
 
 
+def rebinding(self, name, weight):
+    if name == "norm":
+        self.norm.data = torch.zeros(4)
+    Halves.load_one(self, name, weight)
+
+
+def transposing(self, name, weight):
+    Halves.load_one(self, name, weight.t().reshape(6, 4) if name == "q" else weight)
+
+
+def transposed_view(self, name, weight):
+    if name == "down":
+        self.other.data.copy_(weight[:, 4:].t())
+        self.down.data.copy_(weight[:, :4])
+    else:
+        Fused.load_one(self, name, weight)
+
+
+def unknown_name(self, name, weight):
+    if name == "norm":
+        raise KeyError(name)
+    Halves.load_one(self, name, weight)
+
+
 def elsewhere(self, name, weight):
     if name == "norm":
         torch.zeros(4).copy_(weight)
@@ -150,6 +174,10 @@ def broadcast(self, name, weight):
         (half_of_norm, "writes 2 of 4 elements of norm"),
         (twice, "writes part of norm twice"),
         (elsewhere, "no parameter"),
+        (rebinding, "no parameter|another tensor in the place of norm"),
+        (transposing, "something computed, not a slice of a weight, into qk"),
+        (transposed_view, "transposes or reorders down"),
+        (unknown_name, "the loader stops with KeyError"),
         (one_half_twice, "takes 16 of 32 elements of down"),
         (overlapping, "takes 24 of 32 elements of down"),
         (broadcast, r"copies shape \(1,\) into \(4,\) of norm"),
@@ -158,6 +186,24 @@ def broadcast(self, name, weight):
 def test_a_loader_that_a_plan_cannot_follow_is_refused(loader, words):
     with pytest.raises(PlanError, match=words):
         record_plan(broken(load_one=loader), SHAPES)
+
+
+def test_what_the_loader_does_beside_copying_is_found_by_the_check():
+    """A plan records copies alone; values loaded both ways tell whether that was all."""
+
+    def scales_afterwards(self, name, weight):
+        Halves.load_one(self, name, weight)
+        if name == "norm":
+            self.norm.data.mul_(2)
+
+    for load_one, right in ((Halves.load_one, True), (scales_afterwards, False)):
+        model = broken(load_one=load_one)
+        plan = record_plan(model, SHAPES)
+        if right:
+            check_plan(plan, model, SHAPES, torch.float32, sync)
+        else:
+            with pytest.raises(PlanError, match="not what vLLM's own loader writes"):
+                check_plan(plan, model, SHAPES, torch.float32, sync)
 
 
 def test_unwritten_and_shared_parameters_are_refused():
@@ -175,8 +221,10 @@ def test_unwritten_and_shared_parameters_are_refused():
 def test_checksums_see_one_bit_and_agree_with_the_source(dtype):
     weights = list(random_weights().values())
     held = [w.to(dtype) for w in weights]
-    assert torch.equal(checksums(held), rounded_checksums(weights, dtype))
+    assert torch.equal(checksums(held), rounded_checksums(weights, [dtype] * len(weights)))
     before = checksums(held)
     integers = held[2].view(torch.int32 if dtype == torch.float32 else torch.int16)
     integers[1, 1] ^= 1
     assert (checksums(held) != before).tolist() == [False, False, True, False, False]
+    held[0][[0, 1]] = held[0][[1, 0]]
+    assert (checksums(held) != before).tolist() == [True, False, True, False, False], "two rows changed places"

