@@ -99,7 +99,12 @@ class VllmEngine:
         self._vllm = vllm
         self.dtype = dtype
         self._shapes = dict(shapes or {name: p.shape for name, p in model.named_parameters()})
-        launched = "RANK" in os.environ and dist.is_initialized()
+        options = {}
+        if "RANK" in os.environ and dist.is_initialized():
+            options["distributed_executor_backend"] = "external_launcher"
+        if not torch.cuda.is_available():
+            # a prompt cut in two takes back a draw of its seeded generator, which generators of a CPU cannot
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         with tempfile.TemporaryDirectory() as folder, _one_line_errors():
             config = type(model.config).from_dict(model.config.to_dict())
             config.architectures = [type(model).__name__]
@@ -118,7 +123,7 @@ class VllmEngine:
                 enable_sleep_mode=enable_sleep,
                 disable_log_stats=True,
                 tensor_parallel_size=tensor_parallel,
-                **({"distributed_executor_backend": "external_launcher"} if launched else {}),
+                **options,
             )
         self._group: dist.ProcessGroup | None = None
         """The ranks that this engine is spread over, for values on the CPU."""

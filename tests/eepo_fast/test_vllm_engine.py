@@ -302,6 +302,14 @@ def test_shapes_are_checked(one_pair):
         sync(engine, weights, 0)
 
 
+def test_more_prompt_tokens_than_one_step_takes(one_pair):
+    """On a CPU vLLM fails where it cuts a prompt with a seed of its own in two."""
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    many = requests_for(*[[2 + (i * j) % 200 for j in range(199)] for i in range(1, 31)], samples=1)
+    assert len(engine.generate(many, SAMPLING)) == 30
+
+
 def test_sleep_wakes_before_anything_is_read_or_written(one_pair, monkeypatch):
     """vLLM sleeps on a GPU only: here its two calls are noted."""
     model, engine = one_pair
