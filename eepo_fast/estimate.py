@@ -20,6 +20,7 @@ from eepo_fast.types import UserError
 GIB = 1 << 30
 BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
+AUTOCAST = 3.4  # bytes an activation, measured
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
 KEPT_GIB = 1.0  # never planned for: fragments of the allocator
 
@@ -139,14 +140,15 @@ def find_shape(config: Config) -> Shape:
     return Shape(**values, head_dim=head_dim, tie_word_embeddings=bool(known.get("tie_word_embeddings", False)))
 
 
-def activation_bytes(shape: Shape, tokens: int, itemsize: int, checkpointing: bool) -> float:
-    """Kept for the backward pass of a micro-batch. A layer keeps the inputs of its products and what its norms, rotary
-    embedding and SwiGLU need: 6 D + 4 heads + 3 key-value heads + 5 I elements a token; with checkpointing its input
-    alone, and one layer's worth while it is done again."""
+def activation_bytes(shape: Shape, tokens: int, itemsize: float, checkpointing: bool) -> float:
+    """Kept for the backward pass of a micro-batch. A layer keeps what its products, norms, rotary embedding and SwiGLU
+    need: 4 D + 4 heads + 3 key-value heads + 4 I elements a token, in 16 bits 3 D more, since norms are taken in fp32
+    (norms of queries and keys not counted); with checkpointing its input alone, and one layer's worth while it is done
+    again. itemsize: 4, 2, or AUTOCAST where fp32 and 16 bits are mixed."""
     heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    layer = 6 * shape.hidden_size + 4 * heads + 3 * kv + 5 * shape.intermediate_size
-    kept = shape.num_hidden_layers * (shape.hidden_size if checkpointing else layer)
-    return tokens * itemsize * (kept + (layer if checkpointing else 0) + 4 * shape.hidden_size)
+    layer = (7 if itemsize == 2 else 4) * shape.hidden_size + 4 * heads + 3 * kv + 4 * shape.intermediate_size
+    kept = shape.num_hidden_layers * (shape.hidden_size if checkpointing else layer) + 4 * shape.hidden_size
+    return tokens * itemsize * (kept + (layer if checkpointing else 0))
 
 
 def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
@@ -155,6 +157,7 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     sharded, stage = train.engine == "deepspeed", train.zero_stage
     itemsize = 4 if config.model.dtype == "float32" or not sharded or stage == 0 else 2
     compute = 4 if config.model.dtype == "float32" else 2
+    kept = AUTOCAST if compute == 2 and itemsize == 4 else compute
     cut = n if sharded else 1
     parts = {}
     parts["weights"] = itemsize * w
@@ -171,7 +174,7 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     parts["head workspace"] = head
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = max(train.micro_batch_tokens, longest)
-    parts["activations"] = activation_bytes(shape, tokens, compute, train.gradient_checkpointing)
+    parts["activations"] = activation_bytes(shape, tokens, kept, train.gradient_checkpointing)
     parts["reference"] = (compute if sharded else 4) * w if config.grpo.kl_coef else 0
     return {name: value / GIB for name, value in parts.items()}
 

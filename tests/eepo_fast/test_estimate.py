@@ -1,0 +1,92 @@
+"""Estimates: counted weights against real models, what fits, and what a dry run says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from eepo_fast.config import load_config
+from eepo_fast.estimate import MACHINES, Machine, estimate, find_machine, find_shape, needed, seconds, what_would_fit
+from eepo_fast.types import UserError
+
+ROOT = Path(__file__).parents[2]
+MODELS = {
+    "qwen2.5-3b": (Qwen2Config, Qwen2ForCausalLM),
+    "llama-3.2-3b-instruct": (LlamaConfig, LlamaForCausalLM),
+    "qwen3-8b-base": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm2-gsm8k": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def load(model, *overrides, machine=None):
+    files = [ROOT / "configs" / f"{model}.yaml"]
+    if machine:
+        files.append(ROOT / "configs" / "machines" / f"{machine}.yaml")
+    return load_config([str(f) for f in files], list(overrides))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_counted_as_the_model_has_them(model):
+    config = load(model)
+    make_config, make_model = MODELS[model]
+    with torch.device("meta"):
+        real = make_model(make_config(**config.model.dimensions))
+    count = sum(p.numel() for p in real.parameters())
+    assert find_shape(config).weights == pytest.approx(count, rel=1e-3)  # biases and norms of heads are left out
+
+
+@pytest.mark.parametrize("machine", ["8xA100-80GB", "8xB200"])
+@pytest.mark.parametrize("model", [m for m in MODELS if "smol" not in m])
+def test_the_paper_s_models_fit_with_room_to_spare(model, machine):
+    for config in (load(model, machine=machine), *([load(model)] if "A100" in machine else [])):
+        found = find_machine(machine, 1)
+        assert max(needed(config, find_shape(config), found)) < 0.93 * found.memory_gib
+
+
+def test_more_ranks_less_memory_and_time():
+    config = load("qwen2.5-3b")
+    shape = find_shape(config)
+    one, eight = (Machine("x", n, *MACHINES["H200"]) for n in (1, 8))
+    assert needed(config, shape, eight)[0] < needed(config, shape, one)[0]
+    for phase, value in seconds(config, shape, eight).items():
+        if phase in ("unlearn", "update", "reference", "rollout"):
+            assert value < seconds(config, shape, one)[phase]
+
+
+def test_what_is_named_makes_it_fit():
+    config = load("qwen3-8b-base", "train.zero_stage=2", "rollout.sleep=false")
+    shape, machine = find_shape(config), find_machine("8xA100-80GB", 1)
+    assert max(needed(config, shape, machine)) > machine.memory_gib
+    changes = what_would_fit(config, shape, machine).split()
+    changed = load("qwen3-8b-base", "train.zero_stage=2", "rollout.sleep=false", *changes)
+    assert max(needed(changed, shape, machine)) <= machine.memory_gib
+    assert any(
+        f"does not fit into 79.1 GiB: with {' '.join(changes)} it would" in line for line in estimate(config, machine)
+    )
+    assert "take more ranks" in " ".join(estimate(config, find_machine("1xA100-80GB", 1)))
+
+
+def test_names_of_machines():
+    assert find_machine("16xB200", 1).ranks == 16
+    for name in ("A100-80GB", "0xH200", "8xA10", "8x"):
+        with pytest.raises(UserError, match="--machine: expected a number, x and one of A100-80GB"):
+            find_machine(name, 1)
+
+
+def test_a_dry_run_prints_the_estimate():
+    command = [sys.executable, "-m", "eepo_fast.cli", "train", "configs/qwen2.5-3b.yaml", "--dry-run"]
+    done = subprocess.run([*command, "--machine", "8xH200"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "on 8xH200: 8 ranks of 139.8 GiB, assumed rates",
+        "engine: cache",
+        "fits, with",
+        "rollout, s an iter",
+    ):
+        assert words in done.stdout
+    found = estimate(load("smollm2-gsm8k"), find_machine(None, 1))
+    assert "measured rates" in found[0] or torch.cuda.is_available()
+    assert estimate(load("demo"), find_machine("8xH200", 1))[0].startswith("no estimate of memory and time: model.dim")
