@@ -70,7 +70,7 @@ class World:
         self.check(error)
 
     def close(self) -> None:
-        if self.size > 1:
+        if dist.is_initialized():  # an engine that shuts down may have ended it
             dist.destroy_process_group()
 
     def wait(self) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eepo_fast.rollout.engine import Sampling, make_requests, sample_seed
+from eepo_fast.rollout.engine import EngineError, Sampling, make_requests, sample_seed
 from eepo_fast.rollout.hf import sample
 from eepo_fast.types import WeightsVersion
 
@@ -112,3 +112,21 @@ def test_stage_two_is_sampled_by_the_forgetful_weights(make_engine, prompts, mak
         assert r.weights_version == WeightsVersion(0, True)
         assert r.rollout_logprobs == pytest.approx(plain_logprobs(forgetful, r, 0.8), abs=2e-5)
         assert r.rollout_logprobs != pytest.approx(plain_logprobs(policy.model, r, 0.8), abs=1e-3)
+
+
+def test_an_engine_whose_update_was_interrupted_does_not_sample(make_engine, make_policy, prompts):
+    engine, weights = make_engine(), make_policy().named_weights()
+    requests = make_requests(prompts[:1], 1, range(1), 0, 0)
+
+    def breaks_off():
+        yield dict(list(weights.items())[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.sync(breaks_off(), WeightsVersion(1, False))
+    with pytest.raises(EngineError, match="last update did not finish"):
+        engine.generate(requests, SAMPLING)
+    with pytest.raises(AssertionError, match="a sync without"):
+        engine.sync([dict(list(weights.items())[:2])], WeightsVersion(1, False))
+    engine.sync([weights], WeightsVersion(1, False))
+    assert engine.generate(requests, SAMPLING)[0].weights_version == (1, False)

@@ -1,6 +1,7 @@
 """sync and forget: exact arithmetic, unbiased rounding, reproducible bits."""
 
 import ctypes
+import importlib.machinery
 import math
 import subprocess
 from pathlib import Path
@@ -301,3 +302,29 @@ def test_a_gpu_gives_the_bits_of_the_cpu(dtype, rounding):
     sync(there, [m.cuda() for m in master], backend="native")
     for a, m in zip(there, master, strict=True):
         assert torch.equal(a.cpu(), m.to(dtype))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_rows_that_overlap_are_read_as_they_are(rounding):
+    """A gradient expanded along its rows has a stride of 0: one row of memory, not as many as it has rows."""
+    gradient = torch.randn(8)
+    found, expected = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.bfloat16)
+    options = dict(eta=0.1, keys=[1], offsets=[0], rounding=rounding)
+    forget([found], [gradient.expand(4, 8)], **options)
+    forget([expected], [gradient.expand(4, 8).contiguous()], **options)
+    assert torch.equal(found, expected)
+    sync([found], [gradient.expand(4, 8)])
+    assert torch.equal(found, gradient.expand(4, 8).bfloat16())
+
+
+def test_a_library_that_cannot_be_loaded_is_said_and_not_used(tmp_path, monkeypatch, caplog):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    spec = importlib.machinery.ModuleSpec("eepo_kernels._C", None, origin=str(broken))
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
+    native.library.cache_clear()
+    try:
+        assert native.library("cpu") is None
+        assert any("cannot be loaded" in record.getMessage() for record in caplog.records)
+    finally:
+        native.library.cache_clear()
