@@ -114,6 +114,15 @@ def logprobs_under(policy, weights: dict, rollouts) -> dict[int, list[float]]:
     return other.score(rollouts)[0]
 
 
+def gated_change(policy, weights: dict, base: dict[int, list[float]], gate: dict, rollouts) -> float:
+    """Mean change, from `base`, of the log-prob of the tokens whose gate is open."""
+    after = logprobs_under(policy, weights, rollouts)
+    changes = [
+        a - b for r in rollouts for a, b, is_open in zip(after[id(r)], base[id(r)], gate[id(r)], strict=True) if is_open
+    ]
+    return sum(changes) / len(changes)
+
+
 def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
     # A training run's masters are off the bf16 grid, a checkpoint's mostly on it: a tenth of an ulp moves them off.
     generator = torch.Generator().manual_seed(0)
@@ -122,26 +131,20 @@ def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
         for name, w in policy.named_weights().items()
     }
 
-    def change(weights: dict, base: dict) -> float:
-        """Mean change of the log-prob of the tokens whose gate is open."""
-        after, before = (logprobs_under(policy, w, rollouts) for w in (weights, base))
-        open_tokens = [
-            a - b
-            for r in rollouts
-            for a, b, is_open in zip(after[id(r)], before[id(r)], gate[id(r)], strict=True)
-            if is_open
-        ]
-        return sum(open_tokens) / len(open_tokens)
-
     held = {name: w.bfloat16().float() for name, w in masters.items()}
+    base = logprobs_under(policy, held, rollouts)
+
+    def change(weights: dict) -> float:
+        return gated_change(policy, weights, base, gate, rollouts)
+
     rows = []
     for eta in STEP_SIZES:
-        exact = change({name: held[name] + eta * gradient[name] for name in held}, held)
+        exact = change({name: held[name] + eta * gradient[name] for name in held})
         for how in ("in place nearest", "in place stochastic", "master nearest", "master nearest on the grid"):
             updated, retention, noise = round_to(masters, how, gradient, eta)
             rows.append(
                 {"task": "rounding", "eta": eta, "how": how, "retention": retention, "noise_ratio": noise}
-                | {"change_of_gated_logprob": change({n: w.float() for n, w in updated.items()}, held)}
+                | {"change_of_gated_logprob": change({n: w.float() for n, w in updated.items()})}
                 | {"change_with_fp32_weights": exact}
             )
     return rows
@@ -153,25 +156,16 @@ def change_over_seeds(policy, gradient: dict, gate: dict, rollouts, eta: float, 
     start = {name: w.bfloat16() for name, w in policy.named_weights().items()}
     base = logprobs_under(policy, {name: w.float() for name, w in start.items()}, rollouts)
 
-    def change(weights: dict) -> float:
-        after = logprobs_under(policy, weights, rollouts)
-        open_tokens = [
-            a - b
-            for r in rollouts
-            for a, b, is_open in zip(after[id(r)], base[id(r)], gate[id(r)], strict=True)
-            if is_open
-        ]
-        return sum(open_tokens) / len(open_tokens)
-
     found = []
     for seed in range(num_seeds):
         held = {name: w.clone() for name, w in start.items()}
         layout = dict(keys=[tensor_key(n) for n in names], offsets=zeros, eta=eta)
         forget([held[n] for n in names], [gradient[n] for n in names], rounding="stochastic", seed=seed, **layout)
-        found.append(change({name: w.float() for name, w in held.items()}))
+        found.append(gated_change(policy, {n: w.float() for n, w in held.items()}, base, gate, rollouts))
     mean = sum(found) / num_seeds
     error = (sum((x - mean) ** 2 for x in found) / (num_seeds - 1) / num_seeds) ** 0.5
-    exact = change({name: start[name].float() + eta * gradient[name] for name in names})
+    moved = {name: start[name].float() + eta * gradient[name] for name in names}
+    exact = gated_change(policy, moved, base, gate, rollouts)
     return {
         "task": "change of gated log-prob over seeds", "eta": eta, "seeds": num_seeds, "mean": mean,
         "standard_error": error, "with_fp32_weights": exact, "distance_in_standard_errors": abs(mean - exact) / error,

@@ -100,8 +100,10 @@ class ZeroPolicy:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.buckets = make_buckets(self.shapes, world.size)
         self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
-        masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
         below_fp32 = compute_dtype != torch.float32
+        # DeepSpeed takes its masters from the weights rounded to 16 bits
+        masters = {n: p.detach().clone() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
         )
@@ -121,8 +123,8 @@ class ZeroPolicy:
             self.deepspeed.enable_backward_allreduce = False  # done in `step`, where its result is looked at
         if self.stage == 3:  # the head's weight is read by the module itself, not by its owner's forward
             deepspeed.zero.register_external_parameter(self.module, self.model.get_output_embeddings().weight)
-        if below_fp32 and self.stage:
-            self.load_masters(masters)  # DeepSpeed's are the weights rounded to 16 bits
+        if masters:
+            self.load_masters(masters)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -170,7 +172,7 @@ class ZeroPolicy:
     # -- weights
 
     def gradient(self) -> ShardedGradient:
-        return ShardedGradient(dict(self.model.named_parameters()), self.buckets, self.world, self.device)
+        return ShardedGradient(self._parameters, self.buckets, self.world, self.device)
 
     def _own_slice(self, piece: Slice) -> Tensor:
         """This rank's elements of nearest(master)."""
@@ -179,10 +181,6 @@ class ZeroPolicy:
         if self.stage < 3:
             return parameter.detach().reshape(-1)[first : first + count]
         return parameter.ds_tensor.detach().reshape(-1)[:count].to(self.device)
-
-    @property
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
 
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         if self.stage < 3:
