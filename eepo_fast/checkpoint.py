@@ -181,7 +181,9 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
                 f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?"
             )
     policy.load_state(weights, load_file(folder / "optimizer.safetensors"), content["scheduler_step"])
-    return TrainerState(content["step"], content["policy_version"], content["entropy_window"])
+    return TrainerState(
+        content["step"], content["policy_version"], content["entropy_window"], content.get("entropy", 0.0)
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -91,6 +91,10 @@ def unlearning_loss(config: EepoConfig, starts: Tensor, weights: Tensor) -> Loss
     return loss_fn
 
 
+def sum_of(*loss_fns: LossFn) -> LossFn:
+    return lambda stats, rows: sum(loss_fn(stats, rows) for loss_fn in loss_fns)
+
+
 @dataclass
 class GrpoTokens:
     """What the GRPO loss knows about the N tokens of a micro-batch; each [N], fp32 unless said."""

@@ -78,7 +78,8 @@ class UpdateStats:
             sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
             forgotten = micro.per_token([float(r.weights_version.forgotten) for r in micro.rollouts]).bool()
             self._add("unlearn/kl", (sampled - stats.logprobs)[forgotten])
-            self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten].abs())
+            # AEPO's samples, stage 3, carry log-probs at their own temperature
+            self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten & (stage < 3)].abs())
 
     def add_other_ranks(self, world: World) -> None:
         """Sums over all ranks, in place of this rank's own."""
@@ -200,7 +201,7 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
     folder = run_dir / "rollouts"
     folder.mkdir(exist_ok=True)
     with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-        for r in batch.rollouts:
+        for r in (*batch.rollouts, *batch.extra):
             row = {
                 "prompt_id": r.prompt.id,
                 "prompt": r.prompt.text,

@@ -1,6 +1,6 @@
 """One iteration of EEPO (Algorithm 1), readable top to bottom in `Trainer.iteration`. With eepo.enabled=false: GRPO.
 
-Deviations from the paper are listed where they are made: losses.py, unlearn.py. Here: the policy is updated on
+Deviations from the paper are listed where they are made: losses.py, unlearn.py, aepo.py. Here: the policy is updated on
 mini-batches of `train.prompts_per_update` prompts in sampling order.
 
 Every rank runs this with the same prompts and holds the whole batch; sampling, grading and the model's passes are
@@ -13,19 +13,20 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from eepo_fast import aepo
 from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
-from eepo_fast.losses import GrpoTokens, grpo_loss
+from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
+from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
 from eepo_fast.unlearn import Unlearning, compute_unlearning
@@ -43,6 +44,8 @@ class TrainerState:
     """Policy updates done."""
     entropy_window: list[float] = field(default_factory=list)
     """Stage-1 entropies of the last iterations, for `eepo.gate: iteration`."""
+    entropy: float = 0.0
+    """Of the policy in its last update, for AEPO; 0 before the first."""
 
 
 class Trainer:
@@ -78,31 +81,38 @@ class Trainer:
         with self._timed("sync"):
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
-        rollouts = self._generate(prompts, 1, first_half, progress)
+        rollouts = self._generate(make_requests(prompts, 1, first_half, *self._seed()), "stage1", progress)
+        extra = self._extra_samples(prompts) if self.config.aepo.enabled else None  # from θ: nothing is forgotten yet
         unlearning, forgotten = None, None
         if eepo.enabled:
             with self._timed("unlearn"):
-                unlearning = compute_unlearning(self.policy, rollouts, eepo, self.state.entropy_window)
+                unlearning = compute_unlearning(
+                    self.policy, rollouts, eepo, self.state.entropy_window, "|".join(map(str, self._seed()))
+                )
             if unlearning.apply:
                 with self._timed("forget"):
                     forgotten = self.policy.forget(  # θ' ← θ' + η∇L
                         self.engine, unlearning.gradient, eepo, seed=self.config.run.seed, step=self.state.step
                     )
             unlearning.gradient = None
-            rollouts += self._generate(prompts, 2, range(len(first_half), group_size), progress, mean_lengths(rollouts))
-        batch = RolloutBatch(_by_group(rollouts, prompts), group_size)
+            requests = make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())
+            rollouts += self._generate(requests, "stage2", progress, lengths=mean_lengths(rollouts))
+        batch = RolloutBatch(_by_group(rollouts, prompts), group_size, extra.rollouts if extra else [])
         self.engine.sleep()
 
-        self._grade(batch)
+        self._grade([*batch.rollouts, *batch.extra])
         set_advantages(batch)
-        old_logprobs = self._old_logprobs(batch, unlearning)
-        ref_logprobs = self._ref_logprobs(batch)
+        rows = self._rows(batch, extra)
+        old_logprobs = self._old_logprobs(rows, unlearning)
+        ref_logprobs = self._ref_logprobs(rows)
         if self.config.log.token_details:
             self._add_details(batch, unlearning)
         with self._timed("update"):
-            update = self._update(batch, old_logprobs, ref_logprobs)
+            update = self._update(rows, old_logprobs, ref_logprobs, extra)
 
         self.state.step += 1
+        entropy = update.mean("entropy/policy")
+        self.state.entropy = self.state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known
         self.times["iteration"] = time.perf_counter() - started
         metrics = M.iteration_metrics(
             batch,
@@ -114,7 +124,7 @@ class Trainer:
             eta=eepo.learning_rate,
             times=self.times,
         )
-        return batch, metrics
+        return batch, {**metrics, **aepo.aepo_metrics(extra)}
 
     def _next_prompts(self) -> list[Prompt]:
         train = self.config.train
@@ -123,65 +133,91 @@ class Trainer:
 
     def _generate(
         self,
-        prompts: Sequence[Prompt],
-        stage: int,
-        sample_indices: range,
-        progress: Progress | None,
-        expected_lengths: Mapping[str, float] | None = None,
+        requests: Sequence[Request],
+        name: str,
+        progress: Progress | None = None,
+        *,
+        lengths: Mapping[str, float] | None = None,
+        temperature: float | None = None,
     ) -> list[Rollout]:
-        """expected_lengths: of an answer, by prompt; without them prompts are dealt out by their own length."""
-        requests = make_requests(prompts, stage, sample_indices, self.config.run.seed, self.state.step)
-        lengths = expected_lengths or {}
-        with self._timed(f"rollout_stage{stage}"):
+        """lengths: expected, of an answer, by prompt; without them prompts are dealt out by their own length."""
+        sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
+        lengths = lengths or {}
+        with self._timed(f"rollout_{name}"):
             return generate_everywhere(
                 self.engine,
                 requests,
-                self.sampling,
-                expected_tokens=[len(p.token_ids) + len(sample_indices) * lengths.get(p.id, 0.0) for p in prompts],
+                sampling,
+                expected_tokens=[
+                    len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests
+                ],
                 world=self.world,
                 ranks_per_engine=self.config.rollout.tensor_parallel,
                 decode=self._decode,
                 progress=progress,
             )
 
+    def _seed(self) -> tuple[int, int]:
+        return self.config.run.seed, self.state.step
+
+    def _extra_samples(self, prompts: Sequence[Prompt]) -> aepo.ExtraSamples:
+        config, entropy = self.config.aepo, self.state.entropy
+        temperature = aepo.choose_temperature(config, entropy)
+        requests = aepo.extra_requests(config, prompts, self.config.rollout.group_size, *self._seed())
+        return aepo.ExtraSamples(temperature, entropy, self._generate(requests, "aepo", temperature=temperature))
+
+    def _rows(self, batch: RolloutBatch, extra: aepo.ExtraSamples | None) -> list[Rollout]:
+        """What GRPO's loss is over: the batch, where `aepo.mode: replace` has not put its samples in its first rows."""
+        config = self.config.aepo
+        if extra is None:
+            return batch.rollouts
+        aepo.choose_samples(config, extra, batch.group_size, len(batch.rollouts))
+        rows = batch.rollouts if config.mode == "term" else [*extra.used, *batch.rollouts[len(extra.used) :]]
+        if extra.used:
+            scale, over = (config.coef, extra.rollouts) if config.mode == "term" else (1.0, rows)
+            tokens = sum(r.num_tokens for r in over if r.reward is not None)
+            with self._timed("aepo_norm"):
+                extra.grad_norm = aepo.measure(self.policy, extra.used, {id(r): scale / tokens for r in extra.used})
+        return rows
+
     def _decode(self, rollout: Rollout) -> str:
         ids = rollout.token_ids
         ids = ids[:-1] if ids and ids[-1] in self.sampling.stop_token_ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _grade(self, batch: RolloutBatch) -> None:
+    def _grade(self, rollouts: Sequence[Rollout]) -> None:
         """Each rank grades its share."""
-        mine = batch.rollouts[self.world.rank :: self.world.size]
+        mine = rollouts[self.world.rank :: self.world.size]
         with self._timed("reward"):
             grades = self.grader.grade([r.prompt.problem for r in mine], [r.completion for r in mine])
             shares = self.world.gather(grades)
         for rank, share in enumerate(shares):
-            for rollout, grade in zip(batch.rollouts[rank :: self.world.size], share, strict=True):
+            for rollout, grade in zip(rollouts[rank :: self.world.size], share, strict=True):
                 rollout.status = grade.status
                 known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
                 rollout.reward = grade.reward if known else None
 
-    def _old_logprobs(self, batch: RolloutBatch, unlearning: Unlearning | None) -> dict[int, list[float]]:
+    def _old_logprobs(self, rows: Sequence[Rollout], unlearning: Unlearning | None) -> dict[int, list[float]]:
         """Denominators of Eq. 3's ratio, by id() of the rollout.
 
         Tokens that θ' sampled: what the engine reported. Tokens that θ sampled: recomputed at θ: by the unlearning pass
         already; else by the update's own forward where that is the first, and by a scoring pass where it is not.
         """
-        old = {id(r): r.rollout_logprobs for r in batch.rollouts if r.weights_version.forgotten}
+        old = {id(r): r.rollout_logprobs for r in rows if r.weights_version.forgotten}
         if unlearning is not None:
             old.update(unlearning.logprobs)
-        first_update = self.config.train.prompts_per_update * batch.group_size
-        missing = [r for r in batch.rollouts[first_update:] if id(r) not in old]
+        first_update = self.config.train.prompts_per_update * self.config.rollout.group_size
+        missing = [r for r in rows[first_update:] if id(r) not in old]
         if missing:
             with self._timed("old_logprobs"):
                 old.update(self.policy.score(missing)[0])
         return old
 
-    def _ref_logprobs(self, batch: RolloutBatch) -> dict[int, list[float]]:
+    def _ref_logprobs(self, rows: Sequence[Rollout]) -> dict[int, list[float]]:
         if self.reference is None:
             return {}
         with self._timed("ref_logprobs"):
-            return self.reference.score(batch.rollouts)[0]
+            return self.reference.score(rows)[0]
 
     def _add_details(self, batch: RolloutBatch, unlearning: Unlearning | None) -> None:
         """Per-token numbers at θ for the rollout log; what the unlearning pass has not seen takes a scoring pass."""
@@ -198,17 +234,26 @@ class Trainer:
             else:
                 r.details = {"policy_logprobs": logprobs[id(r)], "entropy": entropy[id(r)]}
 
-    def _update(self, batch: RolloutBatch, old: dict, ref: dict) -> M.UpdateStats:
+    def _update(self, rows: Sequence[Rollout], old: dict, ref: dict, extra: aepo.ExtraSamples | None) -> M.UpdateStats:
         """Policy updates over mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches."""
-        stats = M.UpdateStats()
-        size = self.config.train.prompts_per_update * batch.group_size
-        for start in range(0, len(batch.rollouts), size):
-            mini_batch = batch.rollouts[start : start + size]
+        stats, config = M.UpdateStats(), self.config
+        size = config.train.prompts_per_update * config.rollout.group_size
+        starts = range(0, len(rows), size)
+        shares = [([], 0)] * len(starts)
+        if extra is not None and config.aepo.mode == "term":
+            shares = aepo.term_shares(extra, len(starts))
+        for start, (samples, num_tokens) in zip(starts, shares, strict=True):
+            mini_batch = rows[start : start + size]
             counted = sum(r.num_tokens for r in mini_batch if r.reward is not None)
-            for micro in self.policy.micro_batches(mini_batch):
-                tokens = self._grpo_tokens(micro, 1 / max(1, counted), old, ref)
-                loss, token_stats = self.policy.backward(micro, grpo_loss(self.config.grpo, tokens))
-                stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss), start == 0)
+            weights = {id(r): 1 / max(1, counted) for r in mini_batch if r.reward is not None}
+            term = {id(r): config.aepo.coef / num_tokens for r in samples}
+            for micro in self.policy.micro_batches([*mini_batch, *samples]):
+                tokens = self._grpo_tokens(micro, weights, old, ref)
+                loss_fn = grpo_loss(config.grpo, tokens)
+                if term:
+                    loss_fn = sum_of(loss_fn, aepo.term_loss(micro, term))
+                loss, token_stats = self.policy.backward(micro, loss_fn)
+                stats.add_micro_batch(config, micro, tokens, token_stats, float(loss), start == 0)
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
             self._count_bad_updates(applied, norm)
@@ -217,14 +262,15 @@ class Trainer:
         stats.add_other_ranks(self.world)
         return stats
 
-    def _grpo_tokens(self, micro: MicroBatch, weight: float, old: dict, ref: dict) -> GrpoTokens:
-        zeros = {id(r): [0.0] * r.num_tokens for r in micro.rollouts if id(r) not in old}
+    def _grpo_tokens(self, micro: MicroBatch, weights: dict, old: dict, ref: dict) -> GrpoTokens:
         return GrpoTokens(
             advantages=micro.per_token([r.advantage for r in micro.rollouts]),
-            old_logprobs=micro.concatenate([old.get(id(r)) or zeros.get(id(r), []) for r in micro.rollouts]),
+            old_logprobs=micro.concatenate([old.get(id(r)) or [0.0] * r.num_tokens for r in micro.rollouts]),
             on_policy=micro.per_token([float(id(r) not in old) for r in micro.rollouts]).bool(),
-            weights=micro.per_token([0.0 if r.reward is None else weight for r in micro.rollouts]),
-            ref_logprobs=micro.concatenate([ref[id(r)] for r in micro.rollouts]) if ref else None,
+            weights=micro.per_token([weights.get(id(r), 0.0) for r in micro.rollouts]),
+            ref_logprobs=micro.concatenate([ref.get(id(r)) or [0.0] * r.num_tokens for r in micro.rollouts])
+            if ref
+            else None,
         )
 
     def _count_bad_updates(self, applied: bool, norm: float) -> None:

@@ -73,6 +73,8 @@ class RolloutBatch:
 
     rollouts: list[Rollout]
     group_size: int
+    extra: list[Rollout] = field(default_factory=list)
+    """AEPO's, drawn at another temperature, stage 3; in no group."""
 
     def groups(self) -> list[list[Rollout]]:
         return [self.rollouts[i : i + self.group_size] for i in range(0, len(self.rollouts), self.group_size)]

@@ -5,6 +5,7 @@ Deviations from the paper:
   (`gate: iteration`: mean token entropy of stage 1, averaged over the last `window` iterations).
 - `reduction: batch_mean` averages L over the whole stage-1 batch as Eq. 10 is written; Algorithm 1 samples one prompt.
   `prompt_sum` gives each prompt the step it would have had alone.
+- `direction: random` (a control) takes a random direction as long as ∇L in its place.
 - More than one step (an ablation) follows the gradient at θ' on a temporary copy; the engine applies their sum at once.
 
 Counts, sums and decisions are over all ranks: each rank ends with the same `Unlearning`, but for its share of ∇L.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,10 +51,10 @@ class Unlearning:
 
 
 def compute_unlearning(
-    policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig, entropy_window: list[float]
+    policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig, entropy_window: list[float], seed: str = ""
 ) -> Unlearning:
     """∇L over stage 1 and what the pass learned on the way. `entropy_window`: mean entropies of earlier iterations'
-    first stages, for `gate: iteration`; this iteration's is appended."""
+    first stages, for `gate: iteration`; this iteration's is appended. seed: of `direction: random`, for this step."""
     result = _one_step(policy, rollouts, config)
     entropy_window.append(result.mean_entropy)
     del entropy_window[: -config.window]
@@ -64,7 +66,20 @@ def compute_unlearning(
     result.apply = result.finite and result.active_fraction > 0 and result.grad_norm > 0
     if result.apply and config.num_steps > 1:
         _further_steps(policy, rollouts, config, result)
+    if result.apply and config.direction == "random":
+        _randomise(result.gradient.tensors, seed)
     return result
+
+
+def _randomise(tensors: dict[str, Tensor], seed: str) -> None:
+    """A random direction as long as the gradient, in its place: normal, drawn for each weight by its name."""
+    length = math.sqrt(sum(float(g.double().square().sum()) for g in tensors.values()))
+    for name, tensor in tensors.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}".encode()))
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    drawn = math.sqrt(sum(float(g.double().square().sum()) for g in tensors.values()))
+    for tensor in tensors.values():
+        tensor *= length / drawn
 
 
 def _one_step(policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig) -> Unlearning:

@@ -1,20 +1,12 @@
-"""The whole configuration, and how it is read: YAML files, later ones win, then `key.sub=value` overrides.
-
-A leaf: imports nothing of ours but `types`. Every key here is read somewhere; a test holds that.
-"""
+"""Every key of the configuration, its default and what it may be. Each is read somewhere; a test holds that."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from eepo_fast.types import UserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _whole(value: Any) -> Any:
@@ -100,6 +92,19 @@ class EepoConfig(Section):
     reduction: Literal["batch_mean", "prompt_sum"] = "batch_mean"
     num_steps: Positive = 1
     rounding: Literal["stochastic", "nearest"] = "stochastic"
+    direction: Literal["gradient", "random"] = Field(
+        "gradient", description="of the forget step; random: a control, any direction, as long as the gradient"
+    )
+
+
+class AepoConfig(Section):
+    enabled: bool = False
+    mode: Literal["term", "replace"] = Field("term", description="an added term, or what the released code does")
+    target_entropy: PositiveFloat = Field(0.5, description="nats; below it samples are drawn hot, above it cold")
+    temperature_low: PositiveFloat = 0.8
+    temperature_high: PositiveFloat = 1.2
+    num_samples: Positive = Field(60, description="extra samples an iteration; replace: at most so many are used")
+    coef: NonNegativeFloat = Field(0.1, description="of the term")
 
 
 class OptimizerConfig(Section):
@@ -143,6 +148,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
     eepo: EepoConfig = EepoConfig()
+    aepo: AepoConfig = AepoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -182,6 +188,7 @@ class Config(Section):
             "eepo.prob_floor: expected below 1 - eepo.prob_ceiling_gap, found "
             f"{self.eepo.prob_floor} and {self.eepo.prob_ceiling_gap}",
         )
+        self._check_aepo()
         per_iteration, per_update = self.train.prompts_per_iteration, self.train.prompts_per_update
         _require(
             per_iteration % per_update == 0,
@@ -189,6 +196,21 @@ class Config(Section):
             f"{per_update}",
         )
         return self
+
+    def _check_aepo(self) -> None:
+        aepo, temperature = self.aepo, self.rollout.temperature
+        if not aepo.enabled:
+            return
+        _require(
+            temperature == 1,
+            f"rollout.temperature: expected 1 with aepo.enabled, found {temperature}: AEPO sets its own temperatures "
+            "beside it",
+        )
+        _require(
+            aepo.temperature_low < aepo.temperature_high,
+            f"aepo.temperature_low: expected below aepo.temperature_high ({aepo.temperature_high}), found "
+            f"{aepo.temperature_low}",
+        )
 
     def _check_engines(self) -> None:
         train, rollout, sharded = self.train, self.rollout, self.train.engine == "deepspeed"
@@ -227,6 +249,11 @@ class Config(Section):
             f"eepo.num_steps: expected 1 with train.engine=deepspeed, found {self.eepo.num_steps}: later steps need "
             "gradients at forgetful weights, which no rank holds whole; use train.engine=torch",
         )
+        _require(
+            self.eepo.direction == "gradient" or not self.eepo.enabled,
+            "eepo.direction: expected gradient with train.engine=deepspeed, found random: a control for one device; "
+            "use train.engine=torch",
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -236,137 +263,3 @@ class Config(Section):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        self.flatten_mapping(node)
-        keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.value[i][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    text = loader.construct_scalar(node)
-    if node.style is None and "e" in text.lower() and "_" not in text:
-        try:
-            number = float(text)
-        except ValueError:
-            return text
-        return number if math.isfinite(number) else text
-    return text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        loader = _Loader(text)
-        return loader.get_single_data()
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
-def _read_file(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"config file {path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    values = _parse_yaml(text, f"config file {path}")
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"config file {path}: expected sections like `run:` and `model:`, found a {type(values).__name__}"
-        )
-    return values
-
-
-def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in update.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _override(text: str) -> dict[str, Any]:
-    key, _, raw = text.partition("=")
-    parts = key.split(".")
-    if len(parts) < 2 or not all(parts):
-        raise UserError(f"override {text!r}: expected key.sub=value, such as train.iterations=10")
-    value = _parse_yaml(raw, f"override {text!r}")
-    for part in reversed(parts):
-        value = {part: value}
-    return value
-
-
-def _known_keys() -> list[str]:
-    names = []
-    for section, field in Config.model_fields.items():
-        names += [section, *(f"{section}.{key}" for key in field.annotation.model_fields)]
-    return names
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys()
-        # a key's own name says more than its section: compare both ways
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not near:
-            leaf = key.rsplit(".", 1)[-1]
-            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(_siblings(key))}"
-        return f"config key {key}: unknown{hint}"
-    if first["type"] == "missing":
-        key = {"model": "model.path", "data": "data.train"}.get(key, key)
-        return f"config key {key}: missing; give it in the YAML file or as {key}=VALUE"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    expected = first["msg"].replace("Input should be ", "expected ")
-    return f"config key {key}: {expected}, found {first['input']!r}"
-
-
-def _siblings(key: str) -> list[str]:
-    section = key.split(".")[0]
-    if "." in key and section in Config.model_fields:
-        return sorted(Config.model_fields[section].annotation.model_fields)
-    return sorted(Config.model_fields)
-
-
-def load_config(files: list[str], overrides: list[str]) -> Config:
-    """Read and validate. UserError with one line that names the file or key, what was expected and what was found."""
-    values: dict[str, Any] = {}
-    for path in files:
-        values = _merge(values, _read_file(path))
-    for text in overrides:
-        values = _merge(values, _override(text))
-    return make_config(values)
-
-
-def make_config(values: dict[str, Any]) -> Config:
-    values = {section: {} if content is None else content for section, content in values.items()}
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_describe(error)) from None
-
-
-def dump_config(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,37 @@
+"""The configuration. A leaf: imports nothing of ours but `types`."""
+
+from eepo_fast.config.files import dump_config, load_config, make_config
+from eepo_fast.config.schema import (
+    AepoConfig,
+    CheckpointConfig,
+    ColumnsConfig,
+    Config,
+    DataConfig,
+    EepoConfig,
+    GrpoConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AepoConfig",
+    "CheckpointConfig",
+    "ColumnsConfig",
+    "Config",
+    "DataConfig",
+    "EepoConfig",
+    "GrpoConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+    "make_config",
+]
