@@ -178,7 +178,8 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
     for name, shape in policy.shapes.items():
         if name not in weights or weights[name].shape != shape:
             raise UserError(
-                f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?"
+                f"checkpoint {folder}: weight {name} is missing or has another shape; is model.path changed?",
+                shared=True,
             )
     policy.load_state(weights, load_file(folder / "optimizer.safetensors"), content["scheduler_step"])
     return TrainerState(

@@ -29,6 +29,8 @@ def _load_config(args: argparse.Namespace) -> Config:
 
 def _train(args: argparse.Namespace) -> int:
     together = os.environ.get("WORLD_SIZE", "1") != "1"
+    if args.machine and not args.dry_run:
+        raise UserError("--machine: expected --dry-run with it: it names a machine to estimate for")
     if args.dry_run:
         return _dry_run(args) if os.environ.get("RANK", "0") == "0" else 0
     if not together:
@@ -49,11 +51,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     from eepo_fast.config import dump_config
-    from eepo_fast.estimate import estimate, find_machine
-    from eepo_fast.plan import batch_plan
+    from eepo_fast.estimate import check_engine_memory, estimate, find_machine
+    from eepo_fast.plan import batch_plan, check_world
 
     config = _load_config(args)
     machine = find_machine(args.machine, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(config, machine.ranks, machine.neighbours)
+    check_engine_memory(config, machine.memory_gib, on_gpu=not machine.measured)
     plan, lines = batch_plan(config), estimate(config, machine)
     print(dump_config(config))
     print(

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from eepo_fast.types import UserError
 
-TIMEOUT = timedelta(hours=4)  # longer than a rollout whose longest answer is on another rank
+TIMEOUT = timedelta(hours=4)  # over gloo: longer than a rollout whose longest answer is on another rank
+DEVICE_TIMEOUT = timedelta(minutes=30)  # of devices' collectives, which ranks enter together; a lost node ends them
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,12 @@ class World:
         """Raise on all ranks what any of them found, the first rank's first."""
         for message in self.gather(str(error) if error else None):
             if message:
-                shared = UserError(message)
-                shared.shared = True
-                raise shared
+                raise UserError(message, shared=True)
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """What raises a UserError inside on some ranks raises it on all of them, so that none waits for another."""
+        """What raises a UserError inside on some ranks raises it on all of them, so that none waits for another.
+        Nothing inside may wait for the other ranks."""
         error = None
         try:
             yield
@@ -95,7 +95,7 @@ def start_world() -> World:
         return World()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=DEVICE_TIMEOUT)
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), group)
 

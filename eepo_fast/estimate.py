@@ -22,6 +22,7 @@ BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
 AUTOCAST = 3.4  # bytes an activation, measured
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
+GPUS_A_NODE = 8
 KEPT_GIB = 1.0  # never planned for: fragments of the allocator
 
 
@@ -37,6 +38,11 @@ class Machine:
     link_bytes_per_s: float
     """Of a collective, a rank."""
     measured: bool = False
+
+    @property
+    def neighbours(self) -> int:
+        """Ranks of one node."""
+        return min(self.ranks, GPUS_A_NODE)
 
 
 MACHINES = {  # GiB a device, GEMM FLOP/s reached, copy bandwidth reached, collective bandwidth reached
@@ -67,12 +73,21 @@ def this_machine(ranks: int) -> Machine:
         # the nearest of the known ones, by memory
         known = min(MACHINES, key=lambda k: abs(MACHINES[k][0] * GIB - properties.total_memory))
         return Machine(properties.name, ranks, properties.total_memory / GIB, *MACHINES[known][1:])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / ranks
+    memory = device_memory_gib(ranks)
     a = torch.randn(1024, 1024)
     big = torch.empty(1 << 25)
     flops = 2 * 1024**3 / _best_seconds(lambda: a @ a)
     bandwidth = 2 * big.numel() * 4 / _best_seconds(lambda: big.clone())
     return Machine("this CPU", ranks, memory, flops / ranks, bandwidth / ranks, bandwidth / ranks, measured=True)
+
+
+def device_memory_gib(ranks: int) -> float:
+    """Of this rank's GPU, or its share of the host's memory where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / ranks
 
 
 def _best_seconds(run, repeats: int = 5) -> float:
@@ -231,14 +246,48 @@ def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     return result
 
 
-def needed(config: Config, shape: Shape, machine: Machine) -> tuple[float, float]:
-    """GiB at the two peaks: (the policy's update, the rollout)."""
+def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
+    """GiB at an iteration's peaks: the policy's update, the unlearning pass, and the rollout with ∇L at hand. The
+    engine sleeps, if it is told to, in the first two."""
     parts, (weights, cache) = memory(config, shape, machine), engine_memory(config, shape, machine)
     context = 0.0 if machine.measured else CONTEXT_GIB + KEPT_GIB
-    engine = weights + cache
-    static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"]
-    update = sum(parts.values()) + context + (0.0 if config.rollout.sleep else engine)
-    return update, static + context + engine + 4 * shape.weights / machine.ranks / GIB
+    engine, asleep = weights + cache, config.rollout.sleep
+    static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"] + context
+    sharded = config.train.engine == "deepspeed"
+    if sharded and config.train.zero_stage == 3:  # whose buffers for gradients stay between updates
+        static += parts["gradients"]
+    passes = parts["activations"] + parts["head workspace"]
+    gradients = 0.0 if sharded and config.train.zero_stage == 3 else parts["gradients"]
+    peaks = {"update": static + gradients + passes + (0.0 if asleep else engine)}
+    if config.eepo.enabled:
+        # ∇L is summed on its owner; a micro-batch's own is whole until it is sent there, a bucket at a time
+        largest = max(shape.vocab_size * shape.hidden_size, shape.layer_weights)
+        unlearned = 4 * (shape.weights / (machine.ranks if sharded else 1) + (2 * largest if sharded else 0)) / GIB
+        peaks["unlearning pass"] = static + passes + unlearned + (0.0 if asleep else engine)
+        static += 4 * shape.weights / (machine.ranks if sharded else 1) / GIB
+    peaks["rollout"] = static + engine
+    return peaks
+
+
+def check_engine_memory(config: Config, memory_gib: float, *, on_gpu: bool) -> None:
+    """UserError where an engine cannot hold the whole model in the memory of a rank, or in the share it may take.
+    Silent where the model's shape is not known without a download."""
+    try:
+        shape = find_shape(config)
+    except UserError:
+        return
+    rollout = config.rollout
+    itemsize = 4 if rollout.dtype == "float32" else 2
+    weights = itemsize * shape.weights / rollout.tensor_parallel / GIB
+    limited = rollout.engine == "vllm" and on_gpu
+    room = rollout.gpu_memory_utilization * memory_gib - CONTEXT_GIB if limited else memory_gib
+    if weights > room:
+        share = "rollout.gpu_memory_utilization" if limited else "rollout.engine"
+        remedy = "raise it, or rollout.tensor_parallel" if limited else "take a machine with more memory"
+        raise UserError(
+            f"{share}: the engine holds the whole model, however the policy is sharded: expected room for its "
+            f"{weights:.1f} GiB of weights on a rank, found {max(0.0, room):.1f} of {memory_gib:.1f} GiB; {remedy}"
+        )
 
 
 def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None:
@@ -259,7 +308,7 @@ def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None
             continue
         names.append(f"{section}.{key}={str(value).lower()}")
         tried = tried.model_copy(update={section: getattr(tried, section).model_copy(update={key: value})})
-        if max(needed(tried, shape, machine)) <= machine.memory_gib:
+        if max(needed(tried, shape, machine).values()) <= machine.memory_gib:
             return " ".join(names)
     return None
 
@@ -275,15 +324,15 @@ def estimate(config: Config, machine: Machine) -> list[str]:
     lines = [f"on {machine.name}: {machine.ranks} ranks of {machine.memory_gib:.1f} GiB, {kind}; estimates:"]
     parts |= {"engine: weights": weights, "engine: cache": cache}
     lines += [f"  {name + ', GiB a rank:':<44}{value:>12.2f}" for name, value in parts.items() if value]
-    update, rollout = needed(config, shape, machine)
-    lines.append(f"  {'at the peak of the update, GiB:':<44}{update:>12.2f}")
-    lines.append(f"  {'at the peak of the rollout, GiB:':<44}{rollout:>12.2f}")
-    if max(update, rollout) > machine.memory_gib:
+    peaks = needed(config, shape, machine)
+    lines += [f"  {f'at the peak of the {name}, GiB:':<44}{value:>12.2f}" for name, value in peaks.items()]
+    peak = max(peaks.values())
+    if peak > machine.memory_gib:
         change = what_would_fit(config, shape, machine)
         hint = f"with {change} it would" if change else "no setting of this list would make it fit: take more ranks"
         lines.append(f"  does not fit into {machine.memory_gib:.1f} GiB: {hint}")
     else:
-        lines.append(f"  fits, with {machine.memory_gib - max(update, rollout):.1f} GiB to spare")
+        lines.append(f"  fits, with {machine.memory_gib - peak:.1f} GiB to spare")
     longest = (config.data.max_prompt_tokens + config.rollout.max_new_tokens) * shape.kv_bytes() / GIB
     if cache and config.rollout.engine == "vllm" and cache < longest / config.rollout.tensor_parallel:
         lines.append("  the engine's cache does not hold one sequence: raise rollout.gpu_memory_utilization")

@@ -23,6 +23,27 @@ def num_iterations(config: Config, num_prompts: int) -> int:
     return min(total, config.train.iterations or total)
 
 
+def check_world(config: Config, size: int, neighbours: int) -> None:
+    """UserError where the config asks for another number of processes. neighbours: of them on one node."""
+    tensor_parallel = config.rollout.tensor_parallel
+    if config.train.engine == "torch" and size > 1:
+        raise UserError(
+            f"train.engine: expected deepspeed with {size} processes, found torch, which is for one device; set "
+            "train.engine=deepspeed"
+        )
+    if neighbours % tensor_parallel:
+        raise UserError(
+            f"rollout.tensor_parallel: expected a divisor of the {neighbours} processes of a node, found "
+            f"{tensor_parallel}"
+        )
+    num_engines = size // tensor_parallel
+    if config.train.prompts_per_iteration % num_engines:
+        raise UserError(
+            f"train.prompts_per_iteration: expected a multiple of the {num_engines} engines of {size} processes, found "
+            f"{config.train.prompts_per_iteration}"
+        )
+
+
 def count_rows(config: Config) -> int:
     """Rows of the training set: counted where they are at hand, else as the config states them."""
     data = config.data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from eepo_fast.config import Config, dump_config
 from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.distributed import World, default_device
+from eepo_fast.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.models import load_model
-from eepo_fast.plan import num_iterations
+from eepo_fast.plan import check_world, num_iterations
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
@@ -68,32 +69,48 @@ def load_parts(config: Config, world: World, display: Display) -> Parts:
         prompts, too_long = make_prompts(problems, config.data, tokenizer)
         num_iterations(config, len(prompts))
         _check_length(model, prompts, config)
+    _check_same_model(model, prompts, world)
     if too_long:
         display.say(
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
         )
     eos = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
-    with world.agree():
-        engine = make_engine(config, model, tokenizer, prompts)  # first: a sharded model shows no weights
-        policy, reference = make_policies(config, model, tokenizer, world)
+    # The engine first: a sharded model shows no weights. vLLM's start on all ranks together, and wait for one another:
+    # where one fails, its process ends, and the launcher ends the others.
+    with world.agree() if config.rollout.engine == "hf" else nullcontext():
+        engine = make_engine(config, model, tokenizer, prompts)
+    policy, reference = make_policies(config, model, tokenizer, world)
     parts = Parts(policy, reference, engine, tokenizer, prompts, stop_token_ids(tokenizer, eos))
     _check_engine(parts, config.rollout.temperature)
     return parts
 
 
 def _check_same_everywhere(config: Config, problems: list[Problem], world: World) -> None:
-    """Config, data and code are the same on every rank."""
+    """Config and data are the same on every rank."""
     content = (dump_config(config), *((p.id, p.problem, p.answer) for p in problems))
     mine = hashlib.sha256(repr(content).encode()).hexdigest(), hashlib.sha256(content[0].encode()).hexdigest()
     everyone = world.gather(mine)
     for rank, (whole, config_hash) in enumerate(everyone):
         if whole != everyone[0][0]:
             what = "config" if config_hash != everyone[0][1] else f"data of {config.data.train}"
-            error = UserError(
-                f"rank {rank} has another {what} than rank 0; start all ranks with the same files and arguments"
+            raise UserError(
+                f"rank {rank} has another {what} than rank 0; start all ranks with the same files and arguments",
+                shared=True,
             )
-            error.shared = True
-            raise error
+
+
+def _check_same_model(model: PreTrainedModel, prompts: list[Prompt], world: World) -> None:
+    """Weights, by a sample of each, and prompts, as tokens, are the same on every rank."""
+    digest = hashlib.sha256(repr([p.token_ids for p in prompts]).encode())
+    for name, weight in model.named_parameters():
+        values = weight.detach().flatten()
+        digest.update(name.encode() + values[:: max(1, len(values) // 64)].float().numpy().tobytes())
+    everyone = world.gather(digest.hexdigest())
+    for rank, found in enumerate(everyone):
+        if found != everyone[0]:
+            raise UserError(
+                f"rank {rank} has another model or tokenizer than rank 0; give all ranks the same files", shared=True
+            )
 
 
 def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: World) -> tuple[Policy, Policy | None]:
@@ -108,7 +125,8 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
         if sharded:
             for parameter in frozen.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
                 parameter.data = parameter.data.to(dtype)
-        reference = TorchPolicy(frozen.to(device), world=world, **shared, **plain)
+        with world.agree():
+            reference = TorchPolicy(frozen.to(device), world=world, **shared, **plain)
     if sharded:
         engine_dtype = getattr(torch, config.rollout.dtype)
         policy = ZeroPolicy(
@@ -136,20 +154,23 @@ def make_engine(config: Config, model: PreTrainedModel, tokenizer, prompts: list
 
 
 def _check_engine(parts: Parts, temperature: float) -> None:
-    """Engine and policy must give the same text the same probability: once, on a few tokens, before training."""
+    """Every engine and the policy must give the same text the same probability: once, on a few tokens, before
+    training."""
     parts.engine.sync(parts.policy.weights(), WeightsVersion(0, False))
     prompt = min(parts.prompts, key=lambda p: len(p.token_ids))
-    rollouts = parts.engine.generate([Request(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
-    rollouts = parts.policy.world.gather(rollouts)[0]
-    logprobs = parts.policy.score(rollouts)[0][id(rollouts[0])]
-    gap = sum(abs(a - b) for a, b in zip(logprobs, rollouts[0].rollout_logprobs, strict=True)) / len(logprobs)
-    if not gap < LARGEST_GAP:
-        error = UserError(
-            f"rollout.engine: expected the engine's log-probs to be the policy's, found them {gap:.2f} nats apart on "
-            f"average: this engine does not run {type(parts.policy.model).__name__} rightly; use another one"
-        )
-        error.shared = True
-        raise error
+    mine = parts.engine.generate([Request(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
+    rollouts = [r for share in parts.policy.world.gather(mine) for r in share]
+    scored = parts.policy.score(rollouts)[0]
+    for rank, rollout in enumerate(rollouts):
+        pairs = zip(scored[id(rollout)], rollout.rollout_logprobs, strict=True)
+        gap = sum(abs(a - b) for a, b in pairs) / rollout.num_tokens
+        if not gap < LARGEST_GAP:
+            raise UserError(
+                f"rollout.engine: expected the engine's log-probs to be the policy's, found them {gap:.2f} nats apart "
+                f"on average, on rank {rank}: this engine does not run {type(parts.policy.model).__name__} rightly; "
+                "use another one",
+                shared=True,
+            )
 
 
 def _check_length(model, prompts: list[Prompt], config: Config) -> None:
@@ -162,34 +183,13 @@ def _check_length(model, prompts: list[Prompt], config: Config) -> None:
         )
 
 
-def check_world(config: Config, world: World) -> None:
-    """UserError where the config asks for another number of processes."""
-    tensor_parallel, size = config.rollout.tensor_parallel, world.size
-    if config.train.engine == "torch" and size > 1:
-        raise UserError(
-            f"train.engine: expected deepspeed with {size} processes, found torch, which is for one device; set "
-            "train.engine=deepspeed"
-        )
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if neighbours % tensor_parallel:
-        raise UserError(
-            f"rollout.tensor_parallel: expected a divisor of the {neighbours} processes of a node, found "
-            f"{tensor_parallel}"
-        )
-    num_engines = size // tensor_parallel
-    if config.train.prompts_per_iteration % num_engines:
-        raise UserError(
-            f"train.prompts_per_iteration: expected a multiple of the {num_engines} engines of {size} processes, found "
-            f"{config.train.prompts_per_iteration}"
-        )
-
-
 def train(config: Config, *, resume: bool = False, display: Display | None = None, world: World | None = None) -> Path:
     """Train as `config` says and return the run's folder. All processes of `world` call this."""
     world = world or World()
     display = display or (Display() if world.is_main else Display.silent())
     with world.agree():
-        check_world(config, world)
+        check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+        check_engine_memory(config, device_memory_gib(world.size), on_gpu=torch.cuda.is_available())
         folder = _prepare_folder(config, resume, display) if world.is_main else None
     folder, finished = world.gather(folder)[0]
     if finished:

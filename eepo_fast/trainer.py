@@ -85,6 +85,7 @@ class Trainer:
         extra = self._extra_samples(prompts) if self.config.aepo.enabled else None  # from θ: nothing is forgotten yet
         unlearning, forgotten = None, None
         if eepo.enabled:
+            self.engine.sleep()
             with self._timed("unlearn"):
                 unlearning = compute_unlearning(
                     self.policy, rollouts, eepo, self.state.entropy_window, "|".join(map(str, self._seed()))
@@ -278,7 +279,8 @@ class Trainer:
         if self.bad_updates >= MAX_BAD_UPDATES:
             raise UserError(
                 f"training stopped at iteration {self.state.step + 1}: the policy's gradient norm was {norm} in "
-                f"{self.bad_updates} updates in a row; lower optimizer.learning_rate, or resume from a checkpoint"
+                f"{self.bad_updates} updates in a row; lower optimizer.learning_rate, or resume from a checkpoint",
+                shared=True,
             )
 
     @contextmanager

@@ -9,8 +9,10 @@ from typing import NamedTuple
 class UserError(Exception):
     """A user's mistake. The command line prints the message alone, on one line, and exits with 2."""
 
-    shared = False
-    """Do all ranks raise it? Then the first one alone says it."""
+    def __init__(self, message: str, *, shared: bool = False):
+        """shared: all ranks raise it; then the first one alone says it."""
+        super().__init__(message)
+        self.shared = shared
 
 
 class WeightsVersion(NamedTuple):

@@ -1,16 +1,20 @@
-"""Unbiased pass@k and the sampling that it is estimated from. Greedy accuracy and sampled pass@k are kept apart."""
+"""Scores of an evaluation: unbiased pass@k, and intervals by resampling the problems.
+
+Greedy pass@1, sampled pass@1 (the mean of n samples) and pass@k are kept apart.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
-from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import RolloutEngine, Sampling, make_requests
-from eepo_fast.types import Prompt
+import numpy as np
 
-EVALUATION_STAGE = 0  # seeds of an evaluation never meet those of a training stage
+NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -23,35 +27,69 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in wrong)
 
 
-def evaluate(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    grader: Grader,
-    tokenizer,
-    stop_token_ids: Sequence[int],
-    *,
-    num_samples: int,
-    ks: Sequence[int],
-    max_new_tokens: int,
-    seed: int,
-) -> dict[str, float]:
-    """`greedy`, `pass@k` for every k, and `unique` (different completions a prompt), at temperature 1, as fractions."""
-    assert not engine.weights_version.forgotten, "an evaluation must never see forgetful weights"
-    greedy = _correct(engine, prompts, grader, tokenizer, Sampling(0.0, max_new_tokens, tuple(stop_token_ids)), 1, seed)
-    sampling = Sampling(1.0, max_new_tokens, tuple(stop_token_ids))
-    sampled = _correct(engine, prompts, grader, tokenizer, sampling, num_samples, seed)
-    result = {"greedy": statistics.fmean(right for rights, _ in greedy for right in rights)}
-    for k in ks:
-        result[f"pass@{k}"] = statistics.fmean(pass_at_k(num_samples, int(sum(rights)), k) for rights, _ in sampled)
-    result["unique"] = statistics.fmean(unique / num_samples for _, unique in sampled)
+def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[float]]:
+    """For each metric its value on every problem, in the order of the problems: `greedy` where it was sampled, `pass@k`
+    and `unique` (different completions, as a share) where there are samples. A missing reward is not right.
+
+    rows: of one set, as `samples.sample_set` gives them; `sample` is None for the greedy one.
+    """
+    problems: dict[str, list[dict]] = {}
+    for row in rows:
+        problems.setdefault(row["id"], []).append(row)
+    result: dict[str, list[float]] = {}
+    for members in problems.values():
+        greedy = [row for row in members if row["sample"] is None]
+        sampled = [row for row in members if row["sample"] is not None]
+        if greedy:
+            result.setdefault("greedy", []).append(greedy[0]["reward"] or 0.0)
+        if sampled:
+            num_right = sum(row["reward"] == 1.0 for row in sampled)
+            for k in ks:
+                result.setdefault(f"pass@{k}", []).append(pass_at_k(len(sampled), num_right, k))
+            result.setdefault("unique", []).append(len({row["completion"] for row in sampled}) / len(sampled))
     return result
 
 
-def _correct(
-    engine, prompts, grader, tokenizer, sampling: Sampling, n: int, seed: int
-) -> list[tuple[list[float], int]]:
-    """For each prompt: the reward of its n samples, and how many different completions they are."""
-    rollouts = engine.generate(make_requests(prompts, EVALUATION_STAGE, range(n), seed, 0), sampling)
-    texts = [tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in rollouts]
-    grades = grader.grade([r.prompt.problem for r in rollouts], texts)
-    return [([g.reward for g in grades[i : i + n]], len(set(texts[i : i + n]))) for i in range(0, len(rollouts), n)]
+def interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the unweighted average, over sets, of the means over their problems. Problems are drawn
+    anew inside each set."""
+    rng = np.random.default_rng(seed)
+    means = np.zeros(NUM_RESAMPLES)
+    for column in values:
+        known = np.asarray(column)
+        # how often each distinct value comes up is multinomial: the same as drawing problems, without the draws
+        distinct, counts = np.unique(known, return_counts=True)
+        means += rng.multinomial(len(known), counts / len(known), NUM_RESAMPLES) @ distinct / len(known)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means / len(values), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
+    """One set's `metrics` (value, low, high), mean `length`, `truncated_fraction` and counts of `status`, the latter
+    over all completions."""
+    metrics = {}
+    for name, values in scores(rows, ks).items():
+        low, high = interval([values])
+        metrics[name] = {"value": statistics.fmean(values), "low": low, "high": high}
+    known = [row for row in rows if row["num_tokens"] is not None]
+    return {
+        "num_problems": len({row["id"] for row in rows}),
+        "num_samples": sum(row["sample"] is not None for row in rows) // max(1, len({row["id"] for row in rows})),
+        "metrics": metrics,
+        "length": statistics.fmean(row["num_tokens"] for row in known) if known else None,
+        "truncated_fraction": statistics.fmean(not row["finished"] for row in known) if known else None,
+        "status": dict(Counter(row["status"] for row in rows)),
+    }
+
+
+def average(sets: dict[str, Sequence[dict[str, Any]]], ks: Sequence[int]) -> dict[str, dict[str, float]]:
+    """The unweighted average over sets of every metric that all of them have."""
+    found = [scores(rows, ks) for rows in sets.values()]
+    result = {}
+    for name in found[0]:
+        if all(name in part for part in found):
+            low, high = interval([part[name] for part in found])
+            value = statistics.fmean(statistics.fmean(part[name]) for part in found)
+            result[name] = {"value": value, "low": low, "high": high}
+    return result

@@ -91,9 +91,10 @@ class ZeroPolicy:
         """model: on the host; DeepSpeed moves to the device what stays there."""
         deepspeed = import_deepspeed()
         lone_group()
-        prepare_model(
-            model, packed=train.packing, gradient_checkpointing=train.gradient_checkpointing, liger=train.liger
-        )
+        with world.agree():
+            prepare_model(
+                model, packed=train.packing, gradient_checkpointing=train.gradient_checkpointing, liger=train.liger
+            )
         self.world, self.stage, self.engine_dtype = world, train.zero_stage, engine_dtype
         self.device = default_device()
         self.grad_clip = optimizer.grad_clip

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from eepo_fast.cli import main
 from eepo_fast.config import load_config
 from eepo_fast.estimate import MACHINES, Machine, estimate, find_machine, find_shape, needed, seconds, what_would_fit
 from eepo_fast.types import UserError
@@ -43,14 +44,14 @@ def test_weights_are_counted_as_the_model_has_them(model):
 def test_the_paper_s_models_fit_with_room_to_spare(model, machine):
     for config in (load(model, machine=machine), *([load(model)] if "A100" in machine else [])):
         found = find_machine(machine, 1)
-        assert max(needed(config, find_shape(config), found)) < 0.93 * found.memory_gib
+        assert max(needed(config, find_shape(config), found).values()) < 0.93 * found.memory_gib
 
 
 def test_more_ranks_less_memory_and_time():
     config = load("qwen2.5-3b")
     shape = find_shape(config)
     one, eight = (Machine("x", n, *MACHINES["H200"]) for n in (1, 8))
-    assert needed(config, shape, eight)[0] < needed(config, shape, one)[0]
+    assert needed(config, shape, eight)["update"] < needed(config, shape, one)["update"]
     for phase, value in seconds(config, shape, eight).items():
         if phase in ("unlearn", "update", "reference", "rollout"):
             assert value < seconds(config, shape, one)[phase]
@@ -59,10 +60,10 @@ def test_more_ranks_less_memory_and_time():
 def test_what_is_named_makes_it_fit():
     config = load("qwen3-8b-base", "train.zero_stage=2", "rollout.sleep=false")
     shape, machine = find_shape(config), find_machine("8xA100-80GB", 1)
-    assert max(needed(config, shape, machine)) > machine.memory_gib
+    assert max(needed(config, shape, machine).values()) > machine.memory_gib
     changes = what_would_fit(config, shape, machine).split()
     changed = load("qwen3-8b-base", "train.zero_stage=2", "rollout.sleep=false", *changes)
-    assert max(needed(changed, shape, machine)) <= machine.memory_gib
+    assert max(needed(changed, shape, machine).values()) <= machine.memory_gib
     assert any(
         f"does not fit into 79.1 GiB: with {' '.join(changes)} it would" in line for line in estimate(config, machine)
     )
@@ -90,3 +91,31 @@ def test_a_dry_run_prints_the_estimate():
     found = estimate(load("smollm2-gsm8k"), find_machine(None, 1))
     assert "measured rates" in found[0] or torch.cuda.is_available()
     assert estimate(load("demo"), find_machine("8xH200", 1))[0].startswith("no estimate of memory and time: model.dim")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--machine", "7xA100-80GB"], "train.prompts_per_iteration: expected a multiple of the 7 engines"),
+        (["--machine", "8xB200", "rollout.tensor_parallel=3"], "rollout.tensor_parallel: expected a divisor of the 8"),
+        (["--machine", "8xB200", "train.engine=torch"], "train.engine: expected deepspeed with 8 processes"),
+        (["--machine", "8xA100-80GB", "rollout.gpu_memory_utilization=0.05"], "expected room for its 5.7 GiB"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(capsys, overrides, message):
+    assert main(["train", str(ROOT / "configs/qwen2.5-3b.yaml"), "--dry-run", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_machine_without_a_dry_run_is_refused(capsys):
+    assert main(["train", str(ROOT / "configs/demo.yaml"), "--machine", "8xB200"]) == 2
+    assert "--machine: expected --dry-run" in capsys.readouterr().err
+
+
+def test_the_unlearning_pass_is_counted_beside_an_engine_that_is_awake():
+    machine = find_machine("8xA100-80GB", 1)
+    asleep, awake = (load("qwen3-8b-base", f"rollout.sleep={value}") for value in ("true", "false"))
+    shape = find_shape(asleep)
+    gap = needed(awake, shape, machine)["unlearning pass"] - needed(asleep, shape, machine)["unlearning pass"]
+    assert gap == pytest.approx(0.4 * machine.memory_gib - 2, rel=0.01)
+    assert "unlearning pass" not in needed(load("qwen3-8b-base", "eepo.enabled=false"), shape, machine)

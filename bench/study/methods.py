@@ -1,0 +1,55 @@
+"""What the study compares: a method's overlay, what it sweeps, and how a run of it is configured.
+
+The base is configs/demo.yaml with the paper's two updates an iteration (with one, every ratio is 1 and nothing is ever
+clipped) and half its learning rate, since there are twice as many updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eepo_fast.config import Config, load_config
+
+ROOT = Path(__file__).parents[2]
+BASE = ("train.prompts_per_update=16", "optimizer.learning_rate=5e-5", "log.token_details=false", "log.rollouts=false")
+TARGET_ENTROPY = 0.35  # between what GRPO ends with and what the base has
+
+ETAS = (3e-3, 1e-2, 2e-2, 4e-2)
+
+
+@dataclass(frozen=True)
+class Method:
+    key: str
+    """Swept, on the tuning seeds."""
+    values: tuple[float, ...]
+    """Four for every method, the paper's among them."""
+    num_seeds: int = 5
+    fixed: tuple[str, ...] = ()
+    follows: str = ""
+    """The method whose chosen value of `key` this one takes, in place of a sweep or of a fixed η."""
+
+
+AEPO = (f"aepo.target_entropy={TARGET_ENTROPY}",)
+METHODS = {
+    "grpo": Method("grpo.kl_coef", (0.0, 1e-4, 1e-3, 1e-2), 10),
+    "eepo": Method("eepo.learning_rate", ETAS, 10),
+    "eepo_random": Method("eepo.learning_rate", (), 10, follows="eepo"),
+    "high_temperature": Method("rollout.temperature", (1.1, 1.2, 1.35, 1.5)),
+    "entropy_bonus": Method("grpo.entropy_coef", (3e-4, 1e-3, 3e-3, 1e-2)),
+    "clip_higher": Method("grpo.clip_high", (0.24, 0.28, 0.35, 0.5)),
+    "more_rollouts": Method("rollout.group_size", (10, 12, 16, 24)),
+    "aepo": Method("aepo.coef", (0.03, 0.1, 0.3, 1.0), fixed=AEPO),
+    "eepo_aepo": Method("aepo.coef", (0.03, 0.1, 0.3, 1.0), fixed=AEPO, follows="eepo"),
+    "eepo_nll": Method("eepo.learning_rate", (3e-4, 1e-3, 3e-3, 1e-2)),
+    "eepo_always": Method("eepo.learning_rate", ETAS),
+    "eepo_multistep": Method("eepo.learning_rate", (1e-3, 3e-3, 1e-2, 2e-2)),
+    "eepo_iteration_gate": Method("eepo.learning_rate", ETAS),
+}
+TUNING_SEEDS = (100, 101)
+
+
+def run_config(name: str, overrides: list[str], seed: int, root: str) -> Config:
+    files = [str(ROOT / "configs/demo.yaml"), str(ROOT / f"configs/methods/{name}.yaml")]
+    fixed = [*BASE, *METHODS[name].fixed, f"run.root={root}", f"run.name={name}", f"run.seed={seed}"]
+    return load_config(files, [*fixed, *overrides])

@@ -1,0 +1,199 @@
+"""The study: every method on the procedural task, tuned on seeds of its own, then run on the study's seeds.
+
+    python bench/study/run.py [--out bench/results/study] [--workers 2] [--methods grpo eepo] [--phase tune final]
+
+Runs whose numbers lie in OUT/runs are not done again: it goes on where it stopped. bench/study/report.py draws from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from methods import METHODS, TUNING_SEEDS, run_config
+
+KS = (1, 4, 16, 32)
+NUM_SAMPLES = 32
+# held-out problems: in distribution (as trained on), larger numbers, more numbers
+SETS = {"in": "arithmetic:3:9:375", "larger": "arithmetic:3:15:400", "more": "arithmetic:4:9:400"}
+NUM_VALIDATION = 125  # of "in", for tuning; the rest is the study's test set
+CURVES = (
+    "reward/mean", "reward/stage1", "reward/stage2", "entropy/policy", "entropy/stage1", "entropy/stage2",
+    "length/mean", "length/stage1", "length/stage2", "group/unique_fraction", "group/all_equal_fraction",
+    "unlearn/active_fraction", "unlearn/kl", "unlearn/retention", "unlearn/grad_norm", "policy/grad_norm",
+    "policy/clip_fraction_stage1", "policy/clip_fraction_stage2", "policy/ratio_mean_stage2", "aepo/temperature",
+    "aepo/num_positive", "aepo/grad_norm", "tokens/generated", "tokens/aepo", "time/iteration_s",
+)  # fmt: skip
+EVERY = 5  # iterations averaged into one point of a curve
+TARGETS = (0.15, 0.25, 0.35, 0.45, 0.55)
+
+
+def choose(out: Path, name: str) -> list[str]:
+    """Overrides of a method: its own key at the value with the best mean score on the tuning seeds; a follower's η as
+    its leader's."""
+    method, overrides = METHODS[name], []
+    if method.follows:
+        leader = METHODS[method.follows]
+        overrides.append(f"{leader.key}={best_value(out, method.follows)}")
+    if method.values:
+        overrides.append(f"{method.key}={best_value(out, name)}")
+    return overrides
+
+
+def best_value(out: Path, name: str) -> float:
+    def score(value: float) -> float:
+        runs = [json.loads(run_file(out, "tune", name, value, seed).read_text()) for seed in TUNING_SEEDS]
+        return statistics.fmean(run["score"] for run in runs)
+
+    return max(METHODS[name].values, key=score)
+
+
+def run_file(out: Path, phase: str, name: str, value: float | None, seed: int) -> Path:
+    middle = "" if value is None else f"-{value:g}"
+    return out / "runs" / phase / f"{name}{middle}-{seed}.json"
+
+
+def plan(out: Path, phase: str, names: list[str]) -> list[tuple[str, float | None, int]]:
+    """(method, value, seed) of the runs of a phase, those that decide most first."""
+    if phase == "tune":
+        return [(n, v, s) for n in names for s in TUNING_SEEDS for v in METHODS[n].values]
+    if phase == "targets":
+        return [("aepo", target, seed) for seed in (0, 1, 2) for target in TARGETS]
+    most = max(METHODS[n].num_seeds for n in names)
+    return [(n, None, seed) for seed in range(most) for n in names if seed < METHODS[n].num_seeds]
+
+
+def overrides_of(out: Path, phase: str, name: str, value: float | None) -> list[str]:
+    if phase == "final":
+        return choose(out, name)
+    if phase == "targets":
+        return [*choose(out, name), f"aepo.target_entropy={value}"]
+    leader = METHODS[name].follows
+    eta = [f"{METHODS[leader].key}={best_value(out, leader)}"] if leader else []
+    return [*eta, f"{METHODS[name].key}={value}"]
+
+
+def one_run(out: Path, phase: str, name: str, value: float | None, seed: int) -> None:
+    """Train and evaluate; writes the run's numbers."""
+    from eepo_fast import checkpoint
+    from eepo_fast.display import Display
+    from eepo_fast.run import train
+
+    started = time.perf_counter()
+    overrides = overrides_of(out, phase, name, value)
+    with tempfile.TemporaryDirectory() as root:
+        config = run_config(name, overrides, seed, root)
+        folder = train(config, display=Display.silent())
+        trained = time.perf_counter()
+        model = checkpoint.newest_valid(folder)[0] / "model"
+        content = {"method": name, "overrides": overrides, "seed": seed, **evaluate(model, config, phase)}
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    content["curves"] = curves(lines)
+    content["train_s"], content["evaluate_s"] = trained - started, time.perf_counter() - trained
+    path = run_file(out, phase, name, value, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rounded(content)) + "\n")
+    temporary.replace(path)
+
+
+def evaluate(model_folder: Path, config, phase: str) -> dict:
+    """Scores on the sets; when tuning, on the validation problems alone."""
+    import torch
+
+    from eepo_fast.config import ModelConfig
+    from eepo_fast.data import make_prompts, stop_token_ids
+    from eepo_fast.evaluation.pass_at_k import summarise
+    from eepo_fast.evaluation.samples import Sampler, sample_set
+    from eepo_fast.evaluation.sets import load_set
+    from eepo_fast.models import load_model
+    from eepo_fast.rewards import make_grader
+    from eepo_fast.rollout.engine import Sampling
+    from eepo_fast.rollout.hf import HfEngine
+
+    model, tokenizer = load_model(ModelConfig(path=str(model_folder)))
+    engine = HfEngine(model, dtype=torch.float32, max_sequences=1024, pad_id=tokenizer.pad_token_id)
+    stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
+    sampler = Sampler(engine, tokenizer, Sampling(1.0, config.rollout.max_new_tokens, stops), seed=0)
+    found = {}
+    for name, spec in SETS.items():
+        prompts, _ = make_prompts(load_set(name, spec, config.data).problems, config.data, tokenizer)
+        if name == "in":
+            prompts = prompts[:NUM_VALIDATION] if phase == "tune" else prompts[NUM_VALIDATION:]
+        elif phase == "tune":
+            continue
+        found[name] = summarise(sample_set(sampler, make_grader("arithmetic"), prompts, NUM_SAMPLES), KS)
+    metrics = found["in"]["metrics"]
+    score = (metrics["pass@1"]["value"] + metrics["pass@16"]["value"]) / 2
+    return {"score": score, "sets": found}
+
+
+def curves(lines: list[dict]) -> dict[str, list[float | None]]:
+    result = {}
+    for key in CURVES:
+        points = []
+        for start in range(0, len(lines), EVERY):
+            known = [line[key] for line in lines[start : start + EVERY] if line.get(key) is not None]
+            points.append(statistics.fmean(known) if known else None)
+        if any(point is not None for point in points):
+            result[key] = points
+    return result
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def run_phase(out: Path, phase: str, names: list[str], workers: int) -> None:
+    jobs = [job for job in plan(out, phase, names) if not run_file(out, phase, *job).exists()]
+    print(f"{phase}: {len(jobs)} runs to do", flush=True)
+
+    def launch(job: tuple[str, float | None, int]) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+        started = time.perf_counter()
+        command = [sys.executable, __file__, "--out", str(out), "--job", phase, *map(str, job)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{phase} {job}: {done.stderr[-2000:]}")
+        print(f"{phase} {job}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(launch, jobs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/study"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--phase", nargs="+", choices=["tune", "final", "targets"], default=["tune", "final", "targets"]
+    )
+    parser.add_argument("--job", nargs=4, metavar=("PHASE", "METHOD", "VALUE", "SEED"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        phase, name, value, seed = args.job
+        one_run(args.out, phase, name, None if value == "None" else float(value), int(seed))
+        return
+    for phase in args.phase:
+        if phase == "tune":  # leaders first: their followers' sweeps start from what they chose
+            leaders = [n for n in args.methods if any(m.follows == n for m in METHODS.values())]
+            run_phase(args.out, phase, leaders, args.workers)
+        run_phase(args.out, phase, args.methods, args.workers)
+
+
+if __name__ == "__main__":
+    main()

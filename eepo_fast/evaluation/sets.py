@@ -1,0 +1,61 @@
+"""What is evaluated on: problems of files, of prepared hub data, or of the procedural task's held-out split."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from eepo_fast.config import DataConfig
+from eepo_fast.data import ARITHMETIC, arithmetic_problems, read_jsonl
+from eepo_fast.evaluation.prepare import find_prepared
+from eepo_fast.types import Problem, UserError
+
+HELD_OUT = 200
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    name: str
+    task: str
+    """`arithmetic` or `math`: which grader it takes."""
+    problems: list[Problem]
+    sha256: str
+    """Of its problems and answers, so that an evaluation goes on with the ones it began with."""
+
+
+def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
+    """spec: a JSON Lines file, the hub name of data that `eepo-fast data prepare` has fetched, or
+    arithmetic[:NUMBERS:MAX_NUMBER[:ROWS]], by default as in `data`, 200 rows."""
+    task, _, shape = spec.partition(":")
+    if task == ARITHMETIC:
+        problems = _arithmetic(name, shape, data)
+    else:
+        task, problems = "math", read_jsonl(_find(name, spec))
+    content = repr([(p.id, p.problem, p.answer) for p in problems])
+    return EvalSet(name, task, problems, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _find(name: str, spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return path
+    prepared = find_prepared(spec)
+    if prepared is None:
+        raise UserError(
+            f"evaluation data {name}: no file {spec}, and no prepared data of that name; give a JSON Lines file, or "
+            f"run `eepo-fast data prepare {name}={spec}` for a hub data set"
+        )
+    return prepared
+
+
+def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:
+    parts = shape.split(":") if shape else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) not in (0, 2, 3):
+        raise UserError(
+            f"evaluation data {name}: expected {ARITHMETIC} or {ARITHMETIC}:NUMBERS:MAX_NUMBER[:ROWS], such as "
+            f"{ARITHMETIC}:4:9:200, found {ARITHMETIC}:{shape}"
+        )
+    defaults = [data.numbers, data.max_number, HELD_OUT]
+    numbers, largest, rows = [int(part) for part in parts] + defaults[len(parts) :]
+    return arithmetic_problems(rows, numbers, largest, seed=0, split="test")
