@@ -32,6 +32,7 @@ from eepo_fast.types import UserError
 # Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {
     "checkpoint",
+    "evaluation",
     "log",
     "run.root",
     "rollout.max_sequences",

@@ -30,7 +30,7 @@ def load_problems(config: DataConfig, seed: int) -> list[Problem]:
     looks_local = path.suffix in (".jsonl", ".json") or config.train.startswith((".", "/", "~"))
     if not path.is_dir() and (looks_local or config.train.count("/") > 1):
         raise UserError(f"data.train: no file {config.train}; give a JSON Lines file, a hub data set or `{ARITHMETIC}`")
-    return _read_hub(config)
+    return read_hub(config)
 
 
 def read_jsonl(path: Path) -> list[Problem]:
@@ -85,11 +85,13 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _read_hub(config: DataConfig) -> list[Problem]:
+def read_hub(
+    config: DataConfig, *, revision: str | None = None, subset: str | None = None, split: str = "train"
+) -> list[Problem]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(config.train, data_files=config.files, split="train")
+        rows = load_dataset(config.train, subset, data_files=config.files, revision=revision, split=split)
     except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

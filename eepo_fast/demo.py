@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -15,17 +16,19 @@ from rich.table import Table
 
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, ModelConfig, load_config
-from eepo_fast.data import arithmetic_problems, make_prompts, stop_token_ids
+from eepo_fast.data import make_prompts, stop_token_ids
 from eepo_fast.display import Display
-from eepo_fast.evaluation.pass_at_k import evaluate
+from eepo_fast.evaluation.pass_at_k import scores
+from eepo_fast.evaluation.samples import Sampler, sample_set
+from eepo_fast.evaluation.sets import HELD_OUT, load_set
 from eepo_fast.models import load_model
 from eepo_fast.rewards import make_grader
+from eepo_fast.rollout.engine import Sampling
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run import train
 from eepo_fast.types import UserError
 from eepo_fast.warmup import ensure_base
 
-HELD_OUT = 200
 NUM_SAMPLES = 32
 KS = (1, 4, 16, 32)
 
@@ -48,20 +51,12 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
     """Greedy accuracy and pass@k of a model folder on the held-out problems; the same problems and seeds every time."""
     model, tokenizer = load_model(ModelConfig(path=str(folder)))
     data = config.data
-    problems = arithmetic_problems(HELD_OUT, data.numbers, data.max_number, seed=0, split="test")
-    prompts, _ = make_prompts(problems, data, tokenizer)
+    prompts, _ = make_prompts(load_set("held out", data.train, data).problems, data, tokenizer)
     engine = HfEngine(model, dtype=torch.float32, max_sequences=1024, pad_id=tokenizer.pad_token_id)
-    return evaluate(
-        engine,
-        prompts,
-        make_grader(data.train),
-        tokenizer,
-        stop_token_ids(tokenizer, tokenizer.eos_token_id),
-        num_samples=NUM_SAMPLES,
-        ks=KS,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=0,
-    )
+    stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
+    sampler = Sampler(engine, tokenizer, Sampling(1.0, config.rollout.max_new_tokens, stops), seed=0)
+    rows = sample_set(sampler, make_grader(data.train), prompts, NUM_SAMPLES)
+    return {name: statistics.fmean(values) for name, values in scores(rows, KS).items()}
 
 
 def run_method(method: str, seed: int, root: str, display: Display) -> tuple[Path, dict[str, float]]:

@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from eepo_fast import checkpoint, metrics
-from eepo_fast.config import Config, dump_config
+from eepo_fast.config import Config, RolloutConfig, dump_config
 from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.distributed import World, default_device
 from eepo_fast.estimate import check_engine_memory, device_memory_gib
+from eepo_fast.evaluation import periodic
+from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets
 from eepo_fast.models import load_model
 from eepo_fast.plan import check_world, num_iterations
 from eepo_fast.policy.module import Policy
@@ -44,6 +46,7 @@ class Parts:
     tokenizer: object
     prompts: list[Prompt]
     stop_token_ids: list[int]
+    evaluation: PeriodicEvaluation
 
 
 def load_parts(config: Config, world: World, display: Display) -> Parts:
@@ -56,7 +59,8 @@ def load_parts(config: Config, world: World, display: Display) -> Parts:
         if config.train.engine == "deepspeed":
             import_deepspeed()
         problems = load_problems(config.data, config.run.seed)
-    _check_same_everywhere(config, problems, world)
+        sets = load_sets(config)
+    _check_same_everywhere(config, [p for part in (problems, *(s.problems for s in sets)) for p in part], world)
     if config.model.path == BASE:
         if config.data.train != ARITHMETIC:
             raise UserError(f"model.path: {BASE} knows nothing but data.train={ARITHMETIC}, found {config.data.train}")
@@ -69,18 +73,20 @@ def load_parts(config: Config, world: World, display: Display) -> Parts:
         prompts, too_long = make_prompts(problems, config.data, tokenizer)
         num_iterations(config, len(prompts))
         _check_length(model, prompts, config)
+        stops = stop_token_ids(tokenizer, eos_of(model))
+        evaluation = PeriodicEvaluation(config, sets, tokenizer, stops, positions(model))
     _check_same_model(model, prompts, world)
     if too_long:
         display.say(
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
         )
-    eos = model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
     # The engine first: a sharded model shows no weights. vLLM's start on all ranks together, and wait for one another:
     # where one fails, its process ends, and the launcher ends the others.
     with world.agree() if config.rollout.engine == "hf" else nullcontext():
-        engine = make_engine(config, model, tokenizer, prompts)
+        longest = max(len(p.token_ids) for p in (*prompts, *evaluation.prompts))
+        engine = make_engine(config.rollout, model, tokenizer, longest)
     policy, reference = make_policies(config, model, tokenizer, world)
-    parts = Parts(policy, reference, engine, tokenizer, prompts, stop_token_ids(tokenizer, eos))
+    parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation)
     _check_engine(parts, config.rollout.temperature)
     return parts
 
@@ -137,12 +143,11 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
     return TorchPolicy(model.to(device), **shared, **plain, **options), reference
 
 
-def make_engine(config: Config, model: PreTrainedModel, tokenizer, prompts: list[Prompt]) -> RolloutEngine:
-    rollout = config.rollout
+def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longest: int) -> RolloutEngine:
+    """longest: tokens of the longest prompt."""
     settings = dict(dtype=getattr(torch, rollout.dtype), max_sequences=rollout.max_sequences)
     if rollout.engine == "hf":
         return HfEngine(model, pad_id=tokenizer.pad_token_id, device=default_device(), **settings)
-    longest = max(len(p.token_ids) for p in prompts)
     return VllmEngine(
         model,
         max_model_len=longest + rollout.max_new_tokens,
@@ -173,8 +178,17 @@ def _check_engine(parts: Parts, temperature: float) -> None:
             )
 
 
+def eos_of(model: PreTrainedModel) -> int | list[int] | None:
+    return model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read; None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def _check_length(model, prompts: list[Prompt], config: Config) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model)
     longest = max(len(p.token_ids) for p in prompts)
     if limit is not None and longest + config.rollout.max_new_tokens > limit:
         raise UserError(
@@ -241,7 +255,7 @@ def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, disp
         state=state,
     )
     with closing(parts.engine):
-        _loop(trainer, config, run_dir, total, display)
+        _loop(trainer, parts.evaluation, run_dir, total, display)
 
 
 def _write_folder(config: Config, state: TrainerState) -> None:
@@ -254,13 +268,17 @@ def _write_folder(config: Config, state: TrainerState) -> None:
         raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
     metrics.cut_back(run_dir, state.step)
     checkpoint.remove_newer(run_dir, state.step)
+    periodic.remove_newer(run_dir, state.step)
 
 
-def _loop(trainer: Trainer, config: Config, run_dir: Path, total: int, display: Display) -> None:
+def _loop(trainer: Trainer, evaluation: PeriodicEvaluation, run_dir: Path, total: int, display: Display) -> None:
+    config = trainer.config
     with display.training(config.run.name, trainer.state.step, total) as show:
         while trainer.state.step < total:
             batch, row = trainer.iteration(show.completions)
             step = trainer.state.step
+            if evaluation.due(step, total):
+                row |= evaluation.run(trainer.policy, trainer.engine, trainer.state.policy_version, step)
             if trainer.world.is_main:
                 if config.log.rollouts:
                     metrics.write_rollouts(run_dir, step, batch, config.log.token_details, trainer.tokenizer)

@@ -111,8 +111,9 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     import torch
 
     from eepo_fast.config import ModelConfig
-    from eepo_fast.data import make_prompts, stop_token_ids
+    from eepo_fast.data import stop_token_ids
     from eepo_fast.evaluation.pass_at_k import summarise
+    from eepo_fast.evaluation.periodic import make_eval_prompts
     from eepo_fast.evaluation.samples import Sampler, sample_set
     from eepo_fast.evaluation.sets import load_set
     from eepo_fast.models import load_model
@@ -126,7 +127,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     sampler = Sampler(engine, tokenizer, Sampling(1.0, config.rollout.max_new_tokens, stops), seed=0)
     found = {}
     for name, spec in SETS.items():
-        prompts, _ = make_prompts(load_set(name, spec, config.data).problems, config.data, tokenizer)
+        prompts = make_eval_prompts(load_set(name, spec, config.data), config, tokenizer, None)
         if name == "in":
             prompts = prompts[:NUM_VALIDATION] if phase == "tune" else prompts[NUM_VALIDATION:]
         elif phase == "tune":

@@ -136,6 +136,22 @@ class CheckpointConfig(Section):
     keep: Positive = 2
 
 
+class EvaluationConfig(Section):
+    """While training, of the policy."""
+
+    every: NonNegative = Field(0, description="iterations between evaluations, and after the last; 0: none")
+    data: dict[str, str] = Field(
+        {}, description="name: JSON Lines file, prepared hub name, or arithmetic[:N:MAX[:ROWS]]"
+    )
+    k: list[Positive] = Field([1], min_length=1, description="pass@k at temperature 1; [1] alone: greedy only")
+    num_samples: Positive | None = Field(None, description="samples a problem; default the largest k")
+
+    @property
+    def samples(self) -> int:
+        """Beside the greedy completion."""
+        return self.num_samples or (max(self.k) if max(self.k) > 1 else 0)
+
+
 class LogConfig(Section):
     rollouts: bool = True
     token_details: bool = False
@@ -152,6 +168,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -189,6 +206,7 @@ class Config(Section):
             f"{self.eepo.prob_floor} and {self.eepo.prob_ceiling_gap}",
         )
         self._check_aepo()
+        self._check_evaluation()
         per_iteration, per_update = self.train.prompts_per_iteration, self.train.prompts_per_update
         _require(
             per_iteration % per_update == 0,
@@ -196,6 +214,22 @@ class Config(Section):
             f"{per_update}",
         )
         return self
+
+    def _check_evaluation(self) -> None:
+        evaluation = self.evaluation
+        _require(
+            bool(evaluation.data) or not evaluation.every,
+            "evaluation.data: expected at least one NAME: FILE with evaluation.every, found none",
+        )
+        _require(
+            evaluation.samples == 0 or max(evaluation.k) <= evaluation.samples,
+            f"evaluation.k: expected at most evaluation.num_samples ({evaluation.samples}), found {max(evaluation.k)}",
+        )
+        for name in evaluation.data:
+            _require(
+                re.fullmatch(r"[\w.+=@-]{1,100}", name) is not None,
+                f"evaluation.data: expected names of letters, digits and . _ - + = @, found {name[:100]!r}",
+            )
 
     def _check_aepo(self) -> None:
         aepo, temperature = self.aepo, self.rollout.temperature

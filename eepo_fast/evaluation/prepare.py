@@ -1,9 +1,121 @@
-"""Prepared data (`eepo-fast data prepare`)."""
+"""`eepo-fast data prepare`: a hub data set as JSON Lines, pinned to a revision, with its licence and checksum.
+
+    data/NAME.jsonl            id, problem, answer, source
+    data/NAME.manifest.json    where it came from, at which revision, under which licence, rows, sha256
+
+Prepared again, the pinned revision must give the same bytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from eepo_fast.config import DataConfig
+from eepo_fast.data import read_hub
+from eepo_fast.types import UserError
+
+FOLDER = Path("data")
 
 
-def find_prepared(source: str) -> Path | None:
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    source: str
+    """Hub name, or a folder."""
+    revision: str
+    """Commit of the hub; `local` for a folder."""
+    licence: str
+    """As its card states it."""
+    files: str | None
+    subset: str | None
+    split: str
+    columns: dict[str, str]
+    answer_marker: str
+    rows: int
+    sha256: str
+
+
+def manifest_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.manifest.json"
+
+
+def read_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of `eepo-fast data prepare`: {error}") from None
+
+
+def find_prepared(source: str, folder: Path = FOLDER) -> Path | None:
+    """The prepared file of a hub name; UserError where it is no longer what its manifest says."""
+    for path in sorted(folder.glob("*.manifest.json")):
+        manifest = read_manifest(path)
+        if manifest.source == source:
+            file = folder / f"{manifest.name}.jsonl"
+            check(file, manifest)
+            return file
     return None
+
+
+def check(file: Path, manifest: Manifest) -> None:
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no file"
+    if found != manifest.sha256:
+        raise UserError(
+            f"{file}: expected sha256 {manifest.sha256} of its manifest, found {found}; run `eepo-fast data prepare "
+            f"{manifest.name}={manifest.source}` again"
+        )
+
+
+def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revision: str | None, subset: str | None,
+            split: str) -> Manifest:  # fmt: skip
+    """Fetch, write and pin one data set. config: columns, files and answer marker. revision: a commit; else the pinned
+    one, else the newest. UserError where the hub cannot be reached, or gives other bytes than it gave before."""
+    path, file = manifest_file(folder, name), folder / f"{name}.jsonl"
+    known = read_manifest(path) if path.is_file() else None
+    if known is not None and known.source != source:
+        raise UserError(f"{path}: {name} was prepared from {known.source}, not from {source}; choose another name")
+    found, licence = describe(source, revision or (known.revision if known else None))
+    pin = None if found == "local" else found
+    problems = read_hub(config.model_copy(update={"train": source}), revision=pin, subset=subset, split=split)
+    rows = [{"id": f"{name}/{i:06d}", "problem": p.problem, "answer": p.answer, "source": f"{source}@{found}"}
+            for i, p in enumerate(problems)]  # fmt: skip
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    manifest = Manifest(
+        name, source, found, licence, config.files, subset, split, config.columns.model_dump(), config.answer_marker,
+        len(rows), hashlib.sha256(content).hexdigest(),
+    )  # fmt: skip
+    if known is not None and (known.revision, known.split, known.subset, known.columns, known.answer_marker) == (
+        found, split, subset, manifest.columns, config.answer_marker,
+    ) and known.sha256 != manifest.sha256:  # fmt: skip
+        raise UserError(
+            f"{source} at {found} gives other rows than when {path} was written (sha256 {manifest.sha256}, expected "
+            f"{known.sha256}); remove that file to accept them"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    path.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def describe(source: str, revision: str | None) -> tuple[str, str]:
+    """(revision, licence) of a hub data set, or of a folder with a card."""
+    from huggingface_hub import DatasetCard, HfApi
+
+    if Path(source).is_dir():
+        card = Path(source) / "README.md"
+        return "local", _licence(DatasetCard.load(card).data if card.is_file() else None)
+    try:
+        info: Any = HfApi().dataset_info(source, revision=revision)
+    except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data prepare: {source} cannot be read from the hub: {reason}") from None
+    return info.sha, _licence(info.card_data)
+
+
+def _licence(card: Any) -> str:
+    value = getattr(card, "license", None)
+    return ", ".join(value) if isinstance(value, list) else value or "not stated"

@@ -1,0 +1,102 @@
+"""Evaluation while training: of the policy, every `evaluation.every` iterations and after the last.
+
+    RUN/evaluations/step_000050/NAME.jsonl     every completion
+    RUN/evaluations/step_000050/results.*      the tables
+
+The engine is given the policy's weights first, so that forgetful ones are never evaluated.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eepo_fast.config import Config
+from eepo_fast.data import make_prompts
+from eepo_fast.evaluation.samples import Sampler, sample_set
+from eepo_fast.evaluation.sets import EvalSet, load_set
+from eepo_fast.evaluation.tables import make_results, write_results
+from eepo_fast.policy.module import Policy
+from eepo_fast.rewards import Grader, make_grader
+from eepo_fast.rollout.engine import RolloutEngine, Sampling
+from eepo_fast.types import Prompt, UserError, WeightsVersion
+
+
+def load_sets(config: Config) -> list[EvalSet]:
+    """UserError, before anything is sampled, where one of them cannot be used."""
+    return [load_set(name, spec, config.data) for name, spec in config.evaluation.data.items()]
+
+
+def make_eval_prompts(eval_set: EvalSet, config: Config, tokenizer: Any, longest: int | None) -> list[Prompt]:
+    """Every problem as a prompt; none is left out for its length. longest: tokens that the model can read, prompt and
+    completion together."""
+    whole = config.data.model_copy(update={"max_prompt_tokens": sys.maxsize})
+    prompts, _ = make_prompts(eval_set.problems, whole, tokenizer)
+    room = None if longest is None else longest - config.rollout.max_new_tokens
+    for prompt in prompts:
+        if room is not None and len(prompt.token_ids) > room:
+            raise UserError(
+                f"rollout.max_new_tokens: problem {prompt.id} of {eval_set.name} has {len(prompt.token_ids)} tokens; "
+                f"with {config.rollout.max_new_tokens} more it passes the {longest} positions of the model; lower it"
+            )
+    return prompts
+
+
+class PeriodicEvaluation:
+    def __init__(self, config: Config, sets: Sequence[EvalSet], tokenizer: Any, stops: Sequence[int], longest):
+        """longest: see `make_eval_prompts`."""
+        self.config, self.tokenizer = config, tokenizer
+        self.sampling = Sampling(1.0, config.rollout.max_new_tokens, tuple(stops))
+        self.sets = [(s, make_eval_prompts(s, config, tokenizer, longest)) for s in sets]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [p for _, prompts in self.sets for p in prompts]
+
+    def due(self, step: int, total: int) -> bool:
+        every = self.config.evaluation.every
+        return bool(every) and (step % every == 0 or step == total)
+
+    def run(self, policy: Policy, engine: RolloutEngine, version: int, step: int) -> dict[str, float]:
+        """Metrics of the policy as it is now, all ranks together."""
+        started, evaluation = time.perf_counter(), self.config.evaluation
+        engine.sync(policy.weights(), WeightsVersion(version, False))
+        sampler = Sampler(
+            engine, self.tokenizer, self.sampling, seed=0, world=policy.world,
+            ranks_per_engine=self.config.rollout.tensor_parallel,
+        )  # fmt: skip
+        folder = evaluation_folder(self.config.run_dir, step)
+        if policy.world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+        rows = {}
+        for eval_set, prompts in self.sets:
+            grader: Grader = make_grader(eval_set.task)
+            try:
+                file = folder / f"{eval_set.name}.jsonl"
+                rows[eval_set.name] = sample_set(sampler, grader, prompts, evaluation.samples, file=file)
+            finally:
+                grader.close()
+        results = make_results(f"{self.config.run.name}, step {step}", {"step": step}, rows, evaluation.k)
+        if policy.world.is_main:
+            write_results(folder, results)
+        metrics = {"time/evaluation_s": time.perf_counter() - started}
+        for name, part in results["sets"].items():
+            metrics |= {f"eval/{name}/{metric}": cell["value"] for metric, cell in part["metrics"].items()}
+            metrics |= {f"eval/{name}/{key}": part[key] for key in ("length", "truncated_fraction")}
+        return metrics
+
+
+def evaluation_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "evaluations" / f"step_{step:06d}"
+
+
+def remove_newer(run_dir: Path, step: int) -> None:
+    """Remove evaluations after `step`, whose iterations a resumed run does again."""
+    for folder in (run_dir / "evaluations").glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
+            shutil.rmtree(folder)
