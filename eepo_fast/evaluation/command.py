@@ -1,0 +1,257 @@
+"""`eepo-fast eval`: a model, checkpoint or run on sets of problems, or completions made elsewhere.
+
+    OUT/evaluation.json        what is evaluated: the same command goes on where it stopped, another one is refused
+    OUT/completions/NAME.jsonl every completion
+    OUT/results.{json,csv,md}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eepo_fast import checkpoint
+from eepo_fast.config import Config, make_config
+from eepo_fast.config.files import merge, read_override
+from eepo_fast.data import BASE, iter_jsonl, stop_token_ids
+from eepo_fast.display import Display
+from eepo_fast.distributed import World
+from eepo_fast.evaluation.periodic import make_eval_prompts
+from eepo_fast.evaluation.samples import Row, Sampler, sample_set
+from eepo_fast.evaluation.sets import EvalSet, load_set
+from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
+from eepo_fast.rewards import make_grader
+from eepo_fast.rollout.engine import Sampling
+from eepo_fast.types import UserError
+
+SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    data: list[str]
+    """NAME=SPEC."""
+    out: Path
+    ks: list[int]
+    num_samples: int | None
+    temperature: float
+    seed: int
+    overrides: list[str]
+
+
+def parse_data(specs: list[str]) -> dict[str, str]:
+    result = {}
+    for text in specs:
+        name, _, spec = text.partition("=")
+        if not name or not spec or "/" in name:
+            raise UserError(f"--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found {text!r}")
+        if name in result:
+            raise UserError(f"--data: {name} is given twice; names tell the sets apart")
+        result[name] = spec
+    return result
+
+
+def number_of_samples(options: EvalOptions) -> int:
+    """Beside the greedy completion; UserError where some k is larger."""
+    largest = max(options.ks)
+    n = options.num_samples if options.num_samples is not None else (largest if largest > 1 else 0)
+    if largest > max(1, n):
+        raise UserError(f"--k: expected at most the {n} samples of --n, found {largest}; raise --n, or lower --k")
+    return n
+
+
+def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
+    """(config to load and sample with, what was found) for a run's folder, a checkpoint's, or any model.path. A run's
+    data and rollout settings are its own; elsewhere the defaults, with the prompt of the model's family."""
+    folder, values, found = Path(path).expanduser(), {}, {"model": path}
+    if (folder / "checkpoints").is_dir():
+        newest, complaints = checkpoint.newest_valid(folder)
+        if newest is None:
+            raise UserError(f"--model: {path} holds no checkpoint yet; give a run with one, or a model folder")
+        for line in complaints:
+            Display().warn(line)
+        folder = newest
+    if (folder / "manifest.json").is_file() and (folder / "model").is_dir():
+        complaint = checkpoint.verify(folder)
+        if complaint:
+            raise UserError(f"--model: checkpoint {folder} is damaged: {complaint}")
+        state = checkpoint.read_state(folder)
+        values = {s: v for s, v in state["config"].items() if s in SECTIONS}
+        values["model"] = {"path": str(folder / "model"), "dtype": state["config"]["model"]["dtype"]}
+        values["rollout"] |= {"tensor_parallel": 1, "sleep": False}
+        found |= {"run": state["config"]["run"]["name"], "step": state["step"]}
+    else:
+        values = {"model": {"path": path}, "data": {"train": "unused"}}
+    for text in overrides:
+        section = text.partition(".")[0]
+        if section not in SECTIONS:
+            raise UserError(f"override {text!r}: eval takes keys of {', '.join(SECTIONS)}; the others are of training")
+        values = merge(values, read_override(text))
+    return make_config({**values, "eepo": {"enabled": False}}), found
+
+
+def family_template(model, tokenizer) -> str:
+    """The prompt of the model's family, as the recipe has them: ChatML for Qwen, the tokenizer's own chat template where
+    it has one, else question and answer."""
+    if "qwen" in model.config.model_type:
+        return "chatml"
+    return "chat" if getattr(tokenizer, "chat_template", None) else "question_answer"
+
+
+def evaluate_model(path: str, options: EvalOptions, world: World, display: Display) -> dict[str, Any] | None:
+    """Evaluate and write the tables; the results on the first rank."""
+    num_samples = number_of_samples(options)
+    specs = parse_data(options.data)
+    with world.agree():
+        config, found = resolve_model(path, options.overrides)
+        sets = [load_set(name, spec, config.data) for name, spec in specs.items()]
+        model, tokenizer, config, device = load_for_sampling(config, options, display)
+    from eepo_fast.run import eos_of, make_engine, positions
+
+    stops = tuple(stop_token_ids(tokenizer, eos_of(model)))
+    with world.agree():
+        prompts = {s.name: make_eval_prompts(s, config, tokenizer, positions(model)) for s in sets}
+        settings = {
+            **found, "greedy and samples": num_samples, "temperature": options.temperature, "seed": options.seed,
+            "template": config.data.template, "max_new_tokens": config.rollout.max_new_tokens,
+            "engine": config.rollout.engine, "dtype": config.rollout.dtype, "grading": config.reward.mode,
+            "weights": fingerprint(model), "data": {s.name: s.sha256 for s in sets},
+        }  # fmt: skip
+        if world.is_main:
+            _claim(options.out, settings)
+    longest = max(len(p.token_ids) for part in prompts.values() for p in part)
+    engine = make_engine(config.rollout, model.to(device), tokenizer, longest)
+    rows: dict[str, list[Row]] = {}
+    with closing(engine):
+        sampling = Sampling(options.temperature, config.rollout.max_new_tokens, stops)
+        sampler = Sampler(engine, tokenizer, sampling, options.seed, world)
+        for eval_set in sets:
+            with closing(make_grader(eval_set.task, config.reward)) as grader, display.task(eval_set.name) as update:
+                rows[eval_set.name] = sample_set(
+                    sampler, grader, prompts[eval_set.name], num_samples,
+                    file=options.out / "completions" / f"{eval_set.name}.jsonl",
+                    progress=lambda done, total, say=update: say(done, total, f"{done} of {total} problems"),
+                )  # fmt: skip
+    return _finish(options, settings, rows, display) if world.is_main else None
+
+
+def load_for_sampling(config: Config, options: EvalOptions, display: Display):
+    """(model, tokenizer, config with the template of the model's family and a dtype for this device, device)."""
+    from eepo_fast.distributed import default_device
+    from eepo_fast.models import load_model
+    from eepo_fast.warmup import ensure_base
+
+    model_config = config.model
+    if model_config.path == BASE:
+        model_config = model_config.model_copy(update={"path": str(ensure_base(config.data))})
+    display.say(f"loading {model_config.path}")
+    model, tokenizer = load_model(model_config)
+    given = {text.partition("=")[0] for text in options.overrides}
+    update = {}
+    if config.data.train == "unused" and "data.template" not in given:
+        update["data"] = config.data.model_copy(update={"template": family_template(model, tokenizer)})
+    if default_device().type == "cpu" and "rollout.dtype" not in given:
+        update["rollout"] = config.rollout.model_copy(update={"dtype": "float32"})
+    return model, tokenizer, config.model_copy(update=update), default_device()
+
+
+def fingerprint(model) -> str:
+    """Of a sample of every weight: another model under the same path is another evaluation."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.detach().flatten()
+        digest.update(name.encode() + values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: Display) -> dict[str, Any]:
+    """Grade completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. One response
+    a problem is reported as greedy, more as samples."""
+    from eepo_fast.config import DataConfig, RewardConfig
+
+    sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
+    responses = read_responses(file)
+    owners = Counter(p.id for s in sets for p in s.problems)
+    twice = next((i for i, count in owners.items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"--data: id {twice!r} is in more than one set; with --completions ids must tell them apart")
+    unknown = next((i for i in responses if i not in owners), None)
+    if unknown is not None:
+        raise UserError(f"{file}: id {unknown!r} is in none of the sets of --data")
+    settings = {
+        "completions": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "grading": mode,
+        "data": {s.name: s.sha256 for s in sets},
+    }  # fmt: skip
+    counts = {s.name: _count_responses(s, responses, file, options.ks) for s in sets}
+    _claim(options.out, settings)
+    rows = {}
+    for eval_set in sets:
+        pairs = [(p, k, r) for p in eval_set.problems for k, r in enumerate(responses[p.id])]
+        with closing(make_grader(eval_set.task, RewardConfig(mode=mode))) as grader:
+            grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
+        rows[eval_set.name] = [
+            {"id": p.id, "sample": k if counts[eval_set.name] > 1 else None, "completion": r, "num_tokens": None,
+             "finished": None, "status": g.status,
+             "reward": g.reward if g.status not in ("timeout", "error") else None}
+            for (p, k, r), g in zip(pairs, grades, strict=True)
+        ]  # fmt: skip
+    return _finish(options, settings, rows, display)
+
+
+def read_responses(file: Path) -> dict[str, list[str]]:
+    responses: dict[str, list[str]] = {}
+    for number, row in iter_jsonl(file):
+        for key in ("id", "response"):
+            if not isinstance(row.get(key), str):
+                raise UserError(f"{file}, line {number}: expected a string in `{key}`, found {row.get(key)!r}")
+        responses.setdefault(row["id"], []).append(row["response"])
+    if not responses:
+        raise UserError(f"{file}: expected lines of id and response, found an empty file")
+    return responses
+
+
+def _count_responses(eval_set: EvalSet, responses: dict[str, list[str]], file: Path, ks: list[int]) -> int:
+    """Responses a problem, the same for all; UserError where they differ or are too few for k."""
+    count = len(responses.get(eval_set.problems[0].id, []))
+    for problem in eval_set.problems:
+        found = len(responses.get(problem.id, []))
+        if found == 0 or found != count:
+            raise UserError(
+                f"{file}: expected {max(1, count)} responses to every problem of {eval_set.name}, found {found} to "
+                f"{problem.id!r}"
+            )
+    if max(ks) > count:
+        raise UserError(f"--k: expected at most the {count} responses a problem of {file}, found {max(ks)}")
+    return count
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder this evaluation's; UserError where it is another's."""
+    path = out / "evaluation.json"
+    try:
+        (out / "completions").mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+            if changed:
+                raise UserError(
+                    f"--out: {out} holds another evaluation: {changed[0]} is {settings.get(changed[0])!r} here and "
+                    f"{before.get(changed[0])!r} there; choose another folder"
+                )
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _finish(options: EvalOptions, settings: dict[str, Any], rows: dict[str, list[Row]], display: Display) -> dict:
+    name = str(settings.get("run") or settings.get("model") or settings["completions"])
+    results = make_results(name, settings, rows, options.ks)
+    write_results(options.out, results)
+    display.say(to_markdown(results))
+    display.say(f"tables: {options.out}/results.json, results.csv, results.md")
+    return results
