@@ -69,8 +69,8 @@ def _dry_run(args: argparse.Namespace) -> int:
 def _grade(args: argparse.Namespace) -> int:
     from eepo_fast.rewards.grade_file import grade_file
 
-    counts = grade_file(Path(args.input), Path(args.output))
-    print(", ".join(f"{name} {value}" for name, value in counts.items()))
+    counts = grade_file(Path(args.input), Path(args.output), args.mode)
+    print(f"mode {args.mode}: " + ", ".join(f"{name} {value}" for name, value in counts.items()))
     return 0
 
 
@@ -97,6 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     grade = commands.add_parser("grade", help="grade answers against gold answers", epilog=GRADE_EXAMPLE)
     grade.add_argument("--in", dest="input", required=True, help="JSON Lines: id, gold, and answer or response")
     grade.add_argument("--out", dest="output", required=True, help="JSON Lines: the same with reward, status, seconds")
+    grade.add_argument("--mode", choices=("strict", "paper"), default="strict", help="paper: as the recipe graded")
     grade.set_defaults(run=_grade)
     demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from eepo_fast import checkpoint
-from eepo_fast.config import Config, ModelConfig, load_config
+from eepo_fast.config import Config, ModelConfig, RewardConfig, load_config
 from eepo_fast.data import arithmetic_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.evaluation.pass_at_k import evaluate
@@ -54,7 +54,7 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
     return evaluate(
         engine,
         prompts,
-        make_grader(data.train),
+        make_grader(data.train, RewardConfig()),
         tokenizer,
         stop_token_ids(tokenizer, tokenizer.eos_token_id),
         num_samples=NUM_SAMPLES,

@@ -9,7 +9,8 @@ from eepo_fast.advantages import group_advantages
 from eepo_fast.cli import main
 from eepo_fast.rewards import MathGrader
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
-from eepo_fast.rewards.extract import extract_answer, normalise
+from eepo_fast.rewards.extract import extract_answer
+from eepo_fast.rewards.normalise import normalise
 from eepo_fast.types import Problem
 
 ENDLESS = "10^{10^{10^{10}}}"
@@ -90,7 +91,7 @@ def test_statuses(grader):
 
 def test_a_worker_that_died_idle_costs_no_answer(grader):
     assert grader.grade_answers(["\\frac{1}{2}"] * 2, ["0.5"] * 2)[0].reward == 1
-    for worker in [w for w in grader.workers if w.ready]:
+    for worker in [w for w in grader.pool.workers if w.ready]:
         worker.process.kill()
         worker.process.wait()
     grades = grader.grade_answers(["\\frac{1}{2}"] * 6, ["0.5"] * 6)
@@ -103,8 +104,8 @@ def test_a_worker_that_dies_at_its_job_is_an_error_and_no_plain_zero(grader, mon
         worker.process.wait()
         original(worker, job)
 
-    original = type(grader.workers[0]).send
-    monkeypatch.setattr(type(grader.workers[0]), "send", send_and_die)
+    original = type(grader.pool.workers[0]).send
+    monkeypatch.setattr(type(grader.pool.workers[0]), "send", send_and_die)
     assert [g.status for g in grader.grade_answers(["\\frac{1}{2}"], ["0.5"])] == ["error"]
     monkeypatch.undo()
     assert grader.grade_answers(["\\frac{1}{2}"], ["0.5"])[0].reward == 1
