@@ -1,8 +1,8 @@
 """Exact mathematical answers. What strings and exact numbers can settle is settled here; the rest in worker processes.
 
 `strict` mode decides as compare.py and numbers.py say; `paper` mode as the recipe did (paper.py). Statuses: `ok`, graded;
-`no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep or out of a worker's
-memory; `timeout`, the answer's seconds or the call's are spent; `error`, a gold that cannot be read or a worker that died.
+`no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep, an expression far
+larger than the gold's, or out of a worker's memory; `timeout`, the answer's seconds or the call's are spent; `error`, a gold that cannot be read or a worker that died.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from eepo_fast.types import Grade, Problem, UserError
 ANSWER_SECONDS = 4.5  # parse, verify and kill end within the 5 s that `grade` promises
 MAX_CHARACTERS = 2000
 MAX_NESTING = 50
+MAX_EXPRESSION, MAX_DEEPER = 300, 12  # characters and brackets that an expression may have beyond the gold's
 MODES = ("strict", "paper")
 
 
@@ -93,6 +94,8 @@ class MathGrader:
             if right_or_not:
                 return 1.0, "ok"
             if right_or_not is None:
+                if len(right) > MAX_EXPRESSION + 4 * len(left) or _nesting(right) > MAX_DEEPER + _nesting(left):
+                    return 0.0, "too_large"
                 return Job(0, self.mode, left, right)
         return 0.0, "ok"
 

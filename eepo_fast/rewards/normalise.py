@@ -19,7 +19,7 @@ UNICODE = {
     "∈": "\\in ", "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "′": "'", "θ": "\\theta ", "α": "\\alpha ",
     "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
-    "ℝ": "\\mathbb{R}", "%": "\\%", "％": "\\%", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
+    "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
@@ -43,7 +43,7 @@ UNITS = frozenset(
     "minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz mhz pa kpa ev kev "
     "mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter liters litre litres gram grams "
     "cent cents dollar dollars usd square cubic sq cu unit units people ways way points point apples percent pct per "
-    "am pm kelvin joule joules watt watts newton newtons volt volts pounds pound gallons gallon au pc ly and or to of "
+    "kelvin joule joules watt watts newton newtons volt volts pounds pound gallons gallon au pc ly and or to of "
     "is about approximately roughly no yes odd even true false none empty rs hundred thousand million billion trillion "
     "times more less than the a an be".split()
 ) - {"a", "in", "au", "to"}
@@ -60,22 +60,33 @@ SPACED_THOUSANDS = re.compile(r"(?<![0-9.,^_])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])"
 MIXED = re.compile(
     r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
 )
+AM_PM = re.compile(
+    r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])"
+)
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
+NEW_ROW = "\x03"  # stands for \\ meanwhile
+PER_UNIT = re.compile(r"(\\text\{[^{}]*\}\s*(?:\^[0-9]\s*)?/\s*)([A-Za-z]{1,3})(?![A-Za-z])")
+UNIT_LETTERS = frozenset("msghJNWVKLACTFH")
+UNITS_TO_THE_END = re.compile(r"(?:[\s/.]|\\cdot|\^\{?-?[0-9]\}?|\\text\s*\{[^{}]*\}|per\b|[a-z]{1,3}\b)*")
+SMALL_WORDS = frozenset("or is of no be to an".split())
 UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?\s*$")
 
 
 def normalise(answer: str, thousands: bool = True) -> str:
     """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
-    text = _plain_characters(answer)
+    text = _plain_characters(CONTROL.sub("\ufffd", answer))
     text = _unwrap(text)
+    if "\\begin" not in text:
+        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # backslashes written twice
+    text = text.replace("\\\\", NEW_ROW)
     text = MARKED_THOUSANDS.sub("", text)
     if thousands and not any(bracket in text for bracket in ("(", "[", "\\{")):  # (2,100) is a pair
         text = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
     text = text.replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
     for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
         text = text.replace(spacing, " ")
-    text = re.sub(r"\\math(?:rm|bf|it)\s*\{\s*([A-Za-z])\s*\}(?![A-Za-z\s]*$)", r"\1", text)  # an upright variable
     text = COMMAND.sub(_command, text)
     text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
     text = _texts(text)
@@ -87,7 +98,7 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
     text = text.replace("!=", "\\ne ").replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
-    return _spaces(re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+"))
+    return _spaces(re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")).replace(NEW_ROW, "\\\\")
 
 
 def _plain_characters(text: str) -> str:
@@ -144,18 +155,19 @@ def _texts(text: str) -> str:
     """Words into \\text{}, function names out of it, "and"/"or" into commas."""
     parts, position = [], 0
     for match in TEXT.finditer(text):
-        parts.append(WORDS.sub(_word, text[position : match.start()]))
-        inner = match.group(1).strip()
+        parts.append(_plain(text[position : match.start()]))
+        inner = AM_PM.sub(_am_pm, match.group(1)).strip()
         if inner in FUNCTIONS:
             parts.append(f"\\{inner} ")
-        elif len(inner) == 1 and inner.isalpha() and not text[match.end() :].strip() and parts[-1].strip()[-1:].isdigit():
+        elif inner in UNIT_LETTERS and UNITS_TO_THE_END.fullmatch(text, match.end()) and _after_number(parts):
             parts.append("\\text{" + inner + "}")  # a unit such as m or s
         elif re.fullmatch(r"\(?[A-Za-z]\)?|[-+0-9.,/ ]*|[A-Za-z](?:\s*,\s*[A-Za-z])+", inner):
             parts.append(inner)  # a choice, or a number
         else:
             parts.append("\\text{" + " ".join(inner.split()) + "}")
         position = match.end()
-    parts.append(WORDS.sub(_word, text[position:]))
+    parts.append(_plain(text[position:]))
+    parts = [PER_UNIT.sub(r"\1\\text{\2}", "".join(parts))]
     text = UNIT_LETTER.sub(r"\\text{\1}\2", "".join(parts))
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
@@ -166,13 +178,29 @@ def _texts(text: str) -> str:
     )  # fmt: skip
 
 
+def _plain(text: str) -> str:
+    return WORDS.sub(_word, AM_PM.sub(lambda m: f"\\text{{{_am_pm(m)}}}", text))
+
+
+def _am_pm(match: re.Match) -> str:
+    return (match.group(1) or match.group(2)).lower() + "m"
+
+
+def _after_number(parts: list[str]) -> bool:
+    return "".join(parts[-3:]).rstrip()[-1:] in tuple("0123456789}/")
+
+
 def _word(match: re.Match) -> str:
     word = match.group()
     low = word.lower()
     if low in ("infinity", "infty") or word == "inf":
         return "\\infty "
-    if word in FUNCTIONS:
+    before = match.string[max(0, match.start() - 9) : match.start()].rstrip()
+    at_end = before[-1:].isdigit() and UNITS_TO_THE_END.fullmatch(match.string, match.end())
+    if word in FUNCTIONS and not (low in UNITS and at_end):
         return f"\\{word} "
+    if len(word) == 2 and low in UNITS and low not in SMALL_WORDS and not at_end:
+        return word  # a product of variables
     if word in ENVIRONMENTS:
         return word
     if low in UNITS or (len(word) >= 4 and not word.isupper()):
@@ -205,7 +233,7 @@ def _spaces(text: str) -> str:
         kept.append(match.group())
         return "\x00"
 
-    text = TEXT.sub(keep, text.replace("\x00", "\ufffd"))
+    text = TEXT.sub(keep, text)
     text = SPACE_AFTER_COMMAND.sub("\\1\x01", GAP.sub("\x02", text))
     text = "".join(text.split()).replace("\x01", " ").replace("\x02", " ")
     parts = text.split("\x00")
