@@ -2,8 +2,8 @@
 
     python bench/bench_grading.py --out bench/results/cpu/bench_grading.json [--data FILE.jsonl ...]
 
-The mix is what a policy writes to questions with exact answers: golds by kind (70% integers, 10% fractions, 5% decimals,
-5% roots and multiples of π, 5% polynomials, 5% intervals, pairs and lists), right in some spelling half of the time and
+The mix is what a policy writes to questions with exact answers: golds by kind (70% integers, 10% fractions, 5%
+decimals, 5% roots and multiples of π, 5% polynomials, 5% intervals, pairs and lists), right in some spelling half of the time and
 wrong otherwise, in a sentence or a box, no two alike. With --data the golds of these files in place of these.
 """
 
@@ -25,7 +25,9 @@ def procedural_gold(draw: random.Random) -> tuple[str, list[str]]:
     a, b, c = draw.randint(2, 99), draw.randint(2, 99), draw.randint(1000, 99_999)
     kind = draw.random()
     if kind < 0.7:
-        return draw.choice([(str(a), [f"{a}.", f"x = {a}", f"{a}\\text{{ cm}}", f"{a}.0"]), (str(c), [f"{c:,}", f"\\${c}"])])
+        return draw.choice(
+            [(str(a), [f"{a}.", f"x = {a}", f"{a}\\text{{ cm}}", f"{a}.0"]), (str(c), [f"{c:,}", f"\\${c}"])]
+        )
     if kind < 0.8:
         return f"\\frac{{{a}}}{{{b}}}", [f"{a}/{b}", f"\\dfrac{{{2 * a}}}{{{2 * b}}}"]
     if kind < 0.85:
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000, help="answers in each turn")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="JSON Lines with `answer`: golds of the mix")
     args = parser.parse_args()
-    golds = [json.loads(line)["answer"] for file in args.data for line in file.read_text(encoding="utf-8").splitlines()]
+    golds = [json.loads(line)["answer"] for file in args.data for line in file.open(encoding="utf-8")]
     grader = MathGrader()
     grader.start()
     rows = []

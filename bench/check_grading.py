@@ -93,7 +93,10 @@ def mutations(gold: str) -> Iterator[tuple[str, str]]:
     for i in {digits[0], digits[-1], digits[len(digits) // 2]} if digits else ():
         other = "1" if gold[i] == "0" else str((int(gold[i]) + 1) % 10)
         yield "digit", gold[:i] + other + gold[i + 1 :]
-        yield "digit inserted", gold[:i] + gold[i] + "7" + gold[i + 1 :] if "." not in gold else gold[:i] + other + gold[i + 1 :]
+        yield (
+            "digit inserted",
+            gold[:i] + gold[i] + "7" + gold[i + 1 :] if "." not in gold else gold[:i] + other + gold[i + 1 :],
+        )
     if INTEGER.fullmatch(gold) or DECIMAL.fullmatch(gold) or FRACTION.fullmatch(gold) or E_NOTATION.fullmatch(gold):
         if re.search("[1-9]", gold):
             yield "sign", gold[1:] if gold.startswith("-") else "-" + gold
@@ -130,7 +133,7 @@ def run(files: list[Path], limit: int | None, mode: str) -> dict[str, object]:
     grader = MathGrader(mode)
     report: dict[str, object] = {"mode": mode, "files": {}, "failures": []}
     for file in files:
-        golds = [json.loads(line)["answer"] for line in file.read_text(encoding="utf-8").splitlines()]
+        golds = [json.loads(line)["answer"] for line in file.open(encoding="utf-8")]
         golds = list(dict.fromkeys(golds))[:limit]
         for wanted, rules in ((1.0, rewrites), (0.0, mutations)):
             cases = [(gold, rule, answer) for gold in golds for rule, answer in _cases(rules, gold)]

@@ -105,7 +105,7 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _split(text: str, *separators: str) -> list[str]:
-    """Parts between separators outside of all brackets. `]` may open and `(` close, as in intervals: depth ignores kinds."""
+    """Parts between separators outside of all brackets; in intervals the kinds of a pair may differ."""
     if not any(separator in text for separator in separators):
         return [text]
     parts, current, depth = [], [], 0
@@ -242,7 +242,7 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
 
 
 def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool | None:
-    """An answer that is an equation, for a gold that is none: its last exact side, and the numbers before it must hold."""
+    """An equation, for a gold that is none: its last exact side counts, and the numbers before it must hold."""
     exact = sides[: signs.index("\\approx") + 1] if "\\approx" in signs else sides
     if len(exact) == 1 and NAME.fullmatch(exact[0]):
         return compare(gold, sides[-1], ask)  # x \approx 3.14
@@ -253,7 +253,9 @@ def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool 
     if not result and "\\approx" in signs and read_number(gold) and read_number(gold).ulp:
         result = compare(gold, sides[-1], ask)
     for side in exact[:-1]:
-        if result is not False and not re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b", "", side)):
+        if result is not False and not re.search(
+            r"[A-Za-z]", re.sub(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b", "", side)
+        ):
             holds = compare(exact[-1], side, ask)
             result = holds if not holds else result
     return result

@@ -1,7 +1,7 @@
 """The final answer of a completion: the last \\boxed{}, else what follows "the answer is", else the last number.
 
-Only the completion is read. An empty last box is no answer, whatever came before it. One pass over the text: completions
-are long, and written by models that are rewarded for what happens here.
+Only the completion is read. An empty last box is no answer, whatever came before it. One pass over the text:
+completions are long, and written by models that are rewarded for what happens here.
 """
 
 from __future__ import annotations

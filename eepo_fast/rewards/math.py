@@ -1,8 +1,9 @@
 """Exact mathematical answers. What strings and exact numbers can settle is settled here; the rest in worker processes.
 
-`strict` mode decides as compare.py and numbers.py say; `paper` mode as the recipe did (paper.py). Statuses: `ok`, graded;
-`no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep, an expression far
-larger than the gold's, or out of a worker's memory; `timeout`, the answer's seconds or the call's are spent; `error`, a gold that cannot be read or a worker that died.
+`strict` mode decides as compare.py and numbers.py say; `paper` mode as the recipe did (paper.py). Statuses: `ok`,
+graded; `no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep, an expression
+far larger than the gold's, or out of a worker's memory; `timeout`, the answer's seconds or the call's are spent;
+`error`, a gold that cannot be read or a worker that died.
 """
 
 from __future__ import annotations

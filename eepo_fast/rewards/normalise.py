@@ -10,6 +10,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
+
+def word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 UNICODE = {
@@ -34,18 +39,18 @@ COMMANDS = {
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
-FUNCTIONS = frozenset(
+FUNCTIONS = word_set(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt gcd lcm max min mod det deg dim "
-    "lim arg sup inf pi infty infinity theta alpha beta gamma lambda omega".split()
+    "lim arg sup inf pi infty infinity theta alpha beta gamma lambda omega"
 )
-UNITS = frozenset(
-    "cm mm km nm ft in inch inches foot feet yd yards mi mile miles kg mg lb lbs oz ml sec secs second seconds min mins "
-    "minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz mhz pa kpa ev kev "
-    "mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter liters litre litres gram grams "
-    "cent cents dollar dollars usd square cubic sq cu unit units people ways way points point apples percent pct per "
+UNITS = word_set(
+    "cm mm km nm ft in inch inches foot feet yd yards mi mile miles kg mg lb lbs oz ml sec secs second seconds min "
+    "mins minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz mhz pa kpa ev kev "
+    "mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter liters litre litres gram "
+    "grams cent cents dollar dollars usd square cubic sq cu unit units people ways way points point apples percent pct per "
     "kelvin joule joules watt watts newton newtons volt volts pounds pound gallons gallon au pc ly and or to of "
     "is about approximately roughly no yes odd even true false none empty rs hundred thousand million billion trillion "
-    "times more less than the a an be".split()
+    "times more less than the a an be"
 ) - {"a", "in", "au", "to"}
 ENVIRONMENTS = ("matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "cases", "overline", "mathbb")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -60,9 +65,7 @@ SPACED_THOUSANDS = re.compile(r"(?<![0-9.,^_])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])"
 MIXED = re.compile(
     r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
 )
-AM_PM = re.compile(
-    r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])"
-)
+AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
@@ -70,7 +73,7 @@ NEW_ROW = "\x03"  # stands for \\ meanwhile
 PER_UNIT = re.compile(r"(\\text\{[^{}]*\}\s*(?:\^[0-9]\s*)?/\s*)([A-Za-z]{1,3})(?![A-Za-z])")
 UNIT_LETTERS = frozenset("msghJNWVKLACTFH")
 UNITS_TO_THE_END = re.compile(r"(?:[\s/.]|\\cdot|\^\{?-?[0-9]\}?|\\text\s*\{[^{}]*\}|per\b|[a-z]{1,3}\b)*")
-SMALL_WORDS = frozenset("or is of no be to an".split())
+SMALL_WORDS = word_set("or is of no be to an")
 UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?\s*$")
 
 
@@ -98,7 +101,9 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
     text = text.replace("!=", "\\ne ").replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
-    return _spaces(re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")).replace(NEW_ROW, "\\\\")
+    return _spaces(
+        re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
+    ).replace(NEW_ROW, "\\\\")
 
 
 def _plain_characters(text: str) -> str:

@@ -10,7 +10,7 @@ Known differences:
 - math-verify is the installed version; theirs was 0.5 or 0.6.
 - The evaluation code's clean-up of the extracted answer is kept to its main steps: units in text, degrees, percent and
   dollar signs, fractions without braces, a leading `x=`, a trailing `.0`.
-- An answer is taken from completions that do not say "boxed" as there; a "format reward" is not given (nor was it there).
+- Digits in scripts other than ASCII are no numbers.
 """
 
 from __future__ import annotations

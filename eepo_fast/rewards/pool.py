@@ -1,4 +1,4 @@
-"""Worker processes that can be killed: one answer at a time each, a wall clock an answer, a budget a call, recycling."""
+"""Worker processes that can be killed: an answer at a time, a wall clock for it, a budget for a call, recycling."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a grading process can no longer do: run text as Python, take all memory, write files, start processes, connect.
 
 sympy turns strings into expressions with Python's `eval`, and math-verify's LaTeX parser reaches it through
-`sympy.Number("42")`. Here that road takes digits and nothing else; and should there be another one, an audit hook of the
-interpreter refuses to run any code that was not read from a module's file.
+`sympy.Number("42")`. Here that road takes digits and nothing else; and should there be another one, an audit hook of
+the interpreter refuses to run any code that was not read from a module's file.
 """
 
 from __future__ import annotations

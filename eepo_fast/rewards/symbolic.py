@@ -4,8 +4,8 @@ input can make this run for ever or out of memory.
 Two constants are equal if they agree to 30 digits; two expressions with variables if they agree to 20 digits at points
 drawn once and for all, of both signs, wherever both are real (that is: √(x²) is not x, and ln(ab) is ln a + ln b).
 `simplify` is never asked. What cannot be evaluated (an integral, a set, a function nobody knows) must be equal as it
-stands. Nothing is parsed but the characters and commands listed here, and only by the LaTeX grammar: math-verify's other
-parser hands text to Python's `eval`.
+stands. Nothing is parsed but the characters and commands listed here, and only by the LaTeX grammar: math-verify's
+other parser hands text to Python's `eval`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from sympy.core.relational import Relational
 from sympy.matrices import MatrixBase
 from sympy.sets import Set
 
+from eepo_fast.rewards.normalise import word_set
 from eepo_fast.rewards.numbers import Number, approximates, read_number, rounds_to
 
 CHARACTERS = re.compile(r"[A-Za-z0-9 +\-*/^_={}()\[\]|.,!'\\]*")
-COMMANDS = frozenset(
+COMMANDS = word_set(
     "frac sqrt cdot pi text theta alpha beta gamma delta epsilon varepsilon zeta eta lambda mu nu xi rho sigma tau phi "
     "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega kappa iota hbar ell sin cos tan cot sec csc "
     "arcsin arccos arctan sinh cosh tanh ln log exp binom lfloor rfloor lceil rceil infty overline bar gcd lcm max min "
-    "mod bmod pmod angle triangle imath prime dot ddot odot div".split()
+    "mod bmod pmod angle triangle imath prime dot ddot odot div"
 )
-UNFINISHED = frozenset("int iint oint sum prod lim det nabla partial limsup liminf".split())
+UNFINISHED = word_set("int iint oint sum prod lim det nabla partial limsup liminf")
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 RENAMED = (
