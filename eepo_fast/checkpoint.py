@@ -38,6 +38,7 @@ SAFE_TO_CHANGE = {
     "rollout.max_sequences",
     "rollout.gpu_memory_utilization",
     "rollout.sleep",
+    "reward.step_seconds",
     "train.iterations",
     "train.epochs",
     "train.micro_batch_tokens",

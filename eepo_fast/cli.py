@@ -13,6 +13,8 @@ from eepo_fast.types import UserError
 if TYPE_CHECKING:
     from eepo_fast.config import Config
 
+EVAL_EXAMPLE = "example: eepo-fast eval --model runs/demo-eepo --data test=arithmetic --k 1,8 --out runs-eval"
+PREPARE_EXAMPLE = "example: eepo-fast data prepare math500=HuggingFaceH4/MATH-500 --split test"
 TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
 DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
@@ -70,11 +72,59 @@ def _dry_run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(args: argparse.Namespace) -> int:
+    from eepo_fast.display import Display
+    from eepo_fast.distributed import start_world
+    from eepo_fast.evaluation.command import EvalOptions, evaluate_completions, evaluate_model
+
+    if (args.model is None) == (args.completions is None):
+        raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
+    ks = _ks(args.k)
+    options = EvalOptions(args.data, Path(args.out), ks, args.n, args.temperature, args.seed, args.overrides)
+    if args.completions is not None:
+        if args.overrides:
+            raise UserError(f"eval: --completions takes no overrides, found {args.overrides[0]!r}; --mode sets grading")
+        evaluate_completions(Path(args.completions), options, args.mode, Display())
+        return 0
+    options.overrides.append(f"reward.mode={args.mode}")
+    world = start_world()
+    evaluate_model(args.model, options, world, Display() if world.is_main else Display.silent())
+    world.close()
+    return 0
+
+
+def _ks(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--k: expected whole numbers such as 1,8,32, found {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from eepo_fast.config import load_config
+    from eepo_fast.evaluation.prepare import prepare
+
+    name, _, source = args.source.partition("=")
+    if not name or not source or "/" in name:
+        raise UserError(
+            f"data prepare: expected NAME=HUB_NAME, such as math500=HuggingFaceH4/MATH-500, found {args.source!r}"
+        )
+    config = load_config([], ["model.path=unused", f"data.train={source}", *args.overrides]).data
+    folder = Path(args.out)
+    manifest = prepare(
+        name, source, config, folder=folder, revision=args.revision, subset=args.subset, split=args.split
+    )
+    print(f"{folder / name}.jsonl: {manifest.rows} rows of {source}, revision {manifest.revision}")
+    print(f"licence, as its card states it: {manifest.licence}")
+    print(f"sha256: {manifest.sha256}")
+    return 0
+
+
 def _grade(args: argparse.Namespace) -> int:
     from eepo_fast.rewards.grade_file import grade_file
 
-    counts = grade_file(Path(args.input), Path(args.output))
-    print(", ".join(f"{name} {value}" for name, value in counts.items()))
+    counts = grade_file(Path(args.input), Path(args.output), args.mode)
+    print(f"mode {args.mode}: " + ", ".join(f"{name} {value}" for name, value in counts.items()))
     return 0
 
 
@@ -101,7 +151,37 @@ def make_parser() -> argparse.ArgumentParser:
     grade = commands.add_parser("grade", help="grade answers against gold answers", epilog=GRADE_EXAMPLE)
     grade.add_argument("--in", dest="input", required=True, help="JSON Lines: id, gold, and answer or response")
     grade.add_argument("--out", dest="output", required=True, help="JSON Lines: the same with reward, status, seconds")
+    grade.add_argument("--mode", choices=("strict", "paper"), default="strict", help="paper: as the recipe graded")
     grade.set_defaults(run=_grade)
+    evaluate = commands.add_parser("eval", help="evaluate a model, a run or completions", epilog=EVAL_EXAMPLE)
+    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of data, rollout, reward and model")
+    evaluate.add_argument("--model", help="a run's folder, a checkpoint's, or anything that model.path may be")
+    evaluate.add_argument("--completions", help="in place of --model: JSON Lines of id and response")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="JSON Lines, a prepared hub name, or arithmetic",
+    )
+    evaluate.add_argument("--k", default="1", help="pass@k, such as 1,8; 1 alone: greedy only")
+    evaluate.add_argument("--n", type=int, help="samples a problem; default the largest k")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument(
+        "--mode", choices=("strict", "paper"), default="strict", help="paper: graded as the recipe did"
+    )
+    evaluate.add_argument("--out", required=True, help="folder of completions and tables; a second call goes on")
+    evaluate.set_defaults(run=_eval)
+    data = commands.add_parser("data", help="prepare data").add_subparsers(dest="what", required=True)
+    prepare = data.add_parser("prepare", help="fetch and pin a hub data set", epilog=PREPARE_EXAMPLE)
+    prepare.add_argument("source", metavar="NAME=HUB_NAME")
+    prepare.add_argument("overrides", nargs="*", metavar="data.key=value", help="data.columns, files, answer_marker")
+    prepare.add_argument("--out", default="data", help="folder; `eepo-fast eval` looks into data/")
+    prepare.add_argument("--revision", help="commit; default the pinned one, else the newest")
+    prepare.add_argument("--subset", help="configuration of the data set")
+    prepare.add_argument("--split", default="test")
+    prepare.set_defaults(run=_prepare)
     demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")
     demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")
@@ -112,8 +192,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and not any(a.startswith("-") for a in rest):
-        args.config += rest  # argparse ends a positional list at the first option
+    positional = {"train": "config", "eval": "overrides", "data": "overrides"}.get(args.command)
+    if positional and not any(a.startswith("-") for a in rest):
+        getattr(args, positional).extend(rest)  # argparse ends a positional list at the first option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -55,7 +55,7 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
     engine = HfEngine(model, dtype=torch.float32, max_sequences=1024, pad_id=tokenizer.pad_token_id)
     stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
     sampler = Sampler(engine, tokenizer, Sampling(1.0, config.rollout.max_new_tokens, stops), seed=0)
-    rows = sample_set(sampler, make_grader(data.train), prompts, NUM_SAMPLES)
+    rows = sample_set(sampler, make_grader(data.train, config.reward), prompts, NUM_SAMPLES)
     return {name: statistics.fmean(values) for name, values in scores(rows, KS).items()}
 
 

@@ -209,7 +209,8 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     if finished:
         display.say(f"run {config.run_dir} is finished")
         return config.run_dir
-    with closing(make_grader(config.data.train)) as grader:  # its worker processes must not outlive a refused command
+    # the grader's worker processes must not outlive a refused command
+    with closing(make_grader(config.data.train, config.reward)) as grader:
         with world.agree():
             grader.start()
         _run(config, grader, folder, resume, display, world)

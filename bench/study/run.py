@@ -132,7 +132,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
             prompts = prompts[:NUM_VALIDATION] if phase == "tune" else prompts[NUM_VALIDATION:]
         elif phase == "tune":
             continue
-        found[name] = summarise(sample_set(sampler, make_grader("arithmetic"), prompts, NUM_SAMPLES), KS)
+        found[name] = summarise(sample_set(sampler, make_grader("arithmetic", config.reward), prompts, NUM_SAMPLES), KS)
     metrics = found["in"]["metrics"]
     score = (metrics["pass@1"]["value"] + metrics["pass@16"]["value"]) / 2
     return {"score": score, "sets": found}

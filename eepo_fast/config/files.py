@@ -72,15 +72,17 @@ def _read_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """Both, section by section; `update` wins."""
     merged = dict(base)
     for key, value in update.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def _override(text: str) -> dict[str, Any]:
+def read_override(text: str) -> dict[str, Any]:
+    """`key.sub=value` as nested sections."""
     key, _, raw = text.partition("=")
     parts = key.split(".")
     if len(parts) < 2 or not all(parts):
@@ -130,9 +132,9 @@ def load_config(files: list[str], overrides: list[str]) -> Config:
     """Read and validate. UserError with one line that names the file or key, what was expected and what was found."""
     values: dict[str, Any] = {}
     for path in files:
-        values = _merge(values, _read_file(path))
+        values = merge(values, _read_file(path))
     for text in overrides:
-        values = _merge(values, _override(text))
+        values = merge(values, read_override(text))
     return make_config(values)
 
 

@@ -72,6 +72,11 @@ class RolloutConfig(Section):
     sleep: bool = Field(False, description="vllm on a GPU: move its weights to the host while the policy is updated")
 
 
+class RewardConfig(Section):
+    mode: Literal["strict", "paper"] = Field("strict", description="how answers are graded; paper: as the recipe did")
+    step_seconds: PositiveFloat = Field(300.0, description="for an iteration's answers; those left are timeouts")
+
+
 class GrpoConfig(Section):
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
@@ -162,6 +167,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     eepo: EepoConfig = EepoConfig()
     aepo: AepoConfig = AepoConfig()

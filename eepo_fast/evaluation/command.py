@@ -1,8 +1,8 @@
 """`eepo-fast eval`: a model, checkpoint or run on sets of problems, or completions made elsewhere.
 
-    OUT/evaluation.json        what is evaluated: the same command goes on where it stopped, another one is refused
-    OUT/completions/NAME.jsonl every completion
-    OUT/results.{json,csv,md}
+OUT/evaluation.json        what is evaluated: the same command goes on where it stopped, another one is refused
+OUT/completions/NAME.jsonl every completion
+OUT/results.{json,csv,md}
 """
 
 from __future__ import annotations

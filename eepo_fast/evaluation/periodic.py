@@ -74,7 +74,7 @@ class PeriodicEvaluation:
             folder.mkdir(parents=True, exist_ok=True)
         rows = {}
         for eval_set, prompts in self.sets:
-            grader: Grader = make_grader(eval_set.task)
+            grader: Grader = make_grader(eval_set.task, self.config.reward)
             try:
                 file = folder / f"{eval_set.name}.jsonl"
                 rows[eval_set.name] = sample_set(sampler, grader, prompts, evaluation.samples, file=file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from eepo_fast.config import RewardConfig
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.rewards.math import MathGrader
 from eepo_fast.types import Grade, Problem
@@ -22,6 +23,8 @@ class Grader(Protocol):
     def close(self) -> None: ...
 
 
-def make_grader(task: str) -> Grader:
+def make_grader(task: str, settings: RewardConfig) -> Grader:
     """The grader of `data.train`: the procedural task has its own verifier, all else an exact mathematical answer."""
-    return ArithmeticGrader() if task == "arithmetic" else MathGrader()
+    if task == "arithmetic":
+        return ArithmeticGrader()
+    return MathGrader(settings.mode, step_seconds=settings.step_seconds)

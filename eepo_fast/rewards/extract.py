@@ -1,34 +1,52 @@
-"""The final answer of a completion, and a common spelling for comparing it."""
+"""The final answer of a completion: the last \\boxed{}, else what follows "the answer is", else the last number.
+
+Only the completion is read. An empty last box is no answer, whatever came before it. One pass over the text:
+completions are long, and written by models that are rewarded for what happens here.
+"""
 
 from __future__ import annotations
 
 import re
 
-ANSWER_IS = re.compile(r"(?:final\s+answer|the\s+answer)\s*(?:is|:)\s*:?\s*", re.IGNORECASE)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-SPACES = re.compile(r"\\[,;:! ]|\s+|~")
-BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
-DIGIT_GAP = re.compile(r"(?<=\d)\s+(?=\d)")
-MIXED = re.compile(r"^(-?)(\d+)\s+(\d+)\s*/\s*(\d+)$")
-WORDS = re.compile(r"[A-Za-z]{2,}")
-WRAPPERS = re.compile(r"^\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}$")
+ANSWER_IS = re.compile(r"(?:final\s{1,9}answer|the\s{1,9}answer)\s{0,9}(?:is|:)\s{0,9}:?\s{0,9}", re.IGNORECASE)
+BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\[{}]|[{}]")
+SENTENCE_END = re.compile(r"\.(?=\s|$)")
+DIGITS = r"[0-9](?:[0-9]|,(?=[0-9]{3}))*(?:\.[0-9]+)?"
+LAST_NUMBER = re.compile(
+    rf"(?<![0-9.])(?:-\s?)?\$?(?:\\[dtc]?frac\s?\{{-?[0-9]{{1,40}}\}}\s?\{{-?[0-9]{{1,40}}\}}|"
+    rf"(?:{DIGITS}|\.[0-9]+)(?:\s?(?:\\times|\\cdot|×)\s?10\^(?:\{{[-+]?[0-9]{{1,6}}\}}|[0-9])|[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+)?)"
+)
+MAX_LINE = 2001  # one more than an answer may have: what is longer is too large, and is said to be
 
 
 def extract_answer(completion: str) -> str | None:
-    """Last \\boxed{}, else what follows "the answer is", else the last number; None where there is none of them."""
+    """The answer's text; None where there is none."""
     boxed = _last_boxed(completion)
     if boxed is not None:
         return boxed.strip() or None
-    announced = list(ANSWER_IS.finditer(completion))
+    announced = None
+    for match in ANSWER_IS.finditer(completion):
+        announced = match
     if announced:
-        rest = completion[announced[-1].end() :].split("\n")[0]
-        rest = re.split(r"\.(?:\s|$)", rest)[0].strip().strip("$").strip()
+        rest = _announced(completion[announced.end() :])
         if rest:
             return rest
-    numbers = NUMBER.findall(completion)
-    return numbers[-1].rstrip(",") if numbers else None
+    last = None
+    for match in LAST_NUMBER.finditer(completion):
+        last = match
+    return last.group().replace("$", "").replace("- ", "-") if last else None
+
+
+def _announced(rest: str) -> str:
+    """The sentence that announces an answer; of an equation in words ("9 months * $5 = $45") its right side."""
+    rest = rest.split("\n", 1)[0] if rest[:1] != "\n" else ""
+    rest = SENTENCE_END.split(rest[:MAX_LINE], maxsplit=1)[0].strip().strip("*").strip()
+    if rest.count("$") % 2 == 0 and rest.startswith("$") and rest.endswith("$"):
+        rest = rest.strip("$").strip()
+    left, equals, right = rest.rpartition("=")
+    if equals and re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", left) and re.search(r"[0-9]", right):
+        return right.strip()
+    return rest
 
 
 def _last_boxed(text: str) -> str | None:
@@ -44,29 +62,3 @@ def _last_boxed(text: str) -> str | None:
         elif token not in ("\\{", "\\}"):
             stack.append(match.end() if len(token) > 1 else None)
     return None if last is None else text[last[0] : last[1]]
-
-
-def normalise(answer: str) -> str:
-    """A common spelling: no delimiters, thousands marks, sizing commands, text wrappers or trailing point."""
-    text = answer.strip().strip("*").strip()
-    for opening, closing in DELIMITERS:
-        if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
-            text = text[len(opening) : len(text) - len(closing)].strip()
-    text = text.replace("\u2212", "-").replace("\\left", "").replace("\\right", "")
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("{,}", ",").replace("\\$", "")
-    text = text.rstrip(".").strip()
-    text = WRAPPERS.sub(r"\1", text)
-    if not any(bracket in text for bracket in "()[]{}"):  # (2,100) is a pair
-        text = THOUSANDS.sub("", text)
-    text = MIXED.sub(r"\1(\2+\3/\4)", text)
-    return DIGIT_GAP.sub(" ", SPACES.sub("", DIGIT_GAP.sub("\0", text)).replace("\0", " "))
-
-
-def is_text(answer: str) -> bool:
-    """Words alone, such as a name or a weekday: compared as they are, without mathematics."""
-    return bool(WORDS.fullmatch(answer))
-
-
-def has_digit_gap(answer: str) -> bool:
-    """Two numbers with nothing but space between them, which is neither a product nor one number."""
-    return DIGIT_GAP.search(answer) is not None

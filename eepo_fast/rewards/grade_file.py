@@ -7,12 +7,11 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from eepo_fast.rewards.extract import extract_answer
 from eepo_fast.rewards.math import MathGrader
 from eepo_fast.types import UserError
 
 
-def grade_file(source: Path, target: Path) -> Counter[str]:
+def grade_file(source: Path, target: Path, mode: str = "strict") -> Counter[str]:
     """Grade every line of `source` in order; a row that cannot be graded gets reward 0.0 and status `error`.
 
     Written beside `target` and renamed at the end, so that a target with that name is whole.
@@ -24,16 +23,16 @@ def grade_file(source: Path, target: Path) -> Counter[str]:
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            counts = _grade_lines(lines, file)
+            counts = _grade_lines(lines, file, mode)
         temporary.replace(target)
     except OSError as error:
         raise UserError(f"grade: {target} cannot be written: {error.strerror}") from None
     return counts
 
 
-def _grade_lines(lines: list[bytes], file) -> Counter[str]:
-    rows = [_read(line, number) for number, line in enumerate(lines, 1) if line.strip()]
-    grader = MathGrader()
+def _grade_lines(lines: list[bytes], file, mode: str) -> Counter[str]:
+    grader = MathGrader(mode)
+    rows = [_read(line, number, grader) for number, line in enumerate(lines, 1) if line.strip()]
     try:
         grades = grader.grade_answers([gold for _, gold, _ in rows], [answer for _, _, answer in rows])
     finally:
@@ -44,14 +43,14 @@ def _grade_lines(lines: list[bytes], file) -> Counter[str]:
     return Counter(grade.status for grade in grades)
 
 
-def _read(line: bytes, number: int) -> tuple[object, str, str | None]:
+def _read(line: bytes, number: int, grader: MathGrader) -> tuple[object, str, str | None]:
     """(id, gold, answer) of a line. A row that cannot be graded has an empty gold, which grades as `error`; one without
     a readable id is called after its line. An answer of None is a response that holds none."""
     row_id: object = f"line {number}"
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
         row_id = row.get("id", row_id)
-        answer = _text(row["answer"]) if "answer" in row else extract_answer(_text(row["response"]))
+        answer = _text(row["answer"]) if "answer" in row else grader.extract(_text(row["response"]))
         return row_id, _text(row["gold"]), answer
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return row_id, "", None

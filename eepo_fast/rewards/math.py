@@ -1,176 +1,123 @@
-"""Exact mathematical answers, by math-verify in worker processes that are killed at a wall clock."""
+"""Exact mathematical answers. What strings and exact numbers can settle is settled here; the rest in worker processes.
+
+`strict` mode decides as compare.py and numbers.py say; `paper` mode as the recipe did (paper.py). Statuses: `ok`,
+graded; `no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep, an expression
+far larger than the gold's, or out of a worker's memory; `timeout`, the answer's seconds or the call's are spent;
+`error`, a gold that cannot be read or a worker that died.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import selectors
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 
-from eepo_fast.rewards.extract import extract_answer, has_digit_gap, is_text, normalise
+from eepo_fast.rewards.compare import compare
+from eepo_fast.rewards.extract import extract_answer
+from eepo_fast.rewards.normalise import THOUSANDS, normalise
+from eepo_fast.rewards.paper import clean, extract_paper_answer
+from eepo_fast.rewards.pool import Job, Pool
 from eepo_fast.types import Grade, Problem, UserError
 
 ANSWER_SECONDS = 4.5  # parse, verify and kill end within the 5 s that `grade` promises
-START_SECONDS = 120.0
 MAX_CHARACTERS = 2000
-
-
-@dataclass
-class _Job:
-    index: int
-    gold: str
-    answer: str
-    started: float = 0.0
-
-
-class _Worker:
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "eepo_fast.rewards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        self.job: _Job | None = None
-        self.ready = False
-        self.started = time.monotonic()
-
-    def send(self, job: _Job) -> None:
-        job.started = time.monotonic()
-        self.job = job
-        with suppress(BrokenPipeError):  # it just died: its end of file says so to the loop
-            self.process.stdin.write(json.dumps([job.gold, job.answer]) + "\n")
-            self.process.stdin.flush()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        with suppress(BrokenPipeError):  # closing flushes what the dead process never read
-            self.process.stdin.close()
-        self.process.stdout.close()
+MAX_NESTING = 50
+MAX_EXPRESSION, MAX_DEEPER = 300, 12  # characters and brackets that an expression may have beyond the gold's
+MODES = ("strict", "paper")
 
 
 class MathGrader:
-    """Grades final answers. Workers start at the first answer that string comparison cannot settle, and stay."""
+    """Grades final answers. Workers start at the first answer that needs one, and stay."""
 
-    def __init__(self, num_workers: int | None = None, answer_seconds: float = ANSWER_SECONDS):
-        self.num_workers = num_workers or max(1, min(8, os.cpu_count() or 1))
-        self.answer_seconds = answer_seconds
-        self.workers: list[_Worker] = []
+    def __init__(
+        self,
+        mode: str = "strict",
+        step_seconds: float | None = None,
+        num_workers: int | None = None,
+        answer_seconds: float = ANSWER_SECONDS,
+        **pool_options,
+    ):
+        """`step_seconds`: what one call of `grade` may take; answers not graded by then are `timeout`."""
+        assert mode in MODES, mode
+        self.mode, self.step_seconds = mode, step_seconds
+        self.pool = Pool(num_workers, answer_seconds, **pool_options)
 
     def start(self) -> None:
         """Start a worker and see its self-test pass; UserError where it does not."""
-        grades: list[Grade | None] = [None]
-        self._run(deque([_Job(0, "\\frac{1}{2}", "0.5")]), grades)
-        if grades[0].reward != 1.0:
-            raise UserError(f"grader: its self-test gave {grades[0]}; reinstall math-verify and its dependencies")
+        job = Job(0, self.mode, "2\\sqrt{3}", "\\sqrt{12}")
+        grade = self.pool.run([job])[0]
+        if grade.reward != 1.0:
+            raise UserError(f"grader: its self-test gave {grade}; reinstall math-verify and its dependencies")
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
         """Extract each completion's final answer and compare it with the problem's; the problem's text is not read."""
-        answers = [extract_answer(completion) for completion in completions]
-        return self.grade_answers([p.answer for p in problems], answers)
+        return self.grade_answers([p.answer for p in problems], [self.extract(c) for c in completions])
+
+    def extract(self, completion: str) -> str | None:
+        return (extract_paper_answer if self.mode == "paper" else extract_answer)(completion)
 
     def grade_answers(self, golds: Sequence[str], answers: Sequence[str | None]) -> list[Grade]:
-        grades: list[Grade | None] = [None] * len(golds)
-        jobs: deque[_Job] = deque()
-        for i, (gold, answer) in enumerate(zip(golds, answers, strict=True)):
+        """One grade for each pair, in order. The same pair is graded once."""
+        deadline = None if self.step_seconds is None else time.monotonic() + self.step_seconds
+        pairs = list(zip(golds, answers, strict=True))
+        graded: dict[tuple[str, str | None], Grade] = {}
+        jobs: dict[tuple[str, str | None], Job] = {}
+        for pair in dict.fromkeys(pairs):
             start = time.perf_counter()
-            settled = _without_worker(gold, answer)
-            if settled is None:
-                jobs.append(_Job(i, normalise(gold), normalise(answer)))
+            settled = self._settle(*pair)
+            if isinstance(settled, Job):
+                settled.index = len(jobs)
+                jobs[pair] = settled
             else:
-                grades[i] = Grade(*settled, time.perf_counter() - start)
+                graded[pair] = Grade(*settled, time.perf_counter() - start)
         if jobs:
-            self._run(jobs, grades)
-        assert all(g is not None for g in grades)
-        return grades
+            from_workers = self.pool.run(list(jobs.values()), deadline)
+            graded.update({pair: from_workers[job.index] for pair, job in jobs.items()})
+        return [graded[pair] for pair in pairs]
 
-    def _run(self, jobs: deque[_Job], grades: list[Grade | None]) -> None:
-        remaining = len(jobs)
-        while remaining:
-            for worker in [w for w in self.workers if w.ready and w.job is None and w.process.poll() is not None]:
-                self._replace(worker)  # died between two jobs, so no answer is to blame
-            while len(self.workers) < min(self.num_workers, remaining):
-                self.workers.append(_Worker())
-            for worker in self.workers:
-                if worker.ready and worker.job is None and jobs:
-                    worker.send(jobs.popleft())
-            for worker, line in self._wait():
-                if line is None:
-                    self._replace(worker)
-                    if worker.job is None:
-                        raise UserError("grader: its self-test failed; reinstall math-verify and its dependencies")
-                    # it died by itself (a C extension aborting, the kernel's out-of-memory killer)
-                    grades[worker.job.index] = Grade(0.0, "error", time.monotonic() - worker.job.started)
-                    remaining -= 1
-                elif worker.job is None:
-                    worker.ready = True
-                else:
-                    result = json.loads(line)
-                    seconds = time.monotonic() - worker.job.started
-                    grades[worker.job.index] = Grade(result["reward"], result["status"], seconds)
-                    worker.job = None
-                    remaining -= 1
-            remaining -= self._kill_overdue(grades)
+    def _settle(self, gold: str, answer: str | None) -> tuple[float, str] | Job:
+        """(reward, status) where comparing strings and numbers is enough; a job where mathematics is needed."""
+        if not gold.strip() or len(gold) > MAX_CHARACTERS:
+            return 0.0, "error"
+        if answer is None or not answer.strip():
+            return 0.0, "no_answer"
+        if len(answer) > MAX_CHARACTERS or _nesting(answer) > MAX_NESTING:
+            return 0.0, "too_large"
+        return self._settle_paper(gold, answer) if self.mode == "paper" else self._settle_strict(gold, answer)
 
-    def _wait(self) -> list[tuple[_Worker, str | None]]:
-        """(worker, its line, or None at its end) of all workers with something to say within a tenth of a second."""
-        with selectors.DefaultSelector() as selector:
-            for worker in self.workers:
-                if worker.job is not None or not worker.ready:
-                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            events = selector.select(timeout=0.1)
-        return [(key.data, key.data.process.stdout.readline() or None) for key, _ in events]
+    def _settle_strict(self, gold: str, answer: str) -> tuple[float, str] | Job:
+        # 1,234 is one number, or a list of two: one reading that fits is enough
+        readings = (True, False) if THOUSANDS.search(gold) or THOUSANDS.search(answer) else (True,)
+        for thousands in readings:
+            left, right = normalise(gold, thousands), normalise(answer, thousands)
+            if not left:
+                return 0.0, "error"
+            right_or_not = compare(left, right, lambda *question: None)
+            if right_or_not:
+                return 1.0, "ok"
+            if right_or_not is None:
+                if len(right) > MAX_EXPRESSION + 4 * len(left) or _nesting(right) > MAX_DEEPER + _nesting(left):
+                    return 0.0, "too_large"
+                return Job(0, self.mode, left, right)
+        return 0.0, "ok"
 
-    def _kill_overdue(self, grades: list[Grade | None]) -> int:
-        killed = 0
-        for worker in list(self.workers):
-            now = time.monotonic()
-            if not worker.ready and now - worker.started > START_SECONDS:
-                raise UserError(f"grader: no answer from its self-test within {START_SECONDS:.0f} s")
-            if worker.job is not None and now - worker.job.started > self.answer_seconds:
-                self._replace(worker)
-                grades[worker.job.index] = Grade(0.0, "timeout", time.monotonic() - worker.job.started)
-                killed += 1
-        return killed
-
-    def _replace(self, worker: _Worker) -> None:
-        worker.kill()
-        self.workers.remove(worker)
+    def _settle_paper(self, gold: str, answer: str) -> tuple[float, str] | Job:
+        answer = clean(answer)
+        if answer is None:
+            return 0.0, "no_answer"
+        if all(text.isascii() and text.removeprefix("-").isdigit() for text in (gold, answer)):
+            return float(int(gold) == int(answer)), "ok"
+        return Job(0, self.mode, gold, answer)
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-        self.workers.clear()
+        self.pool.close()
 
 
-def _without_worker(gold: str, answer: str | None) -> tuple[float, str] | None:
-    """(reward, status) where comparing strings is enough; None where mathematics is needed."""
-    if not gold.strip():
-        return 0.0, "error"
-    if answer is None or not answer.strip():
-        return 0.0, "no_answer"
-    if len(answer) > MAX_CHARACTERS:
-        return 0.0, "too_large"
-    if len(gold) > MAX_CHARACTERS:
-        return 0.0, "error"
-    left, right = normalise(gold), normalise(answer)
-    if left == right:
-        return 1.0, "ok"
-    if is_text(left) or has_digit_gap(left) or has_digit_gap(right):
-        return float(left.casefold() == right.casefold()), "ok"
-    if _is_integer(left) and _is_integer(right):
-        return float(int(left) == int(right)), "ok"
-    return None
-
-
-def _is_integer(text: str) -> bool:
-    return text.isascii() and text.lstrip("+-").isdigit() and len(text) - len(text.lstrip("+-")) <= 1
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth -= 1
+    return deepest

@@ -1,7 +1,7 @@
-"""One grading process: reads [gold, answer] as JSON lines, writes {"reward", "status"} lines. Its parent kills it when
-an answer takes too long, so math-verify's own alarms, which hostile input can outlast, are off.
+"""One grading process: reads [mode, gold, answer] as JSON lines, writes {"reward", "status"} lines. Its parent kills it
+when an answer takes too long, so math-verify's own alarms, which hostile input can outlast, are off.
 
-Never imported by the program; run as `python -m eepo_fast.rewards.worker`.
+Never imported by the program; run as `python -m eepo_fast.rewards.worker MEMORY_BYTES`.
 """
 
 from __future__ import annotations
@@ -11,28 +11,46 @@ import logging
 import sys
 
 
-def verify_answer(gold: str, answer: str) -> dict[str, object]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+def verify_answer(mode: str, gold: str, answer: str) -> dict[str, object]:
+    from eepo_fast.rewards import paper, symbolic
+    from eepo_fast.rewards.compare import compare
 
-    configs = [LatexExtractionConfig(), ExprExtractionConfig()]
-    parsed_gold = parse(f"${gold}$", configs, parsing_timeout=None)
-    if all(isinstance(part, str) for part in parsed_gold):  # nothing but text: no mathematics was found in the gold
+    try:
+        right = paper.verify_answer(gold, answer) if mode == "paper" else compare(gold, answer, symbolic.ask)
+    except symbolic.NotMathematicsError:  # the gold is none
         return {"reward": 0.0, "status": "error"}
-    parsed = parse(f"${answer}$", configs, parsing_timeout=None)
-    right = bool(parsed) and verify(parsed_gold, parsed, timeout_seconds=None)
-    return {"reward": float(right), "status": "ok"}
+    return {"reward": float(bool(right)), "status": "ok"}
+
+
+def self_test() -> None:
+    """Right is right and wrong is wrong, in both modes, with everything shut that the sandbox shuts."""
+    for gold, answer, reward in (
+        ("\\frac{1}{2}", "\\frac{2}{4}\\cdot 1", 1.0), ("2\\sqrt{3}", "\\sqrt{12}", 1.0), ("x+1", "x+2", 0.0),
+        ("(x+1)^2", "x^2+2x+1", 1.0), ("\\sin(2x)", "2\\sin(x)\\cos(x)", 1.0), ("1+2i", "1-2i", 0.0),
+        ("8n^2+4n+1", "1+4n+8n^2", 1.0),
+    ):  # fmt: skip
+        for mode in ("strict", "paper"):
+            found = verify_answer(mode, gold, answer)
+            assert found == {"reward": reward, "status": "ok"}, f"self-test: {mode} {gold} {answer} gave {found}"
 
 
 def main() -> None:
+    from eepo_fast.rewards import sandbox
+
     logging.disable(logging.CRITICAL)
     out = sys.stdout
     sys.stdout = sys.stderr  # nothing a library prints may look like an answer
-    assert verify_answer("\\frac{1}{2}", "0.5")["reward"] == 1.0, "self-test: 1/2 is not 0.5"
+    self_test()  # also brings in what sympy imports late
+    sandbox.close_parsers()
+    sandbox.enter(int(sys.argv[1]))
+    self_test()
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         try:
             result = verify_answer(*json.loads(line))
-        except Exception:  # whatever the text did to the parser, this row gets its status and the next one its turn
+        except MemoryError:
+            result = {"reward": 0.0, "status": "too_large"}
+        except Exception:  # whatever the text did, this row gets its status and the next one its turn
             result = {"reward": 0.0, "status": "error"}
         print(json.dumps(result), file=out, flush=True)
 

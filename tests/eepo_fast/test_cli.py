@@ -138,7 +138,7 @@ def test_a_refused_run_leaves_no_grading_process(tmp_path, monkeypatch):
 
     started = []
     original = MathGrader.start
-    monkeypatch.setattr(MathGrader, "start", lambda self: (original(self), started.extend(self.workers)))
+    monkeypatch.setattr(MathGrader, "start", lambda self: (original(self), started.extend(self.pool.workers)))
     (tmp_path / "d.jsonl").write_text(GOOD)
     (tmp_path / "m").mkdir()
     (tmp_path / "m/config.json").write_text("{}")

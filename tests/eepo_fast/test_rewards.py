@@ -9,7 +9,8 @@ from eepo_fast.advantages import group_advantages
 from eepo_fast.cli import main
 from eepo_fast.rewards import MathGrader
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
-from eepo_fast.rewards.extract import extract_answer, normalise
+from eepo_fast.rewards.extract import extract_answer
+from eepo_fast.rewards.normalise import normalise
 from eepo_fast.types import Problem
 
 ENDLESS = "10^{10^{10^{10}}}"
@@ -85,15 +86,15 @@ def test_statuses(grader):
     assert [g.status for g in grades] == ["no_answer", "no_answer", "too_large", "error", "error", "timeout"]
     assert all(g.reward == 0 for g in grades)
     assert grades[-1].seconds < 5 and time.monotonic() - start < 60
-    assert grader.grade_answers(["\\frac{1}{2}"], ["0.5"])[0].reward == 1  # and the worker's place is taken
+    assert grader.grade_answers(["\\sqrt{8}"], ["2\\sqrt{2}"])[0].reward == 1  # and the worker's place is taken
 
 
 def test_a_worker_that_died_idle_costs_no_answer(grader):
-    assert grader.grade_answers(["\\frac{1}{2}"] * 2, ["0.5"] * 2)[0].reward == 1
-    for worker in [w for w in grader.workers if w.ready]:
+    assert grader.grade_answers(["\\sqrt{8}"], ["2\\sqrt{2}"])[0].reward == 1
+    for worker in [w for w in grader.pool.workers if w.ready]:
         worker.process.kill()
         worker.process.wait()
-    grades = grader.grade_answers(["\\frac{1}{2}"] * 6, ["0.5"] * 6)
+    grades = grader.grade_answers(["\\sqrt{8}"] * 6, [f"{n}\\sqrt{{8}}/{n}" for n in range(2, 8)])
     assert [(g.reward, g.status) for g in grades] == [(1.0, "ok")] * 6
 
 
@@ -103,11 +104,11 @@ def test_a_worker_that_dies_at_its_job_is_an_error_and_no_plain_zero(grader, mon
         worker.process.wait()
         original(worker, job)
 
-    original = type(grader.workers[0]).send
-    monkeypatch.setattr(type(grader.workers[0]), "send", send_and_die)
-    assert [g.status for g in grader.grade_answers(["\\frac{1}{2}"], ["0.5"])] == ["error"]
+    original = type(grader.pool.workers[0]).send
+    monkeypatch.setattr(type(grader.pool.workers[0]), "send", send_and_die)
+    assert [g.status for g in grader.grade_answers(["\\sqrt{8}"], ["2\\sqrt{2}"])] == ["error"]
     monkeypatch.undo()
-    assert grader.grade_answers(["\\frac{1}{2}"], ["0.5"])[0].reward == 1
+    assert grader.grade_answers(["\\sqrt{8}"], ["2\\sqrt{2}"])[0].reward == 1
 
 
 def test_nothing_in_an_answer_is_executed(grader, tmp_path):

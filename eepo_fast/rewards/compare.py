@@ -1,0 +1,370 @@
+"""Is this answer that gold answer? The strict decision, on normalised texts; mathematics is asked of someone else.
+
+`compare` takes an answer apart as far as its form goes (lists, sets, tuples, intervals, unions, matrices, equations,
+units) and settles what strings and exact numbers can settle. For the rest it calls `ask`, which may not know: then the
+result is None, and a worker process does the same again with an `ask` that has math-verify.
+
+Decisions, where careful people could differ:
+- `x = 5` is 5 and `f(x) = 2x` is 2x where the gold has no such left side (and the other way round). Of a chain the last
+  side counts. A left side that is plain arithmetic must hold: `2+5=7` is 7, `5=7` is not.
+- Lists and sets match in any order, one to one; tuples, intervals, matrices in order, with the same kind of bracket.
+  Several answers are never one: `1 or 2` is not 1. `{1,2}` is `1,2`; `(1,2)` is neither. Of `a \\pm b` both are meant.
+- A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong. Nothing is
+  converted. So with bases: `1011` is 1011_2, but 1011_2 is not 1011.
+- A percent sign is a unit (50% is 50, where the gold says 50) or what it stands for (50% is 0.5). Without the sign
+  nothing is ever taken times or over 100.
+- `0<x<1` is the interval (0,1), `x \\ge 2` is [2,\\infty). An equation is another if their sides differ by a factor.
+- `3:2` is a ratio or a time, compared part by part. A choice is its letter, with or without brackets. Words are
+  compared without case, articles and punctuation.
+- Arithmetic left undone (`2+2`, `2^{10}`, `10!`) is its value; an integral, sum, product, limit or determinant is not,
+  unless the gold has one too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from eepo_fast.rewards.numbers import read_number, same_number
+
+Ask = Callable[[str, str, str], bool | None]
+"""(question, gold, answer) -> yes, no, or not known here. Questions: equal, proportional, positively_proportional."""
+
+OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")
+TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "\\le", "\\ge": "\\ge", "\\ne": "\\ne", "\\in": "\\in",
+             "\\approx": "\\approx"}  # fmt: skip
+FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+NAME = re.compile(
+    r"(?:\\text\{[^{}]*\}|(?:\\angle |\\triangle |m\\angle )?(?:\\[A-Za-z]+|[A-Za-z]{1,4}))"
+    r"(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?(?:'|\^\{?\\prime\}?)*(?:\([A-Za-z0-9,]*\))?"
+)
+UNIT = re.compile(r"(?:(?:\\text\{[^{}]*\}(?:\^\{?-?[0-9]\}?)?|/|\\cdot)+)$")
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
+BASE = re.compile(r"(-?[0-9A-Fa-f.]+)_\{?([0-9]{1,2})\}?")
+HEDGES = re.compile(r"^\\text\{(?:about|approximately|approx|roughly|is|usd|rs|exactly)\}", re.IGNORECASE)
+MAX_MATCHED = 64
+UNIT_NAMES = {
+    "deg": "degree", "degrees": "degree", "inches": "inch", "in": "inch", "feet": "foot", "ft": "foot", "cents": "cent",
+    "meters": "m", "meter": "m", "metres": "m", "metre": "m", "centimeters": "cm", "centimeter": "cm", "am": "a.m.",
+    "kilometers": "km", "kilometer": "km", "grams": "g", "gram": "g", "kilograms": "kg", "kilogram": "kg", "sec": "s",
+    "seconds": "s", "second": "s", "secs": "s", "hours": "h", "hour": "h", "hr": "h", "hrs": "h", "mins": "min",
+    "minutes": "min", "minute": "min", "pm": "p.m.", "a.m": "a.m.", "p.m": "p.m.", "sq": "square", "liters": "l",
+    "liter": "l", "litres": "l", "litre": "l", "yards": "yard", "miles": "mile", "mi": "mile", "percentage": "percent",
+}  # fmt: skip
+
+
+def compare(gold: str, answer: str, ask: Ask) -> bool | None:
+    """True, False, or None where `ask` did not know enough."""
+    if gold == answer:
+        return True
+    gold, answer = _outer(gold), _outer(answer)
+    golds, answers = _alternatives(gold), _alternatives(answer)
+    if len(golds) > 1 or len(answers) > 1:
+        return _unordered(golds, answers, ask)
+    gold, answer = golds[0], answers[0]
+    if gold == answer:
+        return True
+    gold_relation, answer_relation = _relation(gold), _relation(answer)
+    if gold_relation or answer_relation:
+        return _compare_relations(gold, answer, gold_relation, answer_relation, ask)
+    unions = _split(gold, "\\cup"), _split(answer, "\\cup")
+    if max(map(len, unions)) > 1:
+        return _unordered(*unions, ask)
+    matrices = _matrix(gold), _matrix(answer)
+    if matrices[0] or matrices[1]:
+        return bool(matrices[0] and matrices[1]) and _rows(*matrices, ask)
+    groups = _group(gold), _group(answer)
+    if groups[0] and groups[1]:
+        return groups[0][0] == groups[1][0] and _ordered(groups[0][1], groups[1][1], ask)
+    if groups[0] or groups[1]:
+        return False
+    return compare_leaves(gold, answer, ask)
+
+
+def _outer(text: str) -> str:
+    """Without round brackets around all of it, unless they hold a tuple."""
+    while text.startswith("(") and text.endswith(")") and _closes_at_end(text) and len(_split(text[1:-1], ",")) == 1:
+        inner = text[1:-1]
+        if "\\frac" in inner and "+" in inner and read_number(text):  # a mixed number
+            break
+        text = inner
+    return text
+
+
+def _closes_at_end(text: str) -> bool:
+    """The bracket that opens the text is closed by its last character."""
+    depth = 0
+    tokens = TOKEN.findall(text)
+    for i, token in enumerate(tokens):
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth == 0:
+            return i == len(tokens) - 1
+    return False
+
+
+def _split(text: str, *separators: str) -> list[str]:
+    """Parts between separators outside of all brackets; in intervals the kinds of a pair may differ."""
+    if not any(separator in text for separator in separators):
+        return [text]
+    parts, current, depth = [], [], 0
+    for token in TOKEN.findall(text):
+        if token in OPENING:
+            depth += 1
+        elif token in CLOSING:
+            depth -= 1
+        if depth == 0 and token in separators:
+            parts.append("".join(current))
+            current = []
+        else:
+            current.append(token)
+    parts.append("".join(current))
+    return [part.strip() for part in parts]
+
+
+def _alternatives(text: str) -> list[str]:
+    """The answers of an unordered list or set, both signs of every \\pm written out."""
+    match = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
+    if match and _closes_at_end(text) and not ("|" in text or ":" in text):
+        text = match.group(1)
+    parts = [part for part in _split(text, ",", ";") if part]
+    result: list[str] = []
+    for part in parts:
+        if "\\pm" in part or "\\mp" in part:
+            for plus, minus in (("+", "-"), ("-", "+")):
+                result.append(re.sub(r"\\pm *", plus, re.sub(r"\\mp *", minus, part)).removeprefix("+"))
+        else:
+            result.append(part)
+    return result or [text]
+
+
+def _group(text: str) -> tuple[tuple[str, str], list[str]] | None:
+    """(brackets, parts) of a tuple or an interval."""
+    for opening in ("(", "[", "\\langle"):
+        for closing in (")", "]", "\\rangle"):
+            if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+                if not _closes_at_end(text):
+                    return None
+                parts = _split(text[len(opening) : len(text) - len(closing)], ",")
+                kinds = ("(" if opening == "\\langle" else opening, ")" if closing == "\\rangle" else closing)
+                return (kinds, parts) if len(parts) > 1 else None
+    return None
+
+
+def _matrix(text: str) -> list[list[str]] | None:
+    match = MATRIX.fullmatch(text)
+    if not match:
+        return None
+    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match.group(2)) if row.strip()]
+    return [[cell.strip() for cell in row.split("&")] for row in rows]
+
+
+def _rows(golds: list[list[str]], answers: list[list[str]], ask: Ask) -> bool | None:
+    if [len(row) for row in golds] != [len(row) for row in answers]:
+        return False
+    return _ordered([c for row in golds for c in row], [c for row in answers for c in row], ask)
+
+
+def _ordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
+    if len(golds) != len(answers):
+        return False
+    result: bool | None = True
+    for gold, answer in zip(golds, answers, strict=True):
+        one = compare(gold, answer, ask)
+        if one is False:
+            return False
+        result = None if one is None else result
+    return result
+
+
+def _unordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
+    """One to one, in any order."""
+    if len(golds) != len(answers):
+        return False
+    rest = list(answers)
+    open_golds = []
+    for gold in golds:
+        if gold in rest:
+            rest.remove(gold)
+        else:
+            open_golds.append(gold)
+    if len(open_golds) > MAX_MATCHED:
+        return _ordered(open_golds, rest, ask)
+    unknown = False
+    for gold in open_golds:
+        results = [(compare(gold, answer, ask), answer) for answer in rest]
+        found = next((answer for result, answer in results if result), None)
+        if found is not None:
+            rest.remove(found)
+        elif any(result is None for result, _ in results):
+            unknown = True
+        else:
+            return False
+    return None if unknown else True
+
+
+def _relation(text: str) -> tuple[list[str], list[str]] | None:
+    """(sides, relation signs) of an equation, an inequality or a chain of them."""
+    signs = [t for t in _top_level(text) if t in RELATIONS]
+    return (_split(text, *RELATIONS), signs) if signs else None
+
+
+def _top_level(text: str) -> list[str]:
+    if not any(sign in text for sign in RELATIONS):
+        return []
+    tokens, depth = [], 0
+    for token in TOKEN.findall(text):
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth == 0:
+            tokens.append(token)
+    return tokens
+
+
+def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, ask: Ask) -> bool | None:
+    if gold_relation and answer_relation:
+        return _compare_both(gold_relation, answer_relation, ask)
+    if gold_relation:
+        sides, signs = gold_relation
+        if set(signs) <= {"=", "\\in"} and (NAME.fullmatch(sides[0]) or read_number(sides[0])):
+            return compare(sides[-1], answer, ask)
+        interval = _as_interval(sides, signs)
+        return compare(interval, answer, ask) if interval else False
+    sides, signs = answer_relation
+    if not all(sides):
+        return compare(gold, "".join(sides), ask) if not sides[0] and signs == ["="] else False
+    if set(signs) <= {"=", "\\approx"}:
+        return _last_side(gold, sides, signs, ask)
+    if signs == ["\\in"]:
+        return compare(gold, sides[1], ask)
+    interval = _as_interval(sides, signs)
+    return compare(gold, interval, ask) if interval else False
+
+
+def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool | None:
+    """An equation, for a gold that is none: its last exact side counts, and the numbers before it must hold."""
+    exact = sides[: signs.index("\\approx") + 1] if "\\approx" in signs else sides
+    if len(exact) == 1 and NAME.fullmatch(exact[0]):
+        return compare(gold, sides[-1], ask)  # x \approx 3.14
+    first, last = read_number(exact[-1]), read_number(sides[-1])
+    if first and last and abs(first.value - last.value) > abs(first.value) / 20:
+        return False  # no approximation, but two answers
+    result = compare(gold, exact[-1], ask)
+    if not result and "\\approx" in signs and read_number(gold) and read_number(gold).ulp:
+        result = compare(gold, sides[-1], ask)
+    for side in exact[:-1]:
+        if result is not False and not re.search(
+            r"[A-Za-z]", re.sub(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b", "", side)
+        ):
+            holds = compare(exact[-1], side, ask)
+            result = holds if not holds else result
+    return result
+
+
+def _compare_both(gold_relation, answer_relation, ask: Ask) -> bool | None:
+    (golds, gold_signs), (answers, answer_signs) = _oriented(*gold_relation), _oriented(*answer_relation)
+    if not all(golds) or not all(answers):
+        return False
+    if gold_signs != answer_signs:
+        if set(gold_signs) == {"="} == set(answer_signs) and golds[0] == answers[0]:
+            return compare(golds[-1], answers[-1], ask)
+        first, second = _as_interval(golds, gold_signs), _as_interval(answers, answer_signs)
+        return compare(first, second, ask) if first and second else False
+    same_left = golds[0] == answers[0]
+    if same_left or len(golds) > 2:
+        result = _ordered(golds, answers, ask)
+        if result or len(golds) > 2 or NAME.fullmatch(golds[0]):
+            return result
+    if gold_signs in (["\\in"], ["\\approx"]):
+        return _ordered(golds, answers, ask)
+    question = "proportional" if gold_signs in (["="], ["\\ne"]) else "positively_proportional"
+    return ask(question, f"({golds[0]})-({golds[1]})", f"({answers[0]})-({answers[1]})")
+
+
+def _oriented(sides: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
+    """With the smaller side first."""
+    if signs and all(sign in (">", "\\ge") for sign in signs):
+        return sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
+    return sides, signs
+
+
+def _as_interval(sides: list[str], signs: list[str]) -> str | None:
+    """0<x\\le 1 as (0,1], x>2 as (2,\\infty); `x \\in S` as S; None for what is no interval of one name."""
+    if signs == ["\\in"]:
+        return sides[1]
+    sides, signs = _oriented(sides, signs)
+    if not signs or not set(signs) <= {"<", "\\le"}:
+        return None
+    opening, closing = "(" if signs[0] == "<" else "[", ")" if signs[-1] == "<" else "]"
+    if len(sides) == 3 and NAME.fullmatch(sides[1]):
+        return f"{opening}{sides[0]},{sides[2]}{closing}"
+    if len(sides) == 2 and NAME.fullmatch(sides[0]) and not NAME.fullmatch(sides[1]):
+        return f"(-\\infty,{sides[1]}{closing}"
+    if len(sides) == 2 and NAME.fullmatch(sides[1]) and not NAME.fullmatch(sides[0]):
+        return f"{opening}{sides[0]},\\infty)"
+    return None
+
+
+def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
+    """What has no more parts: a number, an expression, words."""
+    (gold, gold_unit), (answer, answer_unit) = _without_unit(gold), _without_unit(answer)
+    if not gold or not answer:
+        return _same_text(gold_unit, answer_unit) if not gold and not answer else False
+    percents = "percent" in gold_unit, "percent" in answer_unit
+    if gold_unit and answer_unit and _unit(gold_unit) != _unit(answer_unit):
+        return False
+    if ":" in gold or ":" in answer:
+        parts = gold.split(":"), answer.split(":")
+        return len(parts[0]) == len(parts[1]) and _ordered(*parts, ask)
+    bases = BASE.fullmatch(gold), BASE.fullmatch(answer)
+    if bases[0] or bases[1]:
+        return bool(bases[0]) and (bases[0].group(1) if not bases[1] else bases[0].groups()) == (
+            answer if not bases[1] else bases[1].groups()
+        )
+    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty"):
+        return True
+    numbers = read_number(gold), read_number(answer)
+    if numbers[0] and numbers[1]:
+        if same_number(*numbers):
+            return True
+        if percents[0] != percents[1]:  # the sign is what it stands for
+            marked, plain = numbers if percents[0] else numbers[::-1]
+            return marked.value == 100 * plain.value
+        return False
+    if gold.isalpha() and len(gold) == 1 and re.fullmatch(r"\(?" + gold + r"\)?", answer):
+        return True
+    if gold.isalpha() and answer.isalpha():
+        return sorted(gold) == sorted(answer) or (len(gold) > 2 and gold.casefold() == answer.casefold())
+    if "\\infty" in (gold.lstrip("-"), answer.lstrip("-")):
+        return False
+    return ask("equal", gold, answer)
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    text = HEDGES.sub("", text)
+    match = UNIT.search(text)
+    if not match or not match.group().startswith("\\text"):
+        return text, ""
+    return text[: match.start()], match.group()
+
+
+def _words(text: str) -> list[str]:
+    found = re.findall(r"[a-z0-9.]+", " ".join(TEXT.findall(text)).lower() if "\\text" in text else text.lower())
+    return [word.rstrip(".") if word not in ("a.m.", "p.m.") else word for word in found]
+
+
+def _same_text(gold: str, answer: str) -> bool:
+    articles = ("the", "a", "an")
+    golds, answers = ([word for word in _words(text) if word not in articles] for text in (gold, answer))
+    return "".join(golds) == "".join(answers) and bool(golds)
+
+
+def _unit(text: str) -> list[str]:
+    """A unit's words and exponents under common names; `sq units`, `square units` and `units^2` are one."""
+    words = []
+    for word in re.findall(r"[a-z.]+|[0-9]", re.sub(r"\\text|\\cdot", " ", text.lower())):
+        name = UNIT_NAMES.get(word, word)
+        words.append(name if name in ("a.m.", "p.m.") or len(name) < 3 else name.rstrip("s."))
+    swapped = [w for w in words if w not in ("square", "cubic", "2", "3", "of", "unit")]
+    powers = [{"square": "2", "cubic": "3"}.get(w, w) for w in words if w in ("square", "cubic", "2", "3")]
+    return sorted(swapped) + sorted(powers)

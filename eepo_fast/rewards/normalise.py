@@ -1,0 +1,245 @@
+"""One spelling for the many ways in which people write the same answer. Text in, text out; nothing is evaluated.
+
+Every pattern is linear, or quadratic with a small constant on the 2,000 characters that an answer may have. Characters
+that cannot be seen (zero width, direction marks, control characters) are left where they are: an answer that holds one
+is no mathematics and equals nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+
+def word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+UNICODE = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "\\cdot ", "·": "\\cdot ", "⋅": "\\cdot ", "∗": "\\cdot ",
+    "÷": "/", "⁄": "/", "∕": "/", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ",
+    "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ",
+    "∈": "\\in ", "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "′": "'", "θ": "\\theta ", "α": "\\alpha ",
+    "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
+    "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
+    "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
+}  # fmt: skip
+FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
+COMMANDS = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "times": "cdot", "ast": "cdot", "leq": "le", "leqslant": "le",
+    "geq": "ge", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}", "mathrm": "text", "textrm": "text",
+    "textbf": "text", "textit": "text", "textnormal": "text", "mbox": "text", "operatorname": "text", "mathbf": "text",
+    "mathit": "text", "boldsymbol": "text", "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "",
+    "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
+    "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
+    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "doteq": "=", "colon": ":", "lt": "<", "gt": ">",
+    "euro": "", "pounds": "", "dollar": "",
+    **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
+}  # fmt: skip
+COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
+FUNCTIONS = word_set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt gcd lcm max min mod det deg dim "
+    "lim arg sup inf pi infty infinity theta alpha beta gamma lambda omega"
+)
+UNITS = word_set(
+    "cm mm km nm ft in inch inches foot feet yd yards mi mile miles kg mg lb lbs oz ml sec secs second seconds min "
+    "mins minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz mhz pa kpa ev kev "
+    "mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter liters litre litres gram "
+    "grams cent cents dollar dollars usd square cubic sq cu unit units people ways way points point apples percent pct per "
+    "kelvin joule joules watt watts newton newtons volt volts pounds pound gallons gallon au pc ly and or to of "
+    "is about approximately roughly no yes odd even true false none empty rs hundred thousand million billion trillion "
+    "times more less than the a an be"
+) - {"a", "in", "au", "to"}
+ENVIRONMENTS = ("matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "cases", "overline", "mathbb")
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+WORDS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?:['-][A-Za-z]+)*")
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+WHOLE = re.compile(r"\\(?:text|boxed|fbox|mathcal)\s*\{(.*)\}", re.DOTALL)
+DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"))
+SEPARATOR = re.compile(r"\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}", re.IGNORECASE)
+THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,|\\!)(?=[0-9]{3}(?![0-9]))")
+SPACED_THOUSANDS = re.compile(r"(?<![0-9.,^_])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
+MIXED = re.compile(
+    r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
+)
+AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
+GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
+SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
+NEW_ROW = "\x03"  # stands for \\ meanwhile
+PER_UNIT = re.compile(r"(\\text\{[^{}]*\}\s*(?:\^[0-9]\s*)?/\s*)([A-Za-z]{1,3})(?![A-Za-z])")
+UNIT_LETTERS = frozenset("msghJNWVKLACTFH")
+UNITS_TO_THE_END = re.compile(r"(?:[\s/.]|\\cdot|\^\{?-?[0-9]\}?|\\text\s*\{[^{}]*\}|per\b|[a-z]{1,3}\b)*")
+SMALL_WORDS = word_set("or is of no be to an")
+UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?\s*$")
+
+
+def normalise(answer: str, thousands: bool = True) -> str:
+    """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
+    text = _plain_characters(CONTROL.sub("\ufffd", answer))
+    text = _unwrap(text)
+    if "\\begin" not in text:
+        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # backslashes written twice
+    text = text.replace("\\\\", NEW_ROW)
+    text = MARKED_THOUSANDS.sub("", text)
+    if thousands and not any(bracket in text for bracket in ("(", "[", "\\{")):  # (2,100) is a pair
+        text = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    text = text.replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
+    for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
+        text = text.replace(spacing, " ")
+    text = COMMAND.sub(_command, text)
+    text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
+    text = _texts(text)
+    text = _unwrap(text)
+    text = SPACED_THOUSANDS.sub(lambda m: m.group().replace(" ", ""), text)
+    text = _braces(text)
+    text = MIXED.sub(_mixed, text)
+    text = _spaces(text)
+    text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
+    text = text.replace("!=", "\\ne ").replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
+    text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
+    return _spaces(
+        re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
+    ).replace(NEW_ROW, "\\\\")
+
+
+def _plain_characters(text: str) -> str:
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub("[₀-₉]+", lambda m: "_{" + m.group().translate(SUBSCRIPTS) + "}", text)
+    text = FRACTIONS.sub(lambda m: " \\frac{" + unicodedata.normalize("NFKC", m.group()).replace("⁄", "}{") + "}", text)
+    text = re.sub(r"√\s*(\([^()]*\)|[0-9]+|[A-Za-z])", lambda m: "\\sqrt{" + m.group(1).strip("()") + "}", text)
+    text = "".join(UNICODE.get(c, c) for c in text)
+    return unicodedata.normalize("NFKC", text).replace("−", "-")
+
+
+def _unwrap(text: str) -> str:
+    """Without delimiters, emphasis, outer text commands and braces, and the point at the end of a sentence."""
+    for _ in range(8):  # as deep as people nest them
+        before = text
+        text = text.strip().rstrip(",;:").strip()
+        if text.endswith(".") and not text.endswith("..."):
+            text = text[:-1].rstrip()
+        for opening, closing in DELIMITERS:
+            if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
+                text = text[len(opening) : len(text) - len(closing)]
+        match = WHOLE.fullmatch(text)
+        if match and _balanced(match.group(1)):
+            text = match.group(1)
+        elif text.startswith("{") and text.endswith("}") and _balanced(text[1:-1]):
+            text = text[1:-1]
+        if text == before:
+            break
+    return text
+
+
+def _balanced(text: str) -> bool:
+    """Braces close inside the text, never below where it starts."""
+    depth = 0
+    for i, character in enumerate(text):
+        if character in "{}" and (i == 0 or text[i - 1] != "\\"):
+            depth += 1 if character == "{" else -1
+            if depth < 0:
+                return False
+    return depth == 0
+
+
+def _command(match: re.Match) -> str:
+    name, space = match.groups()
+    if name not in COMMANDS:
+        return match.group()
+    new = COMMANDS[name]
+    if new == "text" and name == "operatorname":
+        return "\\text" + space
+    return ("\\" + new if new[:1].isalpha() or new in ("{", "}") else new) + space
+
+
+def _texts(text: str) -> str:
+    """Words into \\text{}, function names out of it, "and"/"or" into commas."""
+    parts, position = [], 0
+    for match in TEXT.finditer(text):
+        parts.append(_plain(text[position : match.start()]))
+        inner = AM_PM.sub(_am_pm, match.group(1)).strip()
+        if inner in FUNCTIONS:
+            parts.append(f"\\{inner} ")
+        elif inner in UNIT_LETTERS and UNITS_TO_THE_END.fullmatch(text, match.end()) and _after_number(parts):
+            parts.append("\\text{" + inner + "}")  # a unit such as m or s
+        elif re.fullmatch(r"\(?[A-Za-z]\)?|[-+0-9.,/ ]*|[A-Za-z](?:\s*,\s*[A-Za-z])+", inner):
+            parts.append(inner)  # a choice, or a number
+        else:
+            parts.append("\\text{" + " ".join(inner.split()) + "}")
+        position = match.end()
+    parts.append(_plain(text[position:]))
+    parts = [PER_UNIT.sub(r"\1\\text{\2}", "".join(parts))]
+    text = UNIT_LETTER.sub(r"\\text{\1}\2", "".join(parts))
+    text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
+    text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
+    text = re.sub(r",?\s*" + SEPARATOR.pattern + r"\s*,?", ",", text, flags=re.IGNORECASE)
+    return re.sub(
+        r"\\text\{(hundred|thousand|million|billion|trillion)\b ?([^{}]*)\}",
+        lambda m: f"\\cdot 10^{SCALES[m.group(1)]}" + (f"\\text{{{m.group(2)}}}" if m.group(2) else ""), text,
+    )  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    return WORDS.sub(_word, AM_PM.sub(lambda m: f"\\text{{{_am_pm(m)}}}", text))
+
+
+def _am_pm(match: re.Match) -> str:
+    return (match.group(1) or match.group(2)).lower() + "m"
+
+
+def _after_number(parts: list[str]) -> bool:
+    return "".join(parts[-3:]).rstrip()[-1:] in tuple("0123456789}/")
+
+
+def _word(match: re.Match) -> str:
+    word = match.group()
+    low = word.lower()
+    if low in ("infinity", "infty") or word == "inf":
+        return "\\infty "
+    before = match.string[max(0, match.start() - 9) : match.start()].rstrip()
+    at_end = before[-1:].isdigit() and UNITS_TO_THE_END.fullmatch(match.string, match.end())
+    if word in FUNCTIONS and not (low in UNITS and at_end):
+        return f"\\{word} "
+    if len(word) == 2 and low in UNITS and low not in SMALL_WORDS and not at_end:
+        return word  # a product of variables
+    if word in ENVIRONMENTS:
+        return word
+    if low in UNITS or (len(word) >= 4 and not word.isupper()):
+        return "\\text{" + ("percent" if low == "pct" else word) + "}"
+    return word
+
+
+def _braces(text: str) -> str:
+    """\\frac12 and \\sqrt3 with braces; ^{2} and _{2} without."""
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*\{", r"\\frac{\1}{", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9A-Za-z])", r"\1{\2}", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\\pi)(?![A-Za-z])", r"\1{\2}", text)
+    text = re.sub(r"\\frac\s*(\\pi)\s*([0-9])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    return re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", text)
+
+
+def _mixed(match: re.Match) -> str:
+    whole, a, b, c, d = match.groups()
+    return f"({whole}+\\frac{{{a or c}}}{{{b or d}}})"
+
+
+def _spaces(text: str) -> str:
+    """No space but inside \\text{}, between a command and a letter, and between two numbers."""
+    kept: list[str] = []
+
+    def keep(match: re.Match) -> str:
+        kept.append(match.group())
+        return "\x00"
+
+    text = TEXT.sub(keep, text)
+    text = SPACE_AFTER_COMMAND.sub("\\1\x01", GAP.sub("\x02", text))
+    text = "".join(text.split()).replace("\x01", " ").replace("\x02", " ")
+    parts = text.split("\x00")
+    return "".join(a + b for a, b in zip(parts, [*kept, ""], strict=True))

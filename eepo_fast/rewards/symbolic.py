@@ -1,0 +1,189 @@
+"""Are two expressions the same? Parsed by math-verify's LaTeX parser, compared by value. For worker processes: hostile
+input can make this run for ever or out of memory.
+
+Two constants are equal if they agree to 30 digits; two expressions with variables if they agree to 20 digits at points
+drawn once and for all, of both signs, wherever both are real (that is: √(x²) is not x, and ln(ab) is ln a + ln b).
+`simplify` is never asked. What cannot be evaluated (an integral, a set, a function nobody knows) must be equal as it
+stands. Nothing is parsed but the characters and commands listed here, and only by the LaTeX grammar: math-verify's
+other parser hands text to Python's `eval`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from sympy import Abs, Basic, Derivative, Float, I, N, Rational, S, Symbol
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.matrices import MatrixBase
+from sympy.sets import Set
+
+from eepo_fast.rewards.normalise import word_set
+from eepo_fast.rewards.numbers import Number, approximates, read_number, rounds_to
+
+CHARACTERS = re.compile(r"[A-Za-z0-9 +\-*/^_={}()\[\]|.,!'\\]*")
+COMMANDS = word_set(
+    "frac sqrt cdot pi text theta alpha beta gamma delta epsilon varepsilon zeta eta lambda mu nu xi rho sigma tau phi "
+    "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega kappa iota hbar ell sin cos tan cot sec csc "
+    "arcsin arccos arctan sinh cosh tanh ln log exp binom lfloor rfloor lceil rceil infty overline bar gcd lcm max min "
+    "mod bmod pmod angle triangle imath prime dot ddot odot div"
+)
+UNFINISHED = word_set("int iint oint sum prod lim det nabla partial limsup liminf")
+DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
+COMMAND = re.compile(r"\\([A-Za-z]+)")
+RENAMED = (
+    (re.compile(r"\\cdot(?![A-Za-z])"), r"\\cdot "),
+    (re.compile(r"np\.|math\."), ""),
+    (re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|sqrt|ln|log|exp)(?=[({])"), r"\\\1"),
+    (re.compile(r"\\exp\{([^{}]*)\}"), r"e^{\1}"),
+    (re.compile(r"\\(arc[a-z]{3}|sin|cos|tan|ln|log)\{([^{}]*)\}"), r"\\\1(\2)"),
+    (re.compile(r"\\(d?)dot\{?(\\?[A-Za-z]+)\}?(?:_\{?([0-9A-Za-z])\}?)?"), r"\2_{\1dot\3}"),
+    (re.compile(r"(?<=[A-Za-z)])(?:\^\{?\\prime\}?|')"), r"_{prime}"),
+    (re.compile(r"\\odot"), "0"),
+    (re.compile(r"\\gamma(?![A-Za-z])"), r"\\xi_{g}"),  # alone it would be Euler's constant
+    (re.compile(r"\\pi(?=\()"), r"\\pi \\cdot "),  # a factor, not a function
+    (re.compile(r"(?<![A-Za-z\\])E(?=_)"), r"\\Xi"),
+    (re.compile(r"(?<![A-Za-z\\])E(?![A-Za-z])"), r"\\Xi_{0}"),
+    (re.compile(r"\\imath"), "i"),
+    (re.compile(r"\\(?:angle|triangle) ?"), ""),
+    (re.compile(r"_\{\\text\{([A-Za-z ]{1,20})\}\}"), lambda m: "_{" + m.group(1).replace(" ", "") + "}"),
+    (re.compile(r"\(([0-9]+)\+(\\frac\{[0-9]+\}\{[0-9]+\})\)"), r"(\1+\2)"),
+)  # fmt: skip
+POINTS = 6
+DIGITS = 40
+EQUAL, EQUAL_AT_POINT = Float("1e-30", DIGITS), Float("1e-20", DIGITS)
+ZERO = Float("1e-110", DIGITS)  # sympy gives up on telling a constant from zero below 1e-120
+
+
+class NotMathematicsError(Exception):
+    """A text that is not parsed: an unknown command or character, or nothing the grammar takes."""
+
+
+def ask(question: str, gold: str, answer: str) -> bool:
+    """The worker's side of `compare`; NotMathematicsError for a gold that cannot be parsed."""
+    gold_expression = parse_latex(gold)
+    unfinished = _unfinished(answer) - _unfinished(gold)
+    try:
+        answer_expression = parse_latex(answer)
+    except NotMathematicsError:
+        return False
+    if unfinished:
+        return False
+    if question != "equal":
+        return _proportional(gold_expression, answer_expression, question == "positively_proportional")
+    return equal(gold_expression, answer_expression, read_number(gold), read_number(answer))
+
+
+def _unfinished(text: str) -> set[str]:
+    return UNFINISHED.intersection(COMMAND.findall(text))
+
+
+@lru_cache(maxsize=512)
+def parse_latex(text: str) -> Basic:
+    """math-verify's reading of a normalised text. NotMathematicsError where it has none."""
+    if not CHARACTERS.fullmatch(text) or not text or "!!!" in text:
+        raise NotMathematicsError
+    if not COMMANDS.union(UNFINISHED, ("to", "rightarrow", "mathbb")).issuperset(COMMAND.findall(text)):
+        raise NotMathematicsError
+    for pattern, replacement in RENAMED:
+        text = pattern.sub(replacement, text)
+    text = DECIMAL.sub(lambda m: f"(\\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}})", text)
+    try:
+        config = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
+        parsed = latex2sympy(text, normalization_config=None, conversion_config=config)
+    except Exception as error:  # the grammar's errors are plain Exceptions
+        raise NotMathematicsError from error
+    if not isinstance(parsed, (Basic, MatrixBase)):
+        raise NotMathematicsError
+    return parsed
+
+
+def equal(gold: Basic, answer: Basic, gold_number: Number | None = None, answer_number: Number | None = None) -> bool:
+    if gold == answer:
+        return True
+    if any(isinstance(e, (Relational, Set, MatrixBase)) or not hasattr(e, "free_symbols") for e in (gold, answer)):
+        return False
+    gold, answer = _closed(gold), _closed(answer)
+    if gold.free_symbols != answer.free_symbols:
+        return False
+    symbols = sorted(gold.free_symbols, key=str)
+    if not symbols:
+        first, second = _value(gold), _value(answer)
+        if first is None or second is None:
+            return False
+        if _close(first, second, EQUAL):
+            return True
+        if gold_number is not None and _is_real(second):
+            return rounds_to(gold_number, _fraction(second))
+        if answer_number is not None and _is_real(first):
+            return not (gold.is_integer or gold.is_rational) and approximates(answer_number, _fraction(first))
+        return False
+    pairs = [_values(gold, answer, point) for point in _points(symbols)]
+    known = [pair for pair in pairs if pair is not None]
+    real = [pair for pair in known if _is_real(pair[0]) and _is_real(pair[1])]
+    chosen = real if len(real) >= 3 else known
+    return len(chosen) >= 3 and all(_close(a, b, EQUAL_AT_POINT) for a, b in chosen)
+
+
+def _proportional(gold: Basic, answer: Basic, positive: bool) -> bool:
+    """answer = c · gold with a constant c ≠ 0; or c > 0."""
+    if any(isinstance(e, (Relational, Set, MatrixBase)) for e in (gold, answer)):
+        return False
+    gold, answer = _closed(gold), _closed(answer)
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    pairs = [_values(gold, answer, point) for point in _points(symbols)] if symbols else []
+    ratios = [b / a for a, b in (p for p in pairs if p is not None) if abs(a) > EQUAL and abs(b) > EQUAL]
+    if len(ratios) < 3 or not all(_close(ratios[0], ratio, EQUAL_AT_POINT) for ratio in ratios):
+        return False
+    return not positive or (_is_real(ratios[0]) and ratios[0].as_real_imag()[0] > 0)
+
+
+def _closed(expression: Basic) -> Basic:
+    """With i for the imaginary unit, and one new symbol for each derivative and use of an unknown function: x(t)."""
+    functions = {use: Symbol(f"use{{{use}}}") for use in expression.atoms(AppliedUndef, Derivative)}
+    expression = expression.xreplace(functions) if functions else expression
+    return expression.xreplace({s: I for s in expression.free_symbols if s.name == "i"})
+
+
+def _points(symbols: list[Symbol]) -> list[dict[Symbol, Rational]]:
+    generator = random.Random(20251)
+    points = []
+    for n in range(POINTS):
+        point = {}
+        for symbol in symbols:
+            sign = 1 if n % 2 == 0 else generator.choice((1, -1))
+            point[symbol] = sign * Rational(generator.randint(1009, 4999), 1013)
+        points.append(point)
+    return points
+
+
+def _values(gold: Basic, answer: Basic, point: dict[Symbol, Rational]) -> tuple[Basic, Basic] | None:
+    first, second = _value(gold.xreplace(point)), _value(answer.xreplace(point))
+    return None if first is None or second is None else (first, second)
+
+
+def _value(expression: Basic) -> Basic | None:
+    """A number of 40 digits, perhaps complex; None where there is none."""
+    try:
+        value = N(expression.doit(), DIGITS)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError):
+        return None
+    return value if value.is_number and value.is_finite and not value.has(S.NaN, S.ComplexInfinity) else None
+
+
+def _close(first: Basic, second: Basic, tolerance: Float) -> bool:
+    scale = max(Abs(first), Abs(second))
+    return bool(N(Abs(first - second), DIGITS) <= tolerance * scale) or bool(scale < ZERO)
+
+
+def _is_real(value: Basic) -> bool:
+    real, imaginary = value.as_real_imag()
+    return bool(abs(imaginary) <= EQUAL_AT_POINT * max(1, abs(real)))
+
+
+def _fraction(value: Basic) -> Fraction:
+    return Fraction(str(value.as_real_imag()[0]))
