@@ -96,8 +96,8 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
 
 
 def family_template(model, tokenizer) -> str:
-    """The prompt of the model's family, as the recipe has them: ChatML for Qwen, the tokenizer's own chat template where
-    it has one, else question and answer."""
+    """The prompt of the model's family, as the recipe has them: ChatML for Qwen, the tokenizer's own chat template
+    where it has one, else question and answer."""
     if "qwen" in model.config.model_type:
         return "chatml"
     return "chat" if getattr(tokenizer, "chat_template", None) else "question_answer"
@@ -170,8 +170,8 @@ def fingerprint(model) -> str:
 
 
 def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: Display) -> dict[str, Any]:
-    """Grade completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. One response
-    a problem is reported as greedy, more as samples."""
+    """Grade completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They
+    are reported as samples, also where they were decoded greedily."""
     from eepo_fast.config import DataConfig, RewardConfig
 
     sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
@@ -187,7 +187,8 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
         "completions": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "grading": mode,
         "data": {s.name: s.sha256 for s in sets},
     }  # fmt: skip
-    counts = {s.name: _count_responses(s, responses, file, options.ks) for s in sets}
+    for eval_set in sets:
+        _check_responses(eval_set, responses, file, options.ks)
     _claim(options.out, settings)
     rows = {}
     for eval_set in sets:
@@ -195,7 +196,7 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
         with closing(make_grader(eval_set.task, RewardConfig(mode=mode))) as grader:
             grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
         rows[eval_set.name] = [
-            {"id": p.id, "sample": k if counts[eval_set.name] > 1 else None, "completion": r, "num_tokens": None,
+            {"id": p.id, "sample": k, "completion": r, "num_tokens": None,
              "finished": None, "status": g.status,
              "reward": g.reward if g.status not in ("timeout", "error") else None}
             for (p, k, r), g in zip(pairs, grades, strict=True)
@@ -215,8 +216,8 @@ def read_responses(file: Path) -> dict[str, list[str]]:
     return responses
 
 
-def _count_responses(eval_set: EvalSet, responses: dict[str, list[str]], file: Path, ks: list[int]) -> int:
-    """Responses a problem, the same for all; UserError where they differ or are too few for k."""
+def _check_responses(eval_set: EvalSet, responses: dict[str, list[str]], file: Path, ks: list[int]) -> None:
+    """UserError where problems have different numbers of responses, or too few for k."""
     count = len(responses.get(eval_set.problems[0].id, []))
     for problem in eval_set.problems:
         found = len(responses.get(problem.id, []))
@@ -227,7 +228,6 @@ def _count_responses(eval_set: EvalSet, responses: dict[str, list[str]], file: P
             )
     if max(ks) > count:
         raise UserError(f"--k: expected at most the {count} responses a problem of {file}, found {max(ks)}")
-    return count
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[float]]:
     """For each metric its value on every problem, in the order of the problems: `greedy` where it was sampled, `pass@k`
-    and `unique` (different completions, as a share) where there are samples. A missing reward is not right.
+    where there are samples, `unique` (different completions, as a share) where there are several. A missing reward is not right.
 
     rows: of one set, as `samples.sample_set` gives them; `sample` is None for the greedy one.
     """
@@ -46,7 +46,9 @@ def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[
             num_right = sum(row["reward"] == 1.0 for row in sampled)
             for k in ks:
                 result.setdefault(f"pass@{k}", []).append(pass_at_k(len(sampled), num_right, k))
-            result.setdefault("unique", []).append(len({row["completion"] for row in sampled}) / len(sampled))
+            if len(sampled) > 1:
+                different = len({row["completion"] for row in sampled})
+                result.setdefault("unique", []).append(different / len(sampled))
     return result
 
 
