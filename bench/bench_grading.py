@@ -3,8 +3,9 @@
     python bench/bench_grading.py --out bench/results/cpu/bench_grading.json [--data FILE.jsonl ...]
 
 The mix is what a policy writes to questions with exact answers: golds by kind (70% integers, 10% fractions, 5%
-decimals, 5% roots and multiples of π, 5% polynomials, 5% intervals, pairs and lists), right in some spelling half of the time and
-wrong otherwise, in a sentence or a box, no two alike. With --data the golds of these files in place of these.
+decimals, 5% roots and multiples of π, 5% polynomials, 5% intervals, pairs and lists), right in some spelling half
+of the time and wrong otherwise, in a sentence or a box, no two alike. With --data the golds of these files in
+place of these.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def rewrites(gold: str) -> Iterator[tuple[str, str]]:
         yield "times", f"{mantissa} \\times 10^{{{int(exponent)}}}"
         yield "cdot", f"{mantissa}\\cdot 10^{{{int(exponent)}}}"
         yield "unicode", f"{mantissa} × 10^{int(exponent)}" if 0 <= int(exponent) < 10 else gold.replace("e", "E")
-    if "\\circ" in gold:
+    if re.fullmatch(r"[^\\]*\^\{?\\circ\}?", gold):
         yield "no degrees", re.sub(r"\^\{?\\circ\}?", "", gold)
         yield "degrees in words", re.sub(r"\^\{?\\circ\}?", r"\\text{ degrees}", gold)
         yield "degree sign", re.sub(r"\^\{?\\circ\}?", "°", gold)
@@ -77,7 +77,8 @@ def rewrites(gold: str) -> Iterator[tuple[str, str]]:
     text = re.fullmatch(r"\\text\{([A-Za-z]+)\}", gold)
     if text:
         yield "bare text", text.group(1)
-        yield "lower case", text.group(1).lower()
+        if len(text.group(1)) > 2:  # a choice is its letter as written
+            yield "lower case", text.group(1).lower()
     choice = re.fullmatch(r"\\text\{\(([A-Z])\)\}", gold)
     if choice:
         yield "letter", choice.group(1)

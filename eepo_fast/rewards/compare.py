@@ -44,6 +44,8 @@ UNIT = re.compile(r"(?:(?:\\text\{[^{}]*\}(?:\^\{?-?[0-9]\}?)?|/|\\cdot)+)$")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 BASE = re.compile(r"(-?[0-9A-Fa-f.]+)_\{?([0-9]{1,2})\}?")
 HEDGES = re.compile(r"^\\text\{(?:about|approximately|approx|roughly|is|usd|rs|exactly)\}", re.IGNORECASE)
+TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+DEGREES = re.compile(r"([0-9.]+)\\text\{deg(?:ree|rees)?\}")
 MAX_MATCHED = 64
 UNIT_NAMES = {
     "deg": "degree", "degrees": "degree", "inches": "inch", "in": "inch", "feet": "foot", "ft": "foot", "cents": "cent",
@@ -341,6 +343,8 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
 
 
 def _without_unit(text: str) -> tuple[str, str]:
+    if TRIGONOMETRY.search(text):
+        text = DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
     text = HEDGES.sub("", text)
     match = UNIT.search(text)
     if not match or not match.group().startswith("\\text"):

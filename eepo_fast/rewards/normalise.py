@@ -40,17 +40,17 @@ COMMANDS = {
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
 FUNCTIONS = word_set(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt gcd lcm max min mod det deg dim "
-    "lim arg sup inf pi infty infinity theta alpha beta gamma lambda omega"
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt gcd lcm max min mod det deg "
+    "dim lim arg sup inf pi infty infinity theta alpha beta gamma lambda omega"
 )
 UNITS = word_set(
-    "cm mm km nm ft in inch inches foot feet yd yards mi mile miles kg mg lb lbs oz ml sec secs second seconds min "
-    "mins minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz mhz pa kpa ev kev "
-    "mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter liters litre litres gram "
-    "grams cent cents dollar dollars usd square cubic sq cu unit units people ways way points point apples percent pct per "
-    "kelvin joule joules watt watts newton newtons volt volts pounds pound gallons gallon au pc ly and or to of "
-    "is about approximately roughly no yes odd even true false none empty rs hundred thousand million billion trillion "
-    "times more less than the a an be"
+    "cm mm km nm ft in inch inches foot feet yd yards mi mile miles kg mg lb lbs oz ml sec secs second seconds "
+    "min mins minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz "
+    "mhz pa kpa ev kev mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter "
+    "liters litre litres gram grams cent cents dollar dollars usd square cubic sq cu unit units people ways "
+    "way points point apples percent pct per kelvin joule joules watt watts newton newtons volt volts pounds "
+    "pound gallons gallon au pc ly and or to of is about approximately roughly no yes odd even true false none "
+    "empty rs hundred thousand million billion trillion times more less than the a an be"
 ) - {"a", "in", "au", "to"}
 ENVIRONMENTS = ("matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "cases", "overline", "mathbb")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
