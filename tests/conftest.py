@@ -1,5 +1,6 @@
 """Shared fixtures, and the rule that CI skips nothing."""
 
+import copy
 import json
 import os
 import subprocess
@@ -16,8 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.config import make_config
 from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.trainer import Trainer
+from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
 from eepo_fast.warmup import make_tokenizer
 
 torch.set_num_threads(2)
@@ -187,3 +190,45 @@ def count_allocations():
     import common
 
     return common.count_allocations
+
+
+class CoinGrader(ArithmeticGrader):
+    """Rewards that differ inside a group: by the parity of the completion's length, missing where told."""
+
+    def __init__(self, missing=()):
+        self.missing = missing
+
+    def grade(self, problems, completions):
+        grades = [Grade(float(len(c) % 2), "ok", 0.0) for c in completions]
+        return [Grade(0.0, "timeout", 5.0) if i in self.missing else g for i, g in enumerate(grades)]
+
+
+@pytest.fixture
+def make_trainer(make_policy, make_engine, prompts, tokenizer, test_config):
+    def make(*, grader=None, reference=False, config=None, **sections):
+        config = config or test_config(**sections)
+        policy = make_policy(
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            optimizer=config.optimizer,
+            temperature=config.rollout.temperature,
+        )
+        ref = None
+        if reference:
+            ref = policy.with_model(copy.deepcopy(policy.model))
+        return Trainer(
+            config,
+            policy=policy,
+            reference=ref,
+            engine=make_engine(getattr(torch, config.rollout.dtype)),
+            grader=grader or CoinGrader(),
+            prompts=prompts,
+            tokenizer=tokenizer,
+            stop_token_ids=[1],
+        )
+
+    return make
+
+
+@pytest.fixture
+def coin_grader():
+    return CoinGrader

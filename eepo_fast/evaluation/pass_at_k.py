@@ -29,7 +29,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[float]]:
     """For each metric its value on every problem, in the order of the problems: `greedy` where it was sampled, `pass@k`
-    where there are samples, `unique` (different completions, as a share) where there are several. A missing reward is not right.
+    where there are samples, `unique` (different completions, as a share) where there are several. A missing reward is
+    not right.
 
     rows: of one set, as `samples.sample_set` gives them; `sample` is None for the greedy one.
     """

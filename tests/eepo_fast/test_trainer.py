@@ -8,46 +8,7 @@ import pytest
 import torch
 
 from eepo_fast.checkpoint import changed_keys, load_checkpoint, newest_valid, remove_newer, save_checkpoint, verify
-from eepo_fast.rewards import ArithmeticGrader
-from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, UserError
-
-
-@pytest.fixture
-def make_trainer(make_policy, make_engine, prompts, tokenizer, test_config):
-    def make(*, grader=None, reference=False, config=None, **sections):
-        config = config or test_config(**sections)
-        policy = make_policy(
-            micro_batch_tokens=config.train.micro_batch_tokens,
-            optimizer=config.optimizer,
-            temperature=config.rollout.temperature,
-        )
-        ref = None
-        if reference:
-            ref = policy.with_model(copy.deepcopy(policy.model))
-        return Trainer(
-            config,
-            policy=policy,
-            reference=ref,
-            engine=make_engine(getattr(torch, config.rollout.dtype)),
-            grader=grader or CoinGrader(),
-            prompts=prompts,
-            tokenizer=tokenizer,
-            stop_token_ids=[1],
-        )
-
-    return make
-
-
-class CoinGrader(ArithmeticGrader):
-    """Rewards that differ inside a group: by the parity of the completion's length, missing where told."""
-
-    def __init__(self, missing=()):
-        self.missing = missing
-
-    def grade(self, problems, completions):
-        grades = [Grade(float(len(c) % 2), "ok", 0.0) for c in completions]
-        return [Grade(0.0, "timeout", 5.0) if i in self.missing else g for i, g in enumerate(grades)]
 
 
 def weights_of(trainer):
@@ -140,8 +101,8 @@ def test_a_closed_gate_leaves_stage_two_on_policy(make_trainer):
     assert math.isnan(row["unlearn/retention"])
 
 
-def test_equal_rewards_change_nothing_without_regularisers(make_trainer):
-    class Same(CoinGrader):
+def test_equal_rewards_change_nothing_without_regularisers(make_trainer, coin_grader):
+    class Same(coin_grader):
         def grade(self, problems, completions):
             return [Grade(1.0, "ok", 0.0)] * len(completions)
 
@@ -152,8 +113,8 @@ def test_equal_rewards_change_nothing_without_regularisers(make_trainer):
     assert torch.equal(weights_of(trainer), before)
 
 
-def test_missing_rewards_are_left_out_and_counted(make_trainer):
-    batch, row = make_trainer(grader=CoinGrader(missing=(0, 5)), eepo=OPEN).iteration()
+def test_missing_rewards_are_left_out_and_counted(make_trainer, coin_grader):
+    batch, row = make_trainer(grader=coin_grader(missing=(0, 5)), eepo=OPEN).iteration()
     assert row["reward/missing"] == 2 == row["reward/status_timeout"]
     missing = [r for r in batch.rollouts if r.reward is None]
     assert len(missing) == 2 and all(r.advantage == 0 for r in missing)
@@ -177,8 +138,8 @@ def test_a_non_finite_update_is_dropped_and_the_third_in_a_row_stops(make_traine
         trainer.iteration()
 
 
-def test_a_non_finite_reward_is_a_missing_one(make_trainer):
-    class Infinite(CoinGrader):
+def test_a_non_finite_reward_is_a_missing_one(make_trainer, coin_grader):
+    class Infinite(coin_grader):
         def grade(self, problems, completions):
             return [Grade(math.inf if i == 3 else float(i % 2), "ok", 0.0) for i in range(len(completions))]
 
@@ -312,12 +273,12 @@ def test_a_crash_while_the_engine_is_forgetful_touches_nothing_else(make_trainer
     assert [r.token_ids for r in again.rollouts] == [r.token_ids for r in expected.rollouts]
 
 
-def test_policy_loss_and_gradient_against_a_plain_mini_batch(make_trainer, monkeypatch):
+def test_policy_loss_and_gradient_against_a_plain_mini_batch(make_trainer, monkeypatch, coin_grader):
     """One mini-batch with stage 1, stage 2, a missing reward, KL to a reference that is not the policy, and entropy:
     loss, KL and gradient norm by a plain float64 forward, one sequence at a time."""
     grpo = {"kl_coef": 0.3, "entropy_coef": 0.1}
     trainer = make_trainer(
-        eepo=OPEN, grpo=grpo, reference=True, grader=CoinGrader(missing=(1, 6)), train={"prompts_per_update": 4}
+        eepo=OPEN, grpo=grpo, reference=True, grader=coin_grader(missing=(1, 6)), train={"prompts_per_update": 4}
     )
     with torch.no_grad():
         for p in trainer.reference.model.parameters():

@@ -1,0 +1,219 @@
+"""AEPO's term and the released code's replacement, against plain references; the overlays of configs/methods."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from eepo_fast import aepo
+from eepo_fast.advantages import group_advantages
+from eepo_fast.config import load_config
+from eepo_fast.types import UserError
+
+ROOT = Path(__file__).parents[2]
+ONE_UPDATE = {"prompts_per_update": 4}
+
+
+def logprobs(model, rollout):
+    ids = torch.tensor([rollout.prompt.token_ids + rollout.token_ids])
+    logits = model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1].double()
+    return torch.log_softmax(logits, -1)[range(rollout.num_tokens), rollout.token_ids]
+
+
+def gradient(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+
+
+@pytest.fixture
+def applied(monkeypatch):
+    """The gradient that each update applies, in the place of the optimizer's step."""
+    seen = []
+
+    def step(policy):
+        seen.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]).double())
+        policy.optimizer.zero_grad(set_to_none=True)
+        return float(seen[-1].norm()), True
+
+    monkeypatch.setattr("eepo_fast.policy.plain.TorchPolicy.step", step)
+    return seen
+
+
+def grpo_reference(model, rows):
+    """-mean over tokens of A log π: GRPO's gradient at a ratio of 1."""
+    tokens = sum(r.num_tokens for r in rows)
+    return -sum(r.advantage * logprobs(model, r).sum() for r in rows) / tokens
+
+
+def settings(**changes):
+    return {"enabled": True, "target_entropy": 9.0, "num_samples": 30, "coef": 0.7, **changes}
+
+
+def make(make_trainer, **sections):
+    return make_trainer(eepo={"enabled": False}, **{"train": ONE_UPDATE, **sections})
+
+
+def test_the_term_is_added_to_grpo(make_trainer, applied):
+    trainer = make(make_trainer, aepo=settings())
+    model = copy.deepcopy(trainer.policy.model)
+    batch, row = trainer.iteration()
+    extra = batch.extra
+    assert len(extra) == 30 == row["aepo/num_samples"] and {r.stage for r in extra} == {3}
+    right = [r for r in extra if r.reward == 1]
+    assert 0 < len(right) < 30 and row["aepo/num_positive"] == len(right)
+    tokens = sum(r.num_tokens for r in extra)
+
+    def term():
+        return -0.7 * sum(logprobs(model, r).sum() for r in right) / tokens
+
+    expected = gradient(model, grpo_reference(model, batch.rollouts) + term())
+    assert (applied[0] - expected).norm() < 1e-4 * expected.norm()
+    alone = gradient(model, grpo_reference(model, batch.rollouts))
+    assert (alone - expected).norm() > 1e-2 * expected.norm(), "the control: the term is seen"
+    assert row["aepo/grad_norm"] == pytest.approx(float(gradient(model, term()).norm()), rel=1e-4)
+
+
+def test_each_update_gets_its_share_of_the_samples(make_trainer, applied):
+    trainer = make(make_trainer, aepo=settings(), train={"prompts_per_update": 2})
+    model = copy.deepcopy(trainer.policy.model)
+    batch, _ = trainer.iteration()
+    assert len(applied) == 2
+    for u in (0, 1):
+        share = batch.extra[u::2]
+        term = -0.7 * sum(r.reward * logprobs(model, r).sum() for r in share) / sum(r.num_tokens for r in share)
+        expected = gradient(model, grpo_reference(model, batch.rollouts[8 * u : 8 * u + 8]) + term)
+        assert (applied[u] - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_released_replacement(make_trainer, applied):
+    trainer = make(make_trainer, aepo=settings(mode="replace", num_samples=3))
+    model = copy.deepcopy(trainer.policy.model)
+    batch, row = trainer.iteration()
+    assert len(batch.extra) == 4, "a group for the first quarter of four prompts"
+    kept = [r for r, a in zip(batch.extra, group_advantages([r.reward for r in batch.extra]), strict=True) if a > 0.05]
+    kept = kept[:3]
+    assert row["aepo/num_positive"] == len(kept)
+    rows = kept + batch.rollouts[len(kept) :]
+    assert all(r.advantage == 1.0 for r in kept) and len(rows) == 16
+    expected = gradient(model, grpo_reference(model, rows))
+    assert (applied[0] - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_half_as_many_replace_above_the_target(make_rollouts, test_config):
+    for entropy, limit in ((0.5, 6), (0.51, 3)):
+        rollouts = make_rollouts([3] * 16)
+        for i, r in enumerate(rollouts):
+            r.reward = float(i % 2)
+        extra = aepo.ExtraSamples(1.0, entropy, rollouts)
+        config = test_config(aepo=settings(mode="replace", num_samples=6, target_entropy=0.5)).aepo
+        aepo.choose_samples(config, extra, 4, 32)
+        assert [r.sample_index for r in extra.used] == [1, 3, 5, 7, 9, 11][:limit]
+
+
+def test_no_right_sample_means_no_term(make_trainer, applied):
+    changes = []
+    for enabled in (True, False):
+        trainer = make(make_trainer, aepo=settings(enabled=enabled))
+        grade = trainer.grader.grade
+
+        def no_extra(problems, completions, grade=grade):
+            found = grade(problems, completions)
+            return found[:16] + [type(found[0])(0.0, "ok", 0.0)] * (len(found) - 16)
+
+        trainer.grader.grade = no_extra
+        _, row = trainer.iteration()
+        if enabled:
+            assert row["aepo/num_positive"] == 0 == row["aepo/grad_norm"]
+    changes = applied
+    assert torch.equal(changes[0], changes[1])
+
+
+def test_hot_below_the_target_cold_above_and_from_the_policy(make_trainer):
+    """Entropy is 0 before the first update, so that it starts hot; with EEPO the samples come from θ, not from θ'."""
+    trainer = make_trainer(
+        eepo={"enabled": True, "alpha": 9.0, "learning_rate": 0.05}, aepo=settings(target_entropy=1e-6)
+    )
+    first, row = trainer.iteration()
+    assert row["aepo/temperature"] == 1.2 and row["aepo/entropy"] == 0
+    assert {tuple(r.weights_version) for r in first.extra} == {(0, False)}
+    assert any(r.weights_version.forgotten for r in first.stage(2))
+    _, second = trainer.iteration()
+    assert second["aepo/temperature"] == 0.8 and second["aepo/entropy"] == pytest.approx(row["entropy/policy"])
+
+
+def test_samples_are_drawn_at_that_temperature(make_trainer):
+    trainer = make(make_trainer, aepo=settings(temperature_high=1.2))
+    model = copy.deepcopy(trainer.policy.model)
+    batch, _ = trainer.iteration()
+    for r in batch.extra[:4]:
+        ids = torch.tensor([r.prompt.token_ids + r.token_ids])
+        logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1].double() / 1.2
+        expected = torch.log_softmax(logits, -1)[range(r.num_tokens), r.token_ids]
+        assert r.rollout_logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["rollout.temperature=1.2"], "rollout.temperature: expected 1 with aepo.enabled"),
+        (["aepo.temperature_low=1.3"], "aepo.temperature_low: expected below"),
+    ],
+)
+def test_settings_that_cannot_be(overrides, message):
+    files = [str(ROOT / "configs" / name) for name in ("demo.yaml", "methods/aepo.yaml")]
+    with pytest.raises(UserError, match=message):
+        load_config(files, overrides)
+
+
+# What each overlay changes of EEPO, and nothing else.
+DIFFERENCES = {
+    "eepo": {},
+    "grpo": {"eepo.enabled": False},
+    "high_temperature": {"eepo.enabled": False, "rollout.temperature": 1.2},
+    "entropy_bonus": {"eepo.enabled": False, "grpo.entropy_coef": 1e-3},
+    "clip_higher": {"eepo.enabled": False, "grpo.clip_high": 0.28},
+    "more_rollouts": {"eepo.enabled": False, "rollout.group_size": 16},
+    "aepo": {"eepo.enabled": False, "aepo.enabled": True},
+    "eepo_aepo": {"aepo.enabled": True},
+    "eepo_nll": {"eepo.loss": "nll"},
+    "eepo_always": {"eepo.gate": "always"},
+    "eepo_multistep": {"eepo.num_steps": 3},
+    "eepo_iteration_gate": {"eepo.gate": "iteration"},
+    "eepo_random": {"eepo.direction": "random"},
+}
+
+
+def flat(config):
+    return {f"{s}.{k}": json.dumps(v) for s, part in config.model_dump().items() for k, v in part.items()}
+
+
+def test_overlays_change_what_their_names_say():
+    found = sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))
+    assert found == sorted(DIFFERENCES)
+    base = str(ROOT / "configs/demo.yaml")
+    eepo = flat(load_config([base, str(ROOT / "configs/methods/eepo.yaml")], []))
+    for name, expected in DIFFERENCES.items():
+        mine = flat(load_config([base, str(ROOT / f"configs/methods/{name}.yaml")], []))
+        changed = {key: json.loads(value) for key, value in mine.items() if value != eepo[key]}
+        assert changed == expected, name
+        assert (ROOT / f"configs/methods/{name}.yaml").read_text().startswith("# "), "its head says what differs"
+
+
+def test_a_random_direction_is_as_long_as_the_gradient(make_policy, make_rollouts, test_config):
+    from eepo_fast.unlearn import compute_unlearning
+
+    policy, rollouts = make_policy(), make_rollouts([5, 7, 3, 9])
+    found = {}
+    for direction, seed in (("gradient", "0|0"), ("random", "0|0"), ("random", "0|0"), ("random", "0|1")):
+        eepo = test_config(eepo={"alpha": 9.0, "direction": direction}).eepo
+        result = compute_unlearning(policy, rollouts, eepo, [], seed)
+        found.setdefault((direction, seed), []).append(
+            torch.cat([g.flatten() for g in result.gradient.tensors.values()])
+        )
+        norm = result.grad_norm
+    (true,), (one, same), (other,) = found.values()
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert float(one.norm()) == pytest.approx(norm, rel=1e-4) == pytest.approx(float(true.norm()), rel=1e-4)
+    assert abs(float(torch.nn.functional.cosine_similarity(one, true, dim=0))) < 4 / math.sqrt(len(one))
