@@ -19,13 +19,13 @@ from eepo_fast.display import Display
 from eepo_fast.distributed import World, default_device
 from eepo_fast.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.evaluation import periodic
-from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets
+from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_sets
 from eepo_fast.models import load_model
 from eepo_fast.plan import check_world, num_iterations
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
-from eepo_fast.rewards import Grader, make_grader
+from eepo_fast.rewards import Grader, check_golds, make_grader
 from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine, import_vllm
@@ -49,7 +49,7 @@ class Parts:
     evaluation: PeriodicEvaluation
 
 
-def load_parts(config: Config, world: World, display: Display) -> Parts:
+def load_parts(config: Config, grader: Grader, world: World, display: Display) -> Parts:
     """Load data and models; UserError, on all ranks, before anything is written."""
     with world.agree():
         if config.rollout.engine == "vllm":
@@ -60,6 +60,9 @@ def load_parts(config: Config, world: World, display: Display) -> Parts:
             import_deepspeed()
         problems = load_problems(config.data, config.run.seed)
         sets = load_sets(config)
+        if world.is_main:
+            check_golds(grader, problems, config.data.train)
+            check_sets(sets, config.reward)
     _check_same_everywhere(config, [p for part in (problems, *(s.problems for s in sets)) for p in part], world)
     if config.model.path == BASE:
         if config.data.train != ARITHMETIC:
@@ -232,7 +235,7 @@ def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Pat
 def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display, world: World) -> None:
     """Load everything, then write the run's folder, then train, from checkpoint `folder` where there is one."""
     run_dir = config.run_dir
-    parts = load_parts(config, world, display)
+    parts = load_parts(config, grader, world, display)
     total = num_iterations(config, len(parts.prompts))
     state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
     if state.step >= total:

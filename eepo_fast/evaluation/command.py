@@ -21,7 +21,7 @@ from eepo_fast.config.files import merge, read_override
 from eepo_fast.data import BASE, iter_jsonl, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.distributed import World
-from eepo_fast.evaluation.periodic import make_eval_prompts
+from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
 from eepo_fast.evaluation.samples import Row, Sampler, sample_set
 from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
@@ -110,6 +110,8 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
     with world.agree():
         config, found = resolve_model(path, options.overrides)
         sets = [load_set(name, spec, config.data) for name, spec in specs.items()]
+        if world.is_main:
+            check_sets(sets, config.reward)
         model, tokenizer, config, device = load_for_sampling(config, options, display)
     from eepo_fast.run import eos_of, make_engine, positions
 
@@ -175,6 +177,7 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
     from eepo_fast.config import DataConfig, RewardConfig
 
     sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
+    check_sets(sets, RewardConfig(mode=mode))
     responses = read_responses(file)
     owners = Counter(p.id for s in sets for p in s.problems)
     twice = next((i for i, count in owners.items() if count > 1), None)

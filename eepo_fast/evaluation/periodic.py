@@ -12,16 +12,17 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from eepo_fast.config import Config
+from eepo_fast.config import Config, RewardConfig
 from eepo_fast.data import make_prompts
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, write_results
 from eepo_fast.policy.module import Policy
-from eepo_fast.rewards import Grader, make_grader
+from eepo_fast.rewards import check_golds, make_grader
 from eepo_fast.rollout.engine import RolloutEngine, Sampling
 from eepo_fast.types import Prompt, UserError, WeightsVersion
 
@@ -29,6 +30,13 @@ from eepo_fast.types import Prompt, UserError, WeightsVersion
 def load_sets(config: Config) -> list[EvalSet]:
     """UserError, before anything is sampled, where one of them cannot be used."""
     return [load_set(name, spec, config.data) for name, spec in config.evaluation.data.items()]
+
+
+def check_sets(sets: Sequence[EvalSet], reward: RewardConfig) -> None:
+    """UserError where an answer of theirs cannot be read."""
+    for eval_set in sets:
+        with closing(make_grader(eval_set.task, reward)) as grader:
+            check_golds(grader, eval_set.problems, f"evaluation data {eval_set.name}")
 
 
 def make_eval_prompts(eval_set: EvalSet, config: Config, tokenizer: Any, longest: int | None) -> list[Prompt]:
@@ -74,12 +82,9 @@ class PeriodicEvaluation:
             folder.mkdir(parents=True, exist_ok=True)
         rows = {}
         for eval_set, prompts in self.sets:
-            grader: Grader = make_grader(eval_set.task, self.config.reward)
-            try:
-                file = folder / f"{eval_set.name}.jsonl"
+            file = folder / f"{eval_set.name}.jsonl"
+            with closing(make_grader(eval_set.task, self.config.reward)) as grader:
                 rows[eval_set.name] = sample_set(sampler, grader, prompts, evaluation.samples, file=file)
-            finally:
-                grader.close()
         results = make_results(f"{self.config.run.name}, step {step}", {"step": step}, rows, evaluation.k)
         if policy.world.is_main:
             write_results(folder, results)

@@ -8,9 +8,9 @@ from typing import Protocol
 from eepo_fast.config import RewardConfig
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.rewards.math import MathGrader
-from eepo_fast.types import Grade, Problem
+from eepo_fast.types import Grade, Problem, UserError
 
-__all__ = ["ArithmeticGrader", "Grader", "MathGrader", "make_grader"]
+__all__ = ["ArithmeticGrader", "Grader", "MathGrader", "check_golds", "make_grader"]
 
 
 class Grader(Protocol):
@@ -20,6 +20,9 @@ class Grader(Protocol):
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
         """One grade a completion, in order."""
 
+    def unreadable(self, golds: Sequence[str]) -> list[int]:
+        """Indices of the golds that no answer could be compared with."""
+
     def close(self) -> None: ...
 
 
@@ -28,3 +31,15 @@ def make_grader(task: str, settings: RewardConfig) -> Grader:
     if task == "arithmetic":
         return ArithmeticGrader()
     return MathGrader(settings.mode, step_seconds=settings.step_seconds)
+
+
+def check_golds(grader: Grader, problems: Sequence[Problem], where: str) -> None:
+    """UserError naming the first problem whose answer cannot be read, before anything is sampled."""
+    found = grader.unreadable([p.answer for p in problems])
+    if found:
+        first = problems[found[0]]
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(
+            f"{where}: the answer {first.answer[:80]!r} of {first.id!r} is neither a number nor words nor mathematics"
+            f"{more}; repair it, or leave the row out"
+        )

@@ -8,8 +8,10 @@ far larger than the gold's, or out of a worker's memory; `timeout`, the answer's
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 from eepo_fast.rewards.compare import compare
 from eepo_fast.rewards.extract import extract_answer
@@ -22,6 +24,9 @@ ANSWER_SECONDS = 4.5  # parse, verify and kill end within the 5 s that `grade` p
 MAX_CHARACTERS = 2000
 MAX_NESTING = 50
 MAX_EXPRESSION, MAX_DEEPER = 300, 12  # characters and brackets that an expression may have beyond the gold's
+PROBES = ("\\sqrt{7919}\\zeta", "7919")  # answers that are never right, so that the gold has to be read
+UNIT_BEHIND = re.compile(r"\\text\s*\{[^{}]*\}\s*$")
+NAME_BEFORE = re.compile(r"^[a-z](?=[(\[][^()\[\]]*,[^()\[\]]*[)\]]$)")  # of an interval whose "in" was lost
 MODES = ("strict", "paper")
 
 
@@ -107,6 +112,23 @@ class MathGrader:
         if all(text.isascii() and text.removeprefix("-").isdigit() for text in (gold, answer)):
             return float(int(gold) == int(answer)), "ok"
         return Job(0, self.mode, gold, answer)
+
+    def unreadable(self, golds: Sequence[str]) -> list[int]:
+        """Indices of the golds that are neither numbers nor words nor mathematics: nothing but the same text could ever
+        be right."""
+        if self.mode != "strict":  # which reads more than the recipe did
+            with closing(MathGrader()) as strict:
+                return strict.unreadable(golds)
+        left = list(range(len(golds)))
+        for change in (
+            lambda gold: gold,
+            lambda gold: UNIT_BEHIND.sub("", gold),
+            lambda gold: NAME_BEFORE.sub("", gold),
+        ):
+            for probe in PROBES:
+                grades = self.grade_answers([change(golds[i]) for i in left], [probe] * len(left))
+                left = [i for i, grade in zip(left, grades, strict=True) if grade.status == "error"]
+        return left
 
     def close(self) -> None:
         self.pool.close()
