@@ -80,7 +80,7 @@ def _eval(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.completions is None):
         raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
     # a list of options takes all that follows it: what has a dot in its name is an override
-    args.overrides += [text for text in args.data if "." in text.partition("=")[0]]
+    args.overrides = [text for text in args.data if "." in text.partition("=")[0]] + args.overrides
     args.data = [text for text in args.data if "." not in text.partition("=")[0]]
     ks = _ks(args.k)
     options = EvalOptions(args.data, Path(args.out), ks, args.n, args.temperature, args.seed, args.overrides)

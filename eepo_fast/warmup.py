@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -74,9 +74,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def train_base(data: DataConfig, progress: Callable[[int, int, float], None] | None = None, **overrides):
-    """(model, tokenizer) after `steps` AdamW steps on random problems of the training split with random answers."""
+def train_base(
+    data: DataConfig,
+    progress: Callable[[int, int, float], None] | None = None,
+    *,
+    tasks: Sequence[tuple[int, int]] = (),
+    **overrides,
+):
+    """(model, tokenizer) after `steps` AdamW steps on random problems of the training split with random answers. tasks:
+    (numbers, max_number) that problems are drawn from in equal parts; without them the one of `data`."""
     settings = {**SETTINGS, **overrides}
+    tasks = tasks or [(data.numbers, data.max_number)]
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(settings["seed"])
@@ -99,7 +107,7 @@ def train_base(data: DataConfig, progress: Callable[[int, int, float], None] | N
         for group in optimizer.param_groups:
             warm, decay = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
             group["lr"] = settings["learning_rate"] * warm * decay
-        input_ids, labels = _batch(rng, data, tokenizer, settings["batch"])
+        input_ids, labels = _batch(rng, tasks, tokenizer, settings["batch"])
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,11 +118,14 @@ def train_base(data: DataConfig, progress: Callable[[int, int, float], None] | N
     return model.eval(), tokenizer
 
 
-def _batch(rng: random.Random, data: DataConfig, tokenizer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(
+    rng: random.Random, tasks: Sequence[tuple[int, int]], tokenizer, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
     inputs, labels = [], []
     while len(inputs) < size:
-        problem, answer = arithmetic_problem(rng, data.numbers, data.max_number)
+        numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]
+        problem, answer = arithmetic_problem(rng, numbers, max_number)
         if arithmetic_split(problem) != "train":
             continue
         prompt = tokenizer(problem)["input_ids"]

@@ -22,7 +22,7 @@ from eepo_fast.data import BASE, iter_jsonl, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
-from eepo_fast.evaluation.samples import Row, Sampler, sample_set
+from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
 from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
 from eepo_fast.rewards import make_grader
@@ -204,6 +204,9 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
              "reward": g.reward if g.status not in ("timeout", "error") else None}
             for (p, k, r), g in zip(pairs, grades, strict=True)
         ]  # fmt: skip
+        file_of_set = options.out / "completions" / f"{eval_set.name}.jsonl"
+        file_of_set.unlink(missing_ok=True)
+        append_rows(file_of_set, rows[eval_set.name])
     return _finish(options, settings, rows, display)
 
 

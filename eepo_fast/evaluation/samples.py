@@ -74,7 +74,7 @@ def sample_set(
         fresh = list(_graded(sampler, grader, rest[start : start + at_once], num_samples))
         rows += fresh
         if file and sampler.world.is_main:
-            _append(file, fresh)
+            append_rows(file, fresh)
         if progress:
             progress(len(prompts) - len(rest) + start + min(at_once, len(rest) - start), len(prompts))
     return rows
@@ -120,12 +120,12 @@ def _resume(file: Path, prompts: Sequence[Prompt], num_samples: int) -> list[Row
     rows = [row for row in rows if row["id"] in whole]
     temporary = file.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
-    _append(temporary, rows)
+    append_rows(temporary, rows)
     temporary.replace(file)
     return rows
 
 
-def _append(file: Path, rows: Sequence[Row]) -> None:
+def append_rows(file: Path, rows: Sequence[Row]) -> None:
     with file.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         out.flush()

@@ -1,0 +1,227 @@
+"""`eepo-fast eval`, `data prepare` and evaluation while training, as a user calls them."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eepo_fast.cli import main
+
+ROOT = Path(__file__).parents[2]
+PLAIN = ["data.template=plain", "rollout.max_new_tokens=12", "data.numbers=3", "data.max_number=9"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder that answers at random."""
+    from eepo_fast.config import load_config
+    from eepo_fast.warmup import train_base
+
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = train_base(load_config([str(ROOT / "configs/demo.yaml")], []).data, steps=25, batch=32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluate(base, out, *more, data="test=arithmetic:3:9:20"):
+    return main(["eval", "--model", str(base), "--data", data, *PLAIN, "--out", str(out), *map(str, more)])
+
+
+def complaint(capsys):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("eepo-fast: "), error
+    return error
+
+
+def test_an_evaluation_its_tables_and_its_resumption(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate(base, out, "--k", "1,2", "--n", "4") == 0
+    results = json.loads((out / "results.json").read_text())
+    part = results["sets"]["test"]
+    assert part["num_problems"] == 20 and part["num_samples"] == 4
+    assert set(part["metrics"]) == {"greedy", "pass@1", "pass@2", "unique"}
+    rows = rows_of(out / "completions" / "test.jsonl")
+    assert len(rows) == 100
+    right = sum(row["reward"] for row in rows if row["sample"] is not None) / 80
+    assert part["metrics"]["pass@1"]["value"] == pytest.approx(right)
+    cell = part["metrics"]["unique"]
+    assert cell["low"] <= cell["value"] <= cell["high"]
+    table = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert {row["set"] for row in table} == {"test", "average"}
+    assert "| greedy pass@1 | " in capsys.readouterr().out and (out / "results.md").is_file()
+
+    whole = {name: (out / name).read_text() for name in ("results.json", "results.csv", "results.md")}
+    lines = (out / "completions" / "test.jsonl").read_text().splitlines()
+    order = sorted(range(100), key=lambda i: rows[i]["id"])
+    (out / "completions" / "test.jsonl").write_text("\n".join(lines[i] for i in order[:48]))  # nine whole, one cut
+    assert evaluate(base, out, "--k", "1,2", "--n", "4") == 0
+    assert {name: (out / name).read_text() for name in whole} == whole, "the same numbers after an interruption"
+
+    assert evaluate(base, out, "--k", "1,2", "--n", "4", "--seed", "1") == 2
+    assert "holds another evaluation: seed is 1 here and 0 there" in complaint(capsys)
+
+
+def test_greedy_alone_is_the_default(base, tmp_path):
+    assert evaluate(base, tmp_path / "o") == 0
+    part = json.loads((tmp_path / "o" / "results.json").read_text())["sets"]["test"]
+    assert set(part["metrics"]) == {"greedy"} and part["num_samples"] == 0
+
+
+def test_a_run_its_evaluations_and_a_checkpoint(base, tmp_path, capsys):
+    overrides = [
+        f"model.path={base}", f"run.root={tmp_path}", "run.name=r", "train.iterations=3", "data.num_rows=64",
+        "train.prompts_per_iteration=4", "train.prompts_per_update=4", "rollout.group_size=4", "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "evaluation.every=2", "evaluation.data.test=arithmetic:3:9:20", "evaluation.k=[1,2]",
+    ]  # fmt: skip
+    assert main(["train", str(ROOT / "configs/demo.yaml"), *overrides]) == 0
+    run = tmp_path / "r"
+    rows = rows_of(run / "metrics.jsonl")
+    assert ["eval/test/greedy" in row for row in rows] == [False, True, True], "every second, and after the last"
+    assert sorted(p.name for p in (run / "evaluations").iterdir()) == ["step_000002", "step_000003"]
+    kept = rows_of(run / "evaluations" / "step_000003" / "test.jsonl")
+    assert len(kept) == 60
+    # what the policy answered, not the forgetful engine: a fresh evaluation of its checkpoint says the same
+    assert main(["eval", "--model", str(run), "--data", "test=arithmetic:3:9:20", "--k", "1,2", "--out",
+                 str(tmp_path / "o")]) == 0  # fmt: skip
+    fresh = rows_of(tmp_path / "o" / "completions" / "test.jsonl")
+    assert [row["completion"] for row in fresh] == [row["completion"] for row in kept]
+    settings = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    assert settings["run"] == "r" and settings["step"] == 3 and settings["max_new_tokens"] == 20
+    older = run / "checkpoints" / "step_000002"
+    assert main(["eval", "--model", str(older), "--data", "test=arithmetic:3:9:20", "--out", str(tmp_path / "p")]) == 0
+    assert json.loads((tmp_path / "p" / "evaluation.json").read_text())["step"] == 2
+    (older / "model" / "config.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["eval", "--model", str(older), "--data", "t=arithmetic", "--out", str(tmp_path / "q")]) == 2
+    assert "is damaged" in complaint(capsys)
+
+
+def problems(path, *answers, ids=None):
+    rows = [{"id": f"p{i}", "problem": "?", "answer": a} for i, a in enumerate(answers)]
+    for row, name in zip(rows, ids or [], strict=False):
+        row["id"] = name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def responses(path, *pairs):
+    path.write_text("".join(json.dumps({"id": i, "response": r}) + "\n" for i, r in pairs))
+    return path
+
+
+def grade(file, data, out, *more):
+    return main(["eval", "--completions", str(file), "--data", *data, "--out", str(out), *more])
+
+
+def test_completions_made_elsewhere(tmp_path):
+    data = problems(tmp_path / "a.jsonl", "\\frac{1}{2}", "12")
+    pairs = [("p0", "\\boxed{0.5}"), ("p1", "so \\boxed{12}"), ("p0", "the answer is 2"), ("p1", "\\boxed{12.0}")]
+    file = responses(tmp_path / "r.jsonl", *pairs)
+    assert grade(file, [f"a={data}"], tmp_path / "o", "--k", "1,2") == 0
+    metrics = json.loads((tmp_path / "o" / "results.json").read_text())["sets"]["a"]["metrics"]
+    assert metrics["pass@1"]["value"] == 0.75 and metrics["pass@2"]["value"] == 1.0
+    assert len(rows_of(tmp_path / "o" / "completions" / "a.jsonl")) == 4
+
+
+@pytest.mark.parametrize(
+    "pairs, more, message",
+    [
+        ([("p0", "1"), ("p1", "2")], ["--k", "2"], "--k: expected at most the 1 responses a problem"),
+        ([("p0", "1")], [], "expected 1 responses to every problem of a, found 0 to 'p1'"),
+        ([("p0", "1"), ("p1", "2"), ("x", "3")], [], "id 'x' is in none of the sets"),
+        ([], [], "found an empty file"),
+        ([("p0", 3), ("p1", "2")], [], "line 1: expected a string in `response`, found 3"),
+        ([("p0", "1"), ("p1", "2")], ["--k", "0"], "--k: expected whole numbers such as 1,8,32, found '0'"),
+    ],
+)
+def test_completions_that_do_not_fit(tmp_path, capsys, pairs, more, message):
+    data, file = problems(tmp_path / "a.jsonl", "1", "2"), responses(tmp_path / "r.jsonl", *pairs)
+    assert grade(file, [f"a={data}"], tmp_path / "o", *more) == 2
+    assert message in complaint(capsys) and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "expected problems, found an empty file"),
+        (problems, "id 'same' was already used in line 1"),
+        ("\\frac{1}{", "evaluation data a: the answer '\\\\frac{1}{' of 'p0' is neither"),
+    ],
+)
+def test_data_that_cannot_be_used(base, tmp_path, capsys, content, message):
+    file = tmp_path / "a.jsonl"
+    if content == "":
+        file.write_text("")
+    elif content is problems:
+        problems(file, "1", "2", ids=["same", "same"])
+    else:
+        problems(file, content)
+    assert evaluate(base, tmp_path / "o", data=f"a={file}") == 2
+    assert message in complaint(capsys) and not (tmp_path / "o").exists()
+    out, keys = tmp_path / "runs", [f"model.path={base}", "evaluation.every=1", f"evaluation.data.a={file}"]
+    assert main(["train", str(ROOT / "configs/demo.yaml"), f"run.root={out}", *keys]) == 2
+    assert message in complaint(capsys) and not out.exists()
+    assert main(["train", str(ROOT / "configs/demo.yaml"), f"run.root={out}", f"data.train={file}", keys[0]]) == 2
+    assert message.removeprefix("evaluation data a: ") in complaint(capsys) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--k", "1,8", "--n", "4"], "--k: expected at most the 4 samples of --n, found 8"),
+        (["data.template=chat"], "`chat` needs a tokenizer with a chat template"),
+        (["train.iterations=3"], "eval takes keys of model, data, rollout, reward"),
+        (["--data", "test=arithmetic"], "--data: test is given twice"),
+        (["--data", "b=arithmetic:3"], "expected arithmetic or arithmetic:NUMBERS:MAX_NUMBER[:ROWS]"),
+        (["--data", "b=org/name"], "no file org/name, and no prepared data of that name"),
+    ],
+)
+def test_settings_that_cannot_be(base, tmp_path, capsys, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(base, tmp_path / "o", *more) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o" / "completions" / "test.jsonl").exists()
+
+
+CARD = "---\nlicense: mit\n---\n# A data set\n"
+
+
+def test_data_is_prepared_pinned_and_found_again(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").write_text(CARD)
+    rows = [{"question": f"q{i}", "answer": f"work #### {i}"} for i in range(3)]
+    (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["data", "prepare", f"small={source}", "data.columns={problem: question, answer: answer}",
+               "data.answer_marker='####'"]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "3 rows" in said and "licence, as its card states it: mit" in said and "sha256: " in said
+    assert [row["answer"] for row in rows_of(tmp_path / "data/small.jsonl")] == ["0", "1", "2"]
+    manifest = json.loads((tmp_path / "data/small.manifest.json").read_text())
+    assert manifest["licence"] == "mit" and manifest["rows"] == 3 and manifest["sha256"] in said
+    before = (tmp_path / "data/small.jsonl").read_bytes()
+    assert main(command) == 0 and (tmp_path / "data/small.jsonl").read_bytes() == before
+
+    pairs = [(f"small/{i:06d}", f"\\boxed{{{i}}}") for i in range(3)]
+    file = responses(tmp_path / "r.jsonl", *pairs)
+    assert grade(file, [f"s={source}"], tmp_path / "o") == 0, "by the name it was prepared from"
+    assert json.loads((tmp_path / "o/results.json").read_text())["average"]["pass@1"]["value"] == 1.0
+
+    (tmp_path / "data/small.jsonl").write_text(before.decode().replace('"2"', '"3"'))
+    capsys.readouterr()
+    assert grade(file, [f"s={source}"], tmp_path / "p") == 2 and "expected sha256" in complaint(capsys)
+
+    rows[0]["answer"] = "#### 9"
+    (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert main(command) == 2 and "gives other rows than when" in capsys.readouterr().err
