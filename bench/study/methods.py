@@ -1,15 +1,20 @@
 """What the study compares: a method's overlay, what it sweeps, and how a run of it is configured.
 
 The base is configs/demo.yaml with the paper's two updates an iteration (with one, every ratio is 1 and nothing is ever
-clipped) and half its learning rate, since there are twice as many updates.
+clipped) and half its learning rate, since there are twice as many updates. The model has been taught more of the task
+than it is then trained on: larger numbers, and more of them, are out of the training distribution and not unknown.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from eepo_fast.config import Config, load_config
+from eepo_fast.config import Config, DataConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 BASE = ("train.prompts_per_update=16", "optimizer.learning_rate=5e-5", "log.token_details=false", "log.rollouts=false")
@@ -49,7 +54,29 @@ METHODS = {
 TUNING_SEEDS = (100, 101)
 
 
+TAUGHT = ((3, 9), (3, 9), (3, 15), (4, 9))  # (numbers, largest); a half is what RL then trains on
+STEPS = 2500
+
+
+def study_base() -> Path:
+    """Folder of the model that every run starts from, taught now if it is not cached."""
+    from eepo_fast.warmup import SETTINGS, train_base
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(json.dumps([SETTINGS, TAUGHT, STEPS]).encode()).hexdigest()[:12]
+    folder = cache / "eepo-fast" / f"study-base-{digest}"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        model, tokenizer = train_base(DataConfig(train="arithmetic"), tasks=TAUGHT, steps=STEPS)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    return folder
+
+
 def run_config(name: str, overrides: list[str], seed: int, root: str) -> Config:
     files = [str(ROOT / "configs/demo.yaml"), str(ROOT / f"configs/methods/{name}.yaml")]
-    fixed = [*BASE, *METHODS[name].fixed, f"run.root={root}", f"run.name={name}", f"run.seed={seed}"]
+    fixed = [*BASE, *METHODS[name].fixed, f"model.path={study_base()}"]
+    fixed += [f"run.root={root}", f"run.name={name}", f"run.seed={seed}"]
     return load_config(files, [*fixed, *overrides])

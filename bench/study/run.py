@@ -19,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from methods import METHODS, TUNING_SEEDS, run_config
+from methods import METHODS, TUNING_SEEDS, run_config, study_base
 
 KS = (1, 4, 16, 32)
 NUM_SAMPLES = 32
 # held-out problems: in distribution (as trained on), larger numbers, more numbers
-SETS = {"in": "arithmetic:3:9:375", "larger": "arithmetic:3:15:400", "more": "arithmetic:4:9:400"}
+SETS = {"in": "arithmetic:3:9:375", "larger": "arithmetic:3:15:350", "more": "arithmetic:4:9:250"}
+LARGEST = 9  # in training; of "larger" those problems are taken that have a larger number
 NUM_VALIDATION = 125  # of "in", for tuning; the rest is the study's test set
 CURVES = (
     "reward/mean", "reward/stage1", "reward/stage2", "entropy/policy", "entropy/stage1", "entropy/stage2",
@@ -33,6 +34,10 @@ CURVES = (
     "policy/clip_fraction_stage1", "policy/clip_fraction_stage2", "policy/ratio_mean_stage2", "aepo/temperature",
     "aepo/num_positive", "aepo/grad_norm", "tokens/generated", "tokens/aepo", "time/iteration_s",
 )  # fmt: skip
+WATCHED = [  # while training, in the final runs
+    "evaluation.every=15", "evaluation.k=[1,8]", "evaluation.data.in=arithmetic:3:9:125",
+    "evaluation.data.more=arithmetic:4:9:125",
+]  # fmt: skip
 EVERY = 5  # iterations averaged into one point of a curve
 TARGETS = (0.15, 0.25, 0.35, 0.45, 0.55)
 
@@ -91,13 +96,18 @@ def one_run(out: Path, phase: str, name: str, value: float | None, seed: int) ->
     started = time.perf_counter()
     overrides = overrides_of(out, phase, name, value)
     with tempfile.TemporaryDirectory() as root:
-        config = run_config(name, overrides, seed, root)
+        config = run_config(name, [*overrides, *(WATCHED if phase == "final" else [])], seed, root)
         folder = train(config, display=Display.silent())
         trained = time.perf_counter()
         model = checkpoint.newest_valid(folder)[0] / "model"
         content = {"method": name, "overrides": overrides, "seed": seed, **evaluate(model, config, phase)}
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     content["curves"] = curves(lines)
+    content["watched"] = [
+        {k: v for k, v in line.items() if k == "step" or k.startswith("eval/")}
+        for line in lines
+        if "eval/in/greedy" in line
+    ]
     content["train_s"], content["evaluate_s"] = trained - started, time.perf_counter() - trained
     path = run_file(out, phase, name, value, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +138,8 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     found = {}
     for name, spec in SETS.items():
         prompts = make_eval_prompts(load_set(name, spec, config.data), config, tokenizer, None)
+        if name == "larger":
+            prompts = [p for p in prompts if max(map(int, p.text.split("=")[0].split(","))) > LARGEST]
         if name == "in":
             prompts = prompts[:NUM_VALIDATION] if phase == "tune" else prompts[NUM_VALIDATION:]
         elif phase == "tune":
@@ -185,6 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--job", nargs=4, metavar=("PHASE", "METHOD", "VALUE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    study_base()
     if args.job:
         phase, name, value, seed = args.job
         one_run(args.out, phase, name, None if value == "None" else float(value), int(seed))
