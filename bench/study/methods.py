@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 BASE = ("train.prompts_per_update=16", "optimizer.learning_rate=5e-5", "log.token_details=false", "log.rollouts=false")
 TARGET_ENTROPY = 0.35  # between what GRPO ends with and what the base has
 
-ETAS = (3e-3, 1e-2, 2e-2, 4e-2)
+ETAS = (1e-3, 3e-3, 6e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ METHODS = {
     "eepo_aepo": Method("aepo.coef", (0.03, 0.1, 0.3, 1.0), fixed=AEPO, follows="eepo"),
     "eepo_nll": Method("eepo.learning_rate", (3e-4, 1e-3, 3e-3, 1e-2)),
     "eepo_always": Method("eepo.learning_rate", ETAS),
-    "eepo_multistep": Method("eepo.learning_rate", (1e-3, 3e-3, 1e-2, 2e-2)),
+    "eepo_multistep": Method("eepo.learning_rate", (3e-4, 1e-3, 2e-3, 3e-3)),
     "eepo_iteration_gate": Method("eepo.learning_rate", ETAS),
 }
 TUNING_SEEDS = (100, 101)
