@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := .venv/.installed
 VLLM := .venv/.vllm
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench study clean
 
 $(STAMP): pyproject.toml setup.py Makefile
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -38,6 +38,11 @@ lint: $(STAMP)
 
 bench: $(VLLM)
 	@for file in bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+
+# Hours on two cores; goes on with what bench/results/study/runs lacks.
+study: $(STAMP)
+	$(PY) bench/study/run.py
+	$(PY) bench/study/report.py
 
 clean:
 	rm -rf .venv build *.egg-info

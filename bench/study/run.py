@@ -39,6 +39,7 @@ WATCHED = [  # while training, in the final runs
     "evaluation.data.more=arithmetic:4:9:125",
 ]  # fmt: skip
 EVERY = 5  # iterations averaged into one point of a curve
+PHASES = ["tune", "mass", "final", "targets"]
 TARGETS = (0.15, 0.25, 0.35, 0.45, 0.55)
 
 
@@ -192,9 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/study"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument(
-        "--phase", nargs="+", choices=["tune", "final", "targets"], default=["tune", "final", "targets"]
-    )
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--job", nargs=4, metavar=("PHASE", "METHOD", "VALUE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     study_base()
@@ -203,6 +202,12 @@ def main() -> None:
         one_run(args.out, phase, name, None if value == "None" else float(value), int(seed))
         return
     for phase in args.phase:
+        if phase == "mass":
+            if not (args.out / "forget_mass.json").exists():
+                from forget_mass import write
+
+                write(args.out / "forget_mass.json", choose(args.out, "eepo"))
+            continue
         if phase == "tune":  # leaders first: their followers' sweeps start from what they chose
             leaders = [n for n in args.methods if any(m.follows == n for m in METHODS.values())]
             run_phase(args.out, phase, leaders, args.workers)
