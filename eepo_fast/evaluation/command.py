@@ -27,7 +27,7 @@ from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
 from eepo_fast.rewards import make_grader
 from eepo_fast.rollout.engine import Sampling
-from eepo_fast.types import UserError
+from eepo_fast.types import UserError, WeightsVersion
 
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
 
@@ -119,7 +119,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
     with world.agree():
         prompts = {s.name: make_eval_prompts(s, config, tokenizer, positions(model)) for s in sets}
         settings = {
-            **found, "greedy and samples": num_samples, "temperature": options.temperature, "seed": options.seed,
+            **found, "samples": num_samples, "temperature": options.temperature, "seed": options.seed,
             "template": config.data.template, "max_new_tokens": config.rollout.max_new_tokens,
             "engine": config.rollout.engine, "dtype": config.rollout.dtype, "grading": config.reward.mode,
             "weights": fingerprint(model), "data": {s.name: s.sha256 for s in sets},
@@ -130,6 +130,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
     engine = make_engine(config.rollout, model.to(device), tokenizer, longest)
     rows: dict[str, list[Row]] = {}
     with closing(engine):
+        engine.sync([{name: p.detach() for name, p in model.named_parameters()}], WeightsVersion(0, False))
         sampling = Sampling(options.temperature, config.rollout.max_new_tokens, stops)
         sampler = Sampler(engine, tokenizer, sampling, options.seed, world)
         for eval_set in sets:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eepo_fast.cli import main
+from eepo_fast.rollout.hf import HfEngine
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ["data.template=plain", "rollout.max_new_tokens=12", "data.numbers=3", "data.max_number=9"]
@@ -225,3 +226,18 @@ def test_data_is_prepared_pinned_and_found_again(base, tmp_path, capsys, monkeyp
     (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert main(command) == 2 and "gives other rows than when" in capsys.readouterr().err
+
+
+def test_the_engine_is_given_the_weights_before_it_samples(base, tmp_path, monkeypatch):
+    """An engine that starts empty, as vLLM does, refuses to sample."""
+    calls = []
+    for name in ("sync", "generate"):
+        original = getattr(HfEngine, name)
+
+        def noted(self, *args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(HfEngine, name, noted)
+    assert evaluate(base, tmp_path / "o") == 0
+    assert calls[0] == "sync" and calls.count("generate") == 1
