@@ -89,6 +89,9 @@ def launched_ranks() -> int:
 
 def start_world() -> World:
     """Join the other processes of torchrun, if there are any, and take this rank's device."""
+    os.environ.setdefault(
+        "DS_ACCELERATOR", default_device().type
+    )  # else deepspeed, where installed, says what it found
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched_ranks() == 1:

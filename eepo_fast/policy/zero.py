@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -40,7 +39,6 @@ from eepo_fast.types import Rollout, UserError, WeightsVersion
 
 
 def import_deepspeed():
-    os.environ.setdefault("DS_ACCELERATOR", default_device().type)  # else it says which it found
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it still uses
     try:
         import deepspeed
