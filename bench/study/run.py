@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from methods import METHODS, TUNING_SEEDS, run_config, study_base
+from methods import METHODS, SHARED, TUNING_SEEDS, run_config, study_base
 
 KS = (1, 4, 16, 32)
 NUM_SAMPLES = 32
@@ -38,29 +39,38 @@ WATCHED = [  # while training, in the final runs
     "evaluation.every=15", "evaluation.k=[1,8]", "evaluation.data.in=arithmetic:3:9:125",
     "evaluation.data.more=arithmetic:4:9:125",
 ]  # fmt: skip
+SMALLEST_RATIO = 0.9
 EVERY = 5  # iterations averaged into one point of a curve
 PHASES = ["tune", "mass", "final", "targets"]
 TARGETS = (0.15, 0.25, 0.35, 0.45, 0.55)
 
 
 def choose(out: Path, name: str) -> list[str]:
-    """Overrides of a method: its own key at the value with the best mean score on the tuning seeds; a follower's η as
-    its leader's."""
-    method, overrides = METHODS[name], []
-    if method.follows:
-        leader = METHODS[method.follows]
-        overrides.append(f"{leader.key}={best_value(out, method.follows)}")
-    if method.values:
-        overrides.append(f"{method.key}={best_value(out, name)}")
-    return overrides
+    """Overrides of a method: its own key at its best value, and those of whom it follows at theirs."""
+    own = [f"{METHODS[name].key}={best_value(out, name)}"] if METHODS[name].values and name != SHARED else []
+    return [*inherited(out, name), *own]
+
+
+def inherited(out: Path, name: str) -> list[str]:
+    leaders = [SHARED, *([METHODS[name].follows] if METHODS[name].follows else [])]
+    return [f"{METHODS[leader].key}={best_value(out, leader)}" for leader in leaders]
 
 
 def best_value(out: Path, name: str) -> float:
-    def score(value: float) -> float:
+    """Of a method's own key: the best mean score on the tuning seeds, among the values that leave stage 2's reward at
+    SMALLEST_RATIO of stage 1's; the first, which is the weakest, where none does."""
+    means = {}
+    for value in METHODS[name].values:
         runs = [json.loads(run_file(out, "tune", name, value, seed).read_text()) for seed in TUNING_SEEDS]
-        return statistics.fmean(run["score"] for run in runs)
+        if statistics.fmean(stage_ratio(run) for run in runs) >= SMALLEST_RATIO:
+            means[value] = statistics.fmean(run["score"] for run in runs)
+    return max(means, key=means.get) if means else METHODS[name].values[0]
 
-    return max(METHODS[name].values, key=score)
+
+def stage_ratio(run: dict) -> float:
+    """Stage 2's reward over stage 1's, over all of training; 1 without a stage 2."""
+    first, second = (run["curves"].get(f"reward/stage{s}") for s in (1, 2))
+    return statistics.fmean(second) / statistics.fmean(first) if second else 1.0
 
 
 def run_file(out: Path, phase: str, name: str, value: float | None, seed: int) -> Path:
@@ -83,9 +93,7 @@ def overrides_of(out: Path, phase: str, name: str, value: float | None) -> list[
         return choose(out, name)
     if phase == "targets":
         return [*choose(out, name), f"aepo.target_entropy={value}"]
-    leader = METHODS[name].follows
-    eta = [f"{METHODS[leader].key}={best_value(out, leader)}"] if leader else []
-    return [*eta, f"{METHODS[name].key}={value}"]
+    return [*(inherited(out, name) if name != SHARED else []), f"{METHODS[name].key}={value}"]
 
 
 def one_run(out: Path, phase: str, name: str, value: float | None, seed: int) -> None:
@@ -142,6 +150,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
         if name == "larger":
             prompts = [p for p in prompts if max(map(int, p.text.split("=")[0].split(","))) > LARGEST]
         if name == "in":
+            random.Random(0).shuffle(prompts)  # problems that many expressions give come first
             prompts = prompts[:NUM_VALIDATION] if phase == "tune" else prompts[NUM_VALIDATION:]
         elif phase == "tune":
             continue
@@ -209,8 +218,8 @@ def main() -> None:
                 write(args.out / "forget_mass.json", choose(args.out, "eepo"))
             continue
         if phase == "tune":  # leaders first: their followers' sweeps start from what they chose
-            leaders = [n for n in args.methods if any(m.follows == n for m in METHODS.values())]
-            run_phase(args.out, phase, leaders, args.workers)
+            for leader in (SHARED, *dict.fromkeys(m.follows for m in METHODS.values() if m.follows)):
+                run_phase(args.out, phase, [leader], args.workers)
         run_phase(args.out, phase, args.methods, args.workers)
 
 
