@@ -10,7 +10,8 @@ target, else half as many, take the place of the first rows of the ordinary batc
 Deviations from the paper:
 - The term is a mean over the tokens of all extra samples, right or not, as GRPO's is over its batch's, so that `coef`
   weighs one token mean against another; with several updates an iteration each gets its share of the samples.
-- The entropy compared is the exact mean entropy of the last iteration's update, and 0 before the first, as released.
+- The entropy compared is the mean entropy of the policy over the tokens that the last iteration's update was on (with
+  EEPO also those of stage 2, in replace mode the replacing ones too), and 0 before the first, as released.
 - Without a right sample there is no term (the released code stops there).
 
 The samples come from θ: they are drawn before anything is forgotten.
@@ -45,6 +46,8 @@ class ExtraSamples:
     rollouts: list[Rollout]
     used: list[Rollout] = field(default_factory=list)
     """Those that give a gradient."""
+    num_positive: int = 0
+    """Right ones (term), or with a large enough advantage (replace)."""
     grad_norm: float = 0.0
     """‖∇‖ of what they add to the loss, at θ; 0 without a term."""
 
@@ -74,11 +77,13 @@ def choose_samples(config: AepoConfig, extra: ExtraSamples, group_size: int, bat
     """Once they are graded: which of them are used, and with which advantage. batch_size: of the ordinary batch."""
     if config.mode == "term":
         extra.used = [r for r in extra.rollouts if r.reward]
+        extra.num_positive = len(extra.used)
         for r in extra.used:
             r.advantage = r.reward
         return
     set_advantages(RolloutBatch(extra.rollouts, group_size))
     positive = [r for r in extra.rollouts if r.advantage > SMALLEST_ADVANTAGE]
+    extra.num_positive = len(positive)
     limit = config.num_samples if extra.entropy <= config.target_entropy else config.num_samples // 2
     extra.used = positive[: min(limit, batch_size)]
     for r in extra.used:
@@ -119,7 +124,8 @@ def aepo_metrics(extra: ExtraSamples | None) -> dict[str, float]:
         "aepo/temperature": extra.temperature,
         "aepo/entropy": extra.entropy,
         "aepo/num_samples": len(extra.rollouts),
-        "aepo/num_positive": len(extra.used),
+        "aepo/num_positive": extra.num_positive,
+        "aepo/num_used": len(extra.used),
         "aepo/reward": sum(rewards) / len(rewards) if rewards else math.nan,
         "aepo/grad_norm": extra.grad_norm,
         "tokens/aepo": sum(r.num_tokens for r in extra.rollouts),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from eepo_fast.evaluation.prepare import prepare
 
     name, _, source = args.source.partition("=")
-    if not name or not source or "/" in name:
+    if not re.fullmatch(r"[\w-]{1,100}", name) or not source:
         raise UserError(
             f"data prepare: expected NAME=HUB_NAME, such as math500=HuggingFaceH4/MATH-500, found {args.source!r}"
         )

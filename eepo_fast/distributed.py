@@ -105,6 +105,7 @@ def start_world() -> World:
 
 def lone_group() -> None:
     """A process group of this process alone, for libraries that want one."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1

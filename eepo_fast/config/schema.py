@@ -233,8 +233,8 @@ class Config(Section):
         )
         for name in evaluation.data:
             _require(
-                re.fullmatch(r"[\w.+=@-]{1,100}", name) is not None,
-                f"evaluation.data: expected names of letters, digits and . _ - + = @, found {name[:100]!r}",
+                re.fullmatch(r"[\w-]{1,100}", name) is not None and name != "average",
+                f"evaluation.data: expected names of letters, digits, _ and -, and not `average`, found {name[:100]!r}",
             )
 
     def _check_aepo(self) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from eepo_fast.rewards import make_grader
 from eepo_fast.rollout.engine import Sampling
 from eepo_fast.types import UserError, WeightsVersion
 
+UNLIMITED = 1e9
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
 
 
@@ -48,8 +51,11 @@ def parse_data(specs: list[str]) -> dict[str, str]:
     result = {}
     for text in specs:
         name, _, spec = text.partition("=")
-        if not name or not spec or "/" in name:
-            raise UserError(f"--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found {text!r}")
+        if not re.fullmatch(r"[\w-]{1,100}", name) or not spec or name == "average":
+            raise UserError(
+                f"--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found {text!r}; a name has letters, "
+                "digits, _ and -, and is not `average`"
+            )
         if name in result:
             raise UserError(f"--data: {name} is given twice; names tell the sets apart")
         result[name] = spec
@@ -58,6 +64,10 @@ def parse_data(specs: list[str]) -> dict[str, str]:
 
 def number_of_samples(options: EvalOptions) -> int:
     """Beside the greedy completion; UserError where some k is larger."""
+    if options.num_samples is not None and options.num_samples < 0:
+        raise UserError(f"--n: expected 0 or more samples, found {options.num_samples}")
+    if not 0 < options.temperature < math.inf:
+        raise UserError(f"--temperature: expected a positive number, found {options.temperature}")
     largest = max(options.ks)
     n = options.num_samples if options.num_samples is not None else (largest if largest > 1 else 0)
     if largest > max(1, n):
@@ -195,9 +205,11 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
         _check_responses(eval_set, responses, file, options.ks)
     _claim(options.out, settings)
     rows = {}
+    # a call grades all of a set: an answer's own limit holds, and no budget of a training step
+    reward = RewardConfig(mode=mode, step_seconds=UNLIMITED)
     for eval_set in sets:
         pairs = [(p, k, r) for p in eval_set.problems for k, r in enumerate(responses[p.id])]
-        with closing(make_grader(eval_set.task, RewardConfig(mode=mode))) as grader:
+        with closing(make_grader(eval_set.task, reward)) as grader:
             grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
         rows[eval_set.name] = [
             {"id": p.id, "sample": k, "completion": r, "num_tokens": None,
@@ -217,6 +229,8 @@ def read_responses(file: Path) -> dict[str, list[str]]:
         for key in ("id", "response"):
             if not isinstance(row.get(key), str):
                 raise UserError(f"{file}, line {number}: expected a string in `{key}`, found {row.get(key)!r}")
+            if any("\ud800" <= character <= "\udfff" for character in row[key]):
+                raise UserError(f"{file}, line {number}: `{key}` holds half of a surrogate pair, which is no text")
         responses.setdefault(row["id"], []).append(row["response"])
     if not responses:
         raise UserError(f"{file}: expected lines of id and response, found an empty file")
@@ -243,16 +257,28 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     try:
         (out / "completions").mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = _read_settings(path)
             changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
             if changed:
                 raise UserError(
                     f"--out: {out} holds another evaluation: {changed[0]} is {settings.get(changed[0])!r} here and "
                     f"{before.get(changed[0])!r} there; choose another folder"
                 )
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--out: {path} is not the settings of an evaluation; choose another folder")
+    return found
 
 
 def _finish(options: EvalOptions, settings: dict[str, Any], rows: dict[str, list[Row]], display: Display) -> dict:

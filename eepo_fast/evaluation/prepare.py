@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,19 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: not a manifest of `eepo-fast data prepare`: {error}") from None
 
 
-def find_prepared(source: str, folder: Path = FOLDER) -> Path | None:
-    """The prepared file of a hub name; UserError where it is no longer what its manifest says."""
-    for path in sorted(folder.glob("*.manifest.json")):
-        manifest = read_manifest(path)
-        if manifest.source == source:
-            file = folder / f"{manifest.name}.jsonl"
-            check(file, manifest)
-            return file
-    return None
+def find_prepared(name: str, source: str, folder: Path = FOLDER) -> Path | None:
+    """The file that was prepared from a hub name, under this name where there are several (splits, subsets). UserError
+    where it is no longer what its manifest says, or cannot be told which one is meant."""
+    found = [m for m in map(read_manifest, sorted(folder.glob("*.manifest.json"))) if m.source == source]
+    chosen = [m for m in found if m.name == name] or found
+    if len(chosen) > 1:
+        names = ", ".join(f"{m.name} (split {m.split})" for m in chosen)
+        raise UserError(f"evaluation data {name}: {source} is prepared as {names}; use one of these names, or the file")
+    if not chosen:
+        return None
+    file = folder / f"{chosen[0].name}.jsonl"
+    check(file, chosen[0])
+    return file
 
 
 def check(file: Path, manifest: Manifest) -> None:
@@ -74,6 +78,8 @@ def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revisio
             split: str) -> Manifest:  # fmt: skip
     """Fetch, write and pin one data set. config: columns, files and answer marker. revision: a commit; else the pinned
     one, else the newest. UserError where the hub cannot be reached, or gives other bytes than it gave before."""
+    if revision and Path(source).is_dir():
+        raise UserError(f"--revision: expected none for the folder {source}, found {revision}")
     path, file = manifest_file(folder, name), folder / f"{name}.jsonl"
     known = read_manifest(path) if path.is_file() else None
     if known is not None and known.source != source:
@@ -88,17 +94,24 @@ def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revisio
         name, source, found, licence, config.files, subset, split, config.columns.model_dump(), config.answer_marker,
         len(rows), hashlib.sha256(content).hexdigest(),
     )  # fmt: skip
-    if known is not None and (known.revision, known.split, known.subset, known.columns, known.answer_marker) == (
-        found, split, subset, manifest.columns, config.answer_marker,
-    ) and known.sha256 != manifest.sha256:  # fmt: skip
+    same = known is not None and _request(known) == _request(manifest)
+    if same and known.sha256 != manifest.sha256:
         raise UserError(
             f"{source} at {found} gives other rows than when {path} was written (sha256 {manifest.sha256}, expected "
             f"{known.sha256}); remove that file to accept them"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-    path.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        path.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be written: {error.strerror}; choose another folder") from None
     return manifest
+
+
+def _request(manifest: Manifest) -> Manifest:
+    """What was asked for, without what came."""
+    return replace(manifest, rows=0, sha256="", licence="")
 
 
 def describe(source: str, revision: str | None) -> tuple[str, str]:

@@ -110,10 +110,10 @@ def _resume(file: Path, prompts: Sequence[Prompt], num_samples: int) -> list[Row
     if not file.is_file():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().split(b"\n"):
         try:
             rows.append(json.loads(line))
-        except ValueError:  # cut short when the evaluation was interrupted
+        except ValueError:  # cut short when the evaluation was interrupted, perhaps inside a character
             continue
     counts = Counter(row["id"] for row in rows)
     whole = {p.id for p in prompts if counts[p.id] == 1 + num_samples}

@@ -40,7 +40,7 @@ def _find(name: str, spec: str) -> Path:
     path = Path(spec).expanduser()
     if path.is_file():
         return path
-    prepared = find_prepared(spec)
+    prepared = find_prepared(name, spec)
     if prepared is None:
         raise UserError(
             f"evaluation data {name}: no file {spec}, and no prepared data of that name; give a JSON Lines file, or "

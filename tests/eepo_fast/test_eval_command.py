@@ -139,6 +139,7 @@ def test_completions_made_elsewhere(tmp_path):
         ([("p0", "1")], [], "expected 1 responses to every problem of a, found 0 to 'p1'"),
         ([("p0", "1"), ("p1", "2"), ("x", "3")], [], "id 'x' is in none of the sets"),
         ([], [], "found an empty file"),
+        ([("p0", "\ud83d"), ("p1", "2")], [], "line 1: `response` holds half of a surrogate pair"),
         ([("p0", 3), ("p1", "2")], [], "line 1: expected a string in `response`, found 3"),
         ([("p0", "1"), ("p1", "2")], ["--k", "0"], "--k: expected whole numbers such as 1,8,32, found '0'"),
     ],
@@ -178,6 +179,10 @@ def test_data_that_cannot_be_used(base, tmp_path, capsys, content, message):
     "more, message",
     [
         (["--k", "1,8", "--n", "4"], "--k: expected at most the 4 samples of --n, found 8"),
+        (["--n", "-1"], "--n: expected 0 or more samples, found -1"),
+        (["--temperature", "nan"], "--temperature: expected a positive number, found nan"),
+        (["--data", "a|b=arithmetic"], "a name has letters, digits, _ and -"),
+        (["--data", "average=arithmetic"], "is not `average`"),
         (["data.template=chat"], "`chat` needs a tokenizer with a chat template"),
         (["train.iterations=3"], "eval takes keys of model, data, rollout, reward"),
         (["--data", "test=arithmetic"], "--data: test is given twice"),
@@ -226,6 +231,32 @@ def test_data_is_prepared_pinned_and_found_again(base, tmp_path, capsys, monkeyp
     (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert main(command) == 2 and "gives other rows than when" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_things_is_refused(base, tmp_path, capsys):
+    for content in ("", "[1]", "{"):
+        (tmp_path / "evaluation.json").write_text(content)
+        assert evaluate(base, tmp_path) == 2
+        assert "is not the settings of an evaluation" in complaint(capsys)
+
+
+def test_which_of_two_prepared_sets_is_meant(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    source.mkdir()
+    for split in ("train", "test"):
+        (source / f"{split}.jsonl").write_text(json.dumps({"problem": split, "answer": "1"}) + "\n")
+    for name, split in (("a", "train"), ("b", "test")):
+        assert main(["data", "prepare", f"{name}={source}", "--split", split]) == 0
+    file = responses(tmp_path / "r.jsonl", ("b/000000", "1"))
+    assert grade(file, [f"b={source}"], tmp_path / "o") == 0, "the one of that name"
+    capsys.readouterr()
+    assert grade(file, [f"c={source}"], tmp_path / "p") == 2
+    assert "is prepared as a (split train), b (split test)" in complaint(capsys)
+    assert main(["data", "prepare", f"a={source}", "--revision", "abc"]) == 2
+    assert "--revision: expected none for the folder" in complaint(capsys)
+    (tmp_path / "file").write_text("")
+    assert main(["data", "prepare", f"a={source}", "--out", "file/x"]) == 2 and "cannot be written" in complaint(capsys)
 
 
 def test_the_engine_is_given_the_weights_before_it_samples(base, tmp_path, monkeypatch):

@@ -66,6 +66,22 @@ def test_an_interrupted_evaluation_goes_on(make_engine, prompts, tokenizer, tmp_
     assert [json.loads(line) for line in file.read_text().splitlines()] == again
 
 
+def test_any_text_survives_an_interruption(make_engine, prompts, tokenizer, tmp_path):
+    """Line separators that are not the file's, and a file cut inside a character."""
+    file = tmp_path / "set.jsonl"
+    sampler = Sampler(make_engine(), tokenizer, SAMPLING, 0)
+    rows = sample_set(sampler, Odd(), prompts, 1, file=file)
+    for r, text in zip(rows, ["a\u20285\u2028b", "\x85", "\u2029", "é", "é", "é", "é", "日本"], strict=True):
+        r["completion"] = text
+    whole = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode()
+    file.write_bytes(whole[: whole.rindex("本".encode()) + 1])
+    Odd.asked = 0
+    again = sample_set(sampler, Odd(), prompts, 1, file=file)
+    assert Odd.asked == 2 and [r for r in again if r["id"] != rows[-1]["id"]] == [
+        r for r in rows if r["id"] != rows[-1]["id"]
+    ]
+
+
 def test_forgetful_weights_are_never_evaluated(make_engine, prompts, tokenizer):
     engine = make_engine()
     engine.weights_version = engine.weights_version._replace(forgotten=True)
