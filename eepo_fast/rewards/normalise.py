@@ -57,6 +57,7 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 WORDS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?:['-][A-Za-z]+)*")
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WHOLE = re.compile(r"\\(?:text|boxed|fbox|mathcal)\s*\{(.*)\}", re.DOTALL)
+ONE_WORD = re.compile(r"\\text\s*\{\s*[A-Za-z]{2,}\s*\}")  # stays one: its letters are no product
 DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"))
 SEPARATOR = re.compile(r"\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}", re.IGNORECASE)
 THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
@@ -126,7 +127,7 @@ def _unwrap(text: str) -> str:
             if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
                 text = text[len(opening) : len(text) - len(closing)]
         match = WHOLE.fullmatch(text)
-        if match and _balanced(match.group(1)):
+        if match and _balanced(match.group(1)) and not ONE_WORD.fullmatch(text):
             text = match.group(1)
         elif text.startswith("{") and text.endswith("}") and _balanced(text[1:-1]):
             text = text[1:-1]
