@@ -44,6 +44,8 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     """True, False, or None where `ask` did not know enough."""
     if gold == answer:
         return True
+    if "\ufffd" in answer:  # a character, or a negation, that means nothing here
+        return False
     gold, answer = _outer(gold), _outer(answer)
     golds, answers = _alternatives(gold), _alternatives(answer)
     if len(golds) > 1 or len(answers) > 1:
@@ -207,6 +209,9 @@ def _top_level(text: str) -> list[str]:
 
 
 def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, ask: Ask) -> bool | None:
+    for side, relation in ((0, gold_relation), (1, answer_relation)):
+        if relation and not relation[0][0] and relation[1] in (["="], ["\\approx"]):  # = 5, \approx 5
+            return compare(*[relation[0][1] if i == side else text for i, text in enumerate((gold, answer))], ask)
     if gold_relation and answer_relation:
         return _compare_both(gold_relation, answer_relation, ask)
     if gold_relation:
@@ -217,7 +222,7 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
         return compare(interval, answer, ask) if interval else False
     sides, signs = answer_relation
     if not all(sides):
-        return compare(gold, "".join(sides), ask) if not sides[0] and signs == ["="] else False
+        return False
     if set(signs) <= {"=", "\\approx"}:
         return _last_side(gold, sides, signs, ask)
     if signs == ["\\in"]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from eepo_fast.rewards.units import mark_unit
+
 
 def word_set(words: str) -> frozenset[str]:
     return frozenset(words.split())
@@ -25,6 +27,7 @@ UNICODE = {
     "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
     "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
+    "µ": "\\mu ", "Ω": "\\Omega ", "Å": "\\AA ", "⊙": "\\odot ", "∼": "\\approx ", "Ω": "\\Omega ", "Å": "\\AA ",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
@@ -34,7 +37,7 @@ COMMANDS = {
     "mathit": "text", "boldsymbol": "text", "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "",
     "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
-    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "doteq": "=", "colon": ":", "lt": "<", "gt": ">",
+    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<", "gt": ">",
     "euro": "", "pounds": "", "dollar": "",
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
@@ -67,6 +70,8 @@ MIXED = re.compile(
     r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
 )
 AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
+TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
+NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
@@ -82,16 +87,22 @@ def normalise(answer: str, thousands: bool = True) -> str:
     """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(CONTROL.sub("\ufffd", answer))
     text = _unwrap(text)
+    text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # backslashes written twice
     text = text.replace("\\\\", NEW_ROW)
     text = MARKED_THOUSANDS.sub("", text)
-    if thousands and not any(bracket in text for bracket in ("(", "[", "\\{")):  # (2,100) is a pair
-        text = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
+    thousands = thousands and not any(bracket in text for bracket in ("(", "[", "\\{"))  # (2,100) is a pair
+    # but nobody lists 1 and 000
+    text = THOUSANDS.sub(lambda m: m.group().replace(",", "") if thousands or ",0" in m.group() else m.group(), text)
     text = text.replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
     for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
         text = text.replace(spacing, " ")
     text = COMMAND.sub(_command, text)
+    text = TIMES_TEN.sub(r"\1\\cdot 10^", text)
+    text = re.sub(r"\\not(?![A-Za-z])", "\ufffd", re.sub(r"\\not\s*=", r"\\ne ", text))
+    text = NOT_EQUAL.sub(r"\\ne ", text)
+    text = mark_unit(text)
     text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
     text = _texts(text)
     text = _unwrap(text)
@@ -100,7 +111,7 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = MIXED.sub(_mixed, text)
     text = _spaces(text)
     text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
-    text = text.replace("!=", "\\ne ").replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
+    text = text.replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
     return _spaces(
         re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
@@ -120,7 +131,7 @@ def _unwrap(text: str) -> str:
     """Without delimiters, emphasis, outer text commands and braces, and the point at the end of a sentence."""
     for _ in range(8):  # as deep as people nest them
         before = text
-        text = text.strip().rstrip(",;:").strip()
+        text = _trim(text)
         if text.endswith(".") and not text.endswith("..."):
             text = text[:-1].rstrip()
         for opening, closing in DELIMITERS:
@@ -134,6 +145,18 @@ def _unwrap(text: str) -> str:
         if text == before:
             break
     return text
+
+
+def _trim(text: str) -> str:
+    """Without space around it, LaTeX's kinds too, and without a comma at its end."""
+    while True:
+        before = text
+        text = text.strip().removesuffix("\\quad").removesuffix("\\qquad")
+        for spacing in ("\\,", "\\;", "\\:", "\\!", "\\ "):
+            text = text.removeprefix(spacing).removesuffix(spacing)
+        text = text.rstrip(",;:~\\")
+        if text == before:
+            return text
 
 
 def _balanced(text: str) -> bool:
