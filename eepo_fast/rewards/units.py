@@ -62,7 +62,8 @@ def mark_unit(text: str) -> str:
     """The text, its last number's unit (if that is all that follows) as one \\text{} of names and powers."""
     for match in NUMBER.finditer(text, max(0, len(text) - MAX_UNIT - MAX_NUMBER)):
         if BEFORE.fullmatch(text[: match.start()]):
-            unit = read_unit(text[match.end() :], bare=True)
+            rest = text[match.end() :].strip() if "frac" in match.group() else text[match.end() :]
+            unit = read_unit(rest, bare=True)  # \\frac{37}{4} m may well be a product
             if unit:
                 return f"{text[: match.end()]}\\text{{{unit}}}"
     return text
