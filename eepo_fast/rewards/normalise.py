@@ -27,7 +27,8 @@ UNICODE = {
     "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
     "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
-    "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ", "∼": "\\approx ",
+    "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
+    "∼": "\\approx ",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
@@ -37,8 +38,8 @@ COMMANDS = {
     "mathit": "text", "boldsymbol": "text", "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "",
     "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
-    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<", "gt": ">",
-    "euro": "", "pounds": "", "dollar": "",
+    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
+    "gt": ">", "euro": "", "pounds": "", "dollar": "",
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
