@@ -9,10 +9,12 @@ Decisions, where careful people could differ:
   side counts. A left side that is plain arithmetic must hold: `2+5=7` is 7, `5=7` is not.
 - Lists and sets match in any order, one to one; tuples, intervals, matrices in order, with the same kind of bracket.
   Several answers are never one: `1 or 2` is not 1. `{1,2}` is `1,2`; `(1,2)` is neither. Of `a \\pm b` both are meant.
-- A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong. Nothing is
-  converted. So with bases: `1011` is 1011_2, but 1011_2 is not 1011.
-- A percent sign is a unit (50% is 50, where the gold says 50) or what it stands for (50% is 0.5). Without the sign
-  nothing is ever taken times or over 100.
+- A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong, and so are words
+  that make another number (18 dozen, 2 and a half). $5 is 5 dollars, not 5 cents. Nothing is converted. So with bases:
+  `1011` is 1011_2, but 1011_2 is not 1011.
+- A percent sign is what it stands for: 50% is 0.5. A gold without it that is above 1 and no fraction may have left it
+  out (50% is also 50); a smaller one or a fraction has not (0.5% is not 1/2), nor one that is no number. Without the
+  sign nothing is ever taken times or over 100.
 - `0<x<1` is the interval (0,1), `x \\ge 2` is [2,\\infty). An equation is another if their sides differ by a factor.
 - `3:2` is a ratio or a time, compared part by part. A choice is its letter, with or without brackets. Words are
   compared without case, articles and punctuation.

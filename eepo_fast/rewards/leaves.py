@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from eepo_fast.rewards.numbers import read_number, same_number
-from eepo_fast.rewards.units import unit_words, without_unit
+from eepo_fast.rewards.units import same_unit, without_unit
 
 Ask = Callable[[str, str, str], bool | None]
 """(question, gold, answer) -> yes, no, or not known here. Questions: equal, proportional, positively_proportional."""
@@ -28,8 +28,10 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
     if not gold or not answer:
         return _same_text(gold_unit, answer_unit) if not gold and not answer else False
     percents = "percent" in gold_unit, "percent" in answer_unit
-    if gold_unit and answer_unit and unit_words(gold_unit) != unit_words(answer_unit):
+    if not same_unit(gold_unit, answer_unit):
         return False
+    if percents[1] and not percents[0] and not read_number(gold):
+        return False  # \\sqrt{2} percent
     if ":" in gold or ":" in answer:
         parts = gold.split(":"), answer.split(":")
         return len(parts[0]) == len(parts[1]) and _parts(*parts, ask)
@@ -38,11 +40,13 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
         return bool(bases[0]) and (bases[0].group(1) if not bases[1] else bases[0].groups()) == (
             answer if not bases[1] else bases[1].groups()
         )
-    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty"):
-        return True
     numbers = read_number(gold), read_number(answer)
+    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty") and not (
+        numbers[0] and percents[1]
+    ):
+        return True
     if numbers[0] and numbers[1]:
-        if same_number(*numbers):
+        if same_number(*numbers) and not (percents[1] and not percents[0] and _is_share(gold)):
             return True
         if percents[0] != percents[1]:  # the sign is what it stands for
             marked, plain = numbers if percents[0] else numbers[::-1]
@@ -56,6 +60,12 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
     if "\\infty" in (gold.lstrip("-"), answer.lstrip("-")):
         return False
     return ask("equal", gold, answer)
+
+
+def _is_share(gold: str) -> bool:
+    """Can a percent sign behind this number only mean a hundredth? Of 18 it may be the unit that the gold left out."""
+    number = read_number(gold)
+    return number.value != 0 and (abs(number.value) <= 1 or "/" in gold or "\\frac" in gold)
 
 
 def _parts(golds: list[str], answers: list[str], ask: Ask) -> bool | None:

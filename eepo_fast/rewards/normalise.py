@@ -10,12 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from eepo_fast.rewards.units import mark_unit
-
-
-def word_set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
+from eepo_fast.rewards.units import mark_unit, word_set
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -63,7 +58,7 @@ TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WHOLE = re.compile(r"\\(?:text|boxed|fbox|mathcal)\s*\{(.*)\}", re.DOTALL)
 ONE_WORD = re.compile(r"\\text\s*\{\s*[A-Za-z]{2,}\s*\}")  # stays one: its letters are no product
 DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"))
-SEPARATOR = re.compile(r"\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}", re.IGNORECASE)
+BETWEEN = re.compile(r",?\s*\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}\s*,?", re.IGNORECASE)
 THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,|\\!)(?=[0-9]{3}(?![0-9]))")
 SPACED_THOUSANDS = re.compile(r"(?<![0-9.,^_])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
@@ -71,6 +66,7 @@ MIXED = re.compile(
     r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
 )
 AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
+DOLLARS = re.compile(r"(?:\\\$|\$)\s*([0-9]+(?:\.[0-9]+)?)(?:\s*dollars)?")
 TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
 NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
@@ -96,7 +92,10 @@ def normalise(answer: str, thousands: bool = True) -> str:
     thousands = thousands and not any(bracket in text for bracket in ("(", "[", "\\{"))  # (2,100) is a pair
     # but nobody lists 1 and 000
     text = THOUSANDS.sub(lambda m: m.group().replace(",", "") if thousands or ",0" in m.group() else m.group(), text)
-    text = text.replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
+    text = text.replace("\\!", "").replace("{,}", ",")
+    dollars = DOLLARS.fullmatch(text)
+    text = f"{dollars.group(1)} dollars" if dollars else text
+    text = text.replace("\\$", "").replace("$", "")
     for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
         text = text.replace(spacing, " ")
     text = COMMAND.sub(_command, text)
@@ -201,7 +200,7 @@ def _texts(text: str) -> str:
     text = UNIT_LETTER.sub(r"\\text{\1}\2", "".join(parts))
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
-    text = re.sub(r",?\s*" + SEPARATOR.pattern + r"\s*,?", ",", text, flags=re.IGNORECASE)
+    text = BETWEEN.sub(lambda m: "," if m.start() > 0 and m.end() < len(m.string) else m.group(), text)
     return re.sub(
         r"\\text\{(hundred|thousand|million|billion|trillion)\b ?([^{}]*)\}",
         lambda m: f"\\cdot 10^{SCALES[m.group(1)]}" + (f"\\text{{{m.group(2)}}}" if m.group(2) else ""), text,

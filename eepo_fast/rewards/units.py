@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import re
 
+
+def word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 UNIT = re.compile(r"(?:(?:\\text\{[^{}]*\}(?:\^\{?-?[0-9]\}?)?|/|\\cdot)+)$")
 HEDGES = re.compile(r"^\\text\{(?:about|approximately|approx|roughly|is|usd|rs|exactly)\}", re.IGNORECASE)
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -23,19 +28,20 @@ UNIT_NAMES = {
 LONG_NAMES = {
     **{name: short for name, short in UNIT_NAMES.items() if len(name) > 3 and short not in ("percent", "degree")},
     "inch": "inch", "foot": "foot", "yard": "yard", "mile": "mile", "joule": "J", "joules": "J", "watt": "W",
-    "watts": "W", "newton": "N", "newtons": "N", "volt": "V", "volts": "V", "kelvin": "K", "hertz": "Hz", "pascal": "Pa",
-    "pascals": "Pa", "ohm": "Ω", "ohms": "Ω", "coulomb": "C", "coulombs": "C", "ampere": "A", "amperes": "A",
-    "tesla": "T", "ergs": "erg", "parsec": "pc", "parsecs": "pc", "angstrom": "Å", "angstroms": "Å", "radian": "rad",
-    "radians": "rad", "moles": "mol", "mole": "mol", "years": "yr", "year": "yr", "days": "day", "micron": "μm",
-    "microns": "μm", "millimeters": "mm", "millimeter": "mm", "nanometers": "nm", "nanometer": "nm", "cent": "cent",
+    "watts": "W", "newton": "N", "newtons": "N", "volt": "V", "volts": "V", "kelvin": "K", "hertz": "Hz",
+    "pascal": "Pa", "pascals": "Pa", "ohm": "Ω", "ohms": "Ω", "coulomb": "C", "coulombs": "C", "ampere": "A",
+    "amperes": "A", "tesla": "T", "ergs": "erg", "parsec": "pc", "parsecs": "pc", "angstrom": "Å", "angstroms": "Å",
+    "radian": "rad", "radians": "rad", "moles": "mol", "mole": "mol", "years": "yr", "year": "yr", "days": "day",
+    "micron": "μm", "microns": "μm", "millimeters": "mm", "millimeter": "mm", "nanometers": "nm",
+    "nanometer": "nm", "cent": "cent",
 }  # fmt: skip
 SHORT_NAMES = {
     "in": "inch", "ft": "foot", "yd": "yard", "mi": "mile", "min": "min", "hr": "h", "hrs": "h", "sec": "s", "lb": "lb",
-    "lbs": "lb", "oz": "oz", "erg": "erg", "dyn": "dyn", "dyne": "dyn", "AU": "AU", "au": "AU", "ly": "ly", "day": "day",
-    "mph": "mph", "kph": "kph", "arcsec": "arcsec", "ppm": "ppm", "cd": "cd", "rad": "rad", "sr": "sr", "rpm": "rpm",
-    "cc": "cc", "kmh": "kmh", "atm": "atm", "Å": "Å", "h": "h", "amu": "amu", "dB": "dB",
+    "lbs": "lb", "oz": "oz", "erg": "erg", "dyn": "dyn", "dyne": "dyn", "AU": "AU", "au": "AU", "ly": "ly",
+    "day": "day", "mph": "mph", "kph": "kph", "arcsec": "arcsec", "ppm": "ppm", "cd": "cd", "rad": "rad", "sr": "sr",
+    "rpm": "rpm", "cc": "cc", "kmh": "kmh", "atm": "atm", "Å": "Å", "h": "h", "amu": "amu", "dB": "dB",
 }  # fmt: skip
-SCALED = frozenset("m g s A K mol Hz N Pa J W C V F T Wb H L l eV pc Ω bar yr cal Wh G Bq Sv lm".split())
+SCALED = word_set("m g s A K mol Hz N Pa J W C V F T Wb H L l eV pc Ω bar yr cal Wh G Bq Sv lm")
 PREFIXES = frozenset("fpnμumcdkMGTP")
 SUNS = re.compile(r"([MLR])_(?:\\odot|\{\\odot\s*\}|⊙|\{⊙\}|\{?\\text\{sun\}\}?)")
 CELSIUS = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\\text\s*)?(?:\{\s*([CF])\s*\}|([CF])(?![A-Za-z]))")
@@ -43,11 +49,18 @@ TOKEN = re.compile(
     r"\\frac|\\text|\\cdot|\^\s*(?:\{\s*[-+]?[0-9]\s*\}|[-+]?[0-9])|[A-Za-zμΩÅ]+|°[CF]|☉[MLR]|.", re.DOTALL
 )
 NUMBER = re.compile(
-    r"(?<![A-Za-z0-9.^_{}\\)])(?:[0-9]+(?:,[0-9]{3})*(?: [0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+|\\frac\s*\{[0-9]+\}\s*\{[0-9]+\})"
+    r"(?<![A-Za-z0-9.^_{}\\)])(?:[0-9]+(?:,[0-9]{3})*(?: [0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+"
+    r"|\\frac\s*\{[0-9]+\}\s*\{[0-9]+\})"
     r"(?:[eE][-+]?[0-9]{1,4}(?![0-9A-Za-z])|\s*\\cdot\s*10\s*\^\s*(?:\{\s*[-+]?[0-9]{1,4}\s*\}|[-+]?[0-9]{1,4})"
     r"|(?<=10)\^\s*(?:\{\s*[-+]?[0-9]{1,4}\s*\}|[0-9]{1,4}))?"
 )
 BEFORE = re.compile(r"(?:.*(?:=|\\approx))?[\s+-]*", re.DOTALL)
+NO_UNIT = word_set(
+    "! dozen dozens score scores pair pairs half halves third thirds quarter quarters not or and wrong minus plus less "
+    "fewer more times over under twice double doubled triple hundred thousand million billion trillion hundredth "
+    "hundredths tenth tenths except but negative false no none incorrect divided multiplied factorial gross"
+)
+IDLE = word_set("is of to be the a an than at")
 BARE_LETTERS = frozenset("msghJNWVKLAC")
 MAX_UNIT, MAX_NUMBER = 200, 100
 MICRO = (
@@ -55,7 +68,7 @@ MICRO = (
     (re.compile(r"\\text\s*\{\s*([kMGm])\s*\}\s*\\Omega"), r"\1Ω"), (re.compile(r"\\Omega"), "Ω"),
     (re.compile(r"\\AA|\\mathring\{A\}"), "Å"),
 )  # fmt: skip
-OLD_WORDS = frozenset("cm mm km ft kg mg lb lbs oz ml sec min hr mph kph hz pa ev in ly pc".split())
+OLD_WORDS = word_set("cm mm km ft kg mg lb lbs oz ml sec min hr mph kph hz pa ev in ly pc")
 
 
 def mark_unit(text: str) -> str:
@@ -75,7 +88,7 @@ def read_unit(text: str, bare: bool = False) -> str | None:
     for pattern, replacement in MICRO:
         text = pattern.sub(replacement, text)
     spaced = text[:1] in (" ", "\t") or text.startswith("\\cdot")
-    worded = "\\text" in text or "\\frac" in text or spaced and re.search(r"[/^]", text) is not None
+    worded = "\\text" in text or "\\frac" in text or (spaced and re.search(r"[/^]", text) is not None)
     text = SUNS.sub(r" ☉\1 ", CELSIUS.sub(lambda m: f" °{m.group(1) or m.group(2)} ", text))
     reader = _Reader([token for token in TOKEN.findall(text) if not token.isspace()])
     powers = reader.read()
@@ -195,6 +208,15 @@ def without_unit(text: str) -> tuple[str, str]:
 
 
 MARKED = re.compile(r"\\text\{([^{}\s^.]+\^-?[0-9]+(?:\.[^{}\s^.]+\^-?[0-9]+)*)\}")
+
+
+def same_unit(gold: str, answer: str) -> bool:
+    """One unit, or none on one side. What says another number (18 dozen, 2 and a half) is no unit to leave out."""
+    if not gold or not answer:
+        words = set(re.findall(r"[a-z]+|!", (gold + answer).lower())) - {"text"}
+        squared = words & {"squared", "cubed"} and not (words - {"squared", "cubed"})
+        return not (squared or words & NO_UNIT or (words and not words - IDLE))
+    return unit_words(gold) == unit_words(answer)
 
 
 def unit_words(text: str) -> list[str]:
