@@ -9,10 +9,12 @@ Decisions, where careful people could differ:
   side counts. A left side that is plain arithmetic must hold: `2+5=7` is 7, `5=7` is not.
 - Lists and sets match in any order, one to one; tuples, intervals, matrices in order, with the same kind of bracket.
   Several answers are never one: `1 or 2` is not 1. `{1,2}` is `1,2`; `(1,2)` is neither. Of `a \\pm b` both are meant.
-- A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong. Nothing is
-  converted. So with bases: `1011` is 1011_2, but 1011_2 is not 1011.
-- A percent sign is a unit (50% is 50, where the gold says 50) or what it stands for (50% is 0.5). Without the sign
-  nothing is ever taken times or over 100.
+- A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong, and so are words
+  that make another number (18 dozen, 2 and a half). $5 is 5 dollars, not 5 cents. Nothing is converted. So with bases:
+  `1011` is 1011_2, but 1011_2 is not 1011.
+- A percent sign is what it stands for: 50% is 0.5. A gold without it that is above 1 and no fraction may have left it
+  out (50% is also 50); a smaller one or a fraction has not (0.5% is not 1/2), nor one that is no number. Without the
+  sign nothing is ever taken times or over 100.
 - `0<x<1` is the interval (0,1), `x \\ge 2` is [2,\\infty). An equation is another if their sides differ by a factor.
 - `3:2` is a ratio or a time, compared part by part. A choice is its letter, with or without brackets. Words are
   compared without case, articles and punctuation.
@@ -23,12 +25,9 @@ Decisions, where careful people could differ:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
-from eepo_fast.rewards.numbers import read_number, same_number
-
-Ask = Callable[[str, str, str], bool | None]
-"""(question, gold, answer) -> yes, no, or not known here. Questions: equal, proportional, positively_proportional."""
+from eepo_fast.rewards.leaves import Ask, compare_leaves
+from eepo_fast.rewards.numbers import read_number
 
 OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -40,27 +39,15 @@ NAME = re.compile(
     r"(?:\\text\{[^{}]*\}|(?:\\angle |\\triangle |m\\angle )?(?:\\[A-Za-z]+|[A-Za-z]{1,4}))"
     r"(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?(?:'|\^\{?\\prime\}?)*(?:\([A-Za-z0-9,]*\))?"
 )
-UNIT = re.compile(r"(?:(?:\\text\{[^{}]*\}(?:\^\{?-?[0-9]\}?)?|/|\\cdot)+)$")
-TEXT = re.compile(r"\\text\{([^{}]*)\}")
-BASE = re.compile(r"(-?[0-9A-Fa-f.]+)_\{?([0-9]{1,2})\}?")
-HEDGES = re.compile(r"^\\text\{(?:about|approximately|approx|roughly|is|usd|rs|exactly)\}", re.IGNORECASE)
-TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-DEGREES = re.compile(r"([0-9.]+)\\text\{deg(?:ree|rees)?\}")
 MAX_MATCHED = 64
-UNIT_NAMES = {
-    "deg": "degree", "degrees": "degree", "inches": "inch", "in": "inch", "feet": "foot", "ft": "foot", "cents": "cent",
-    "meters": "m", "meter": "m", "metres": "m", "metre": "m", "centimeters": "cm", "centimeter": "cm", "am": "a.m.",
-    "kilometers": "km", "kilometer": "km", "grams": "g", "gram": "g", "kilograms": "kg", "kilogram": "kg", "sec": "s",
-    "seconds": "s", "second": "s", "secs": "s", "hours": "h", "hour": "h", "hr": "h", "hrs": "h", "mins": "min",
-    "minutes": "min", "minute": "min", "pm": "p.m.", "a.m": "a.m.", "p.m": "p.m.", "sq": "square", "liters": "l",
-    "liter": "l", "litres": "l", "litre": "l", "yards": "yard", "miles": "mile", "mi": "mile", "percentage": "percent",
-}  # fmt: skip
 
 
 def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     """True, False, or None where `ask` did not know enough."""
     if gold == answer:
         return True
+    if "\ufffd" in answer:  # a character, or a negation, that means nothing here
+        return False
     gold, answer = _outer(gold), _outer(answer)
     golds, answers = _alternatives(gold), _alternatives(answer)
     if len(golds) > 1 or len(answers) > 1:
@@ -224,6 +211,9 @@ def _top_level(text: str) -> list[str]:
 
 
 def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, ask: Ask) -> bool | None:
+    for side, relation in ((0, gold_relation), (1, answer_relation)):
+        if relation and not relation[0][0] and relation[1] in (["="], ["\\approx"]):  # = 5, \approx 5
+            return compare(*[relation[0][1] if i == side else text for i, text in enumerate((gold, answer))], ask)
     if gold_relation and answer_relation:
         return _compare_both(gold_relation, answer_relation, ask)
     if gold_relation:
@@ -234,7 +224,7 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
         return compare(interval, answer, ask) if interval else False
     sides, signs = answer_relation
     if not all(sides):
-        return compare(gold, "".join(sides), ask) if not sides[0] and signs == ["="] else False
+        return False
     if set(signs) <= {"=", "\\approx"}:
         return _last_side(gold, sides, signs, ask)
     if signs == ["\\in"]:
@@ -305,70 +295,3 @@ def _as_interval(sides: list[str], signs: list[str]) -> str | None:
     if len(sides) == 2 and NAME.fullmatch(sides[1]) and not NAME.fullmatch(sides[0]):
         return f"{opening}{sides[0]},\\infty)"
     return None
-
-
-def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
-    """What has no more parts: a number, an expression, words."""
-    (gold, gold_unit), (answer, answer_unit) = _without_unit(gold), _without_unit(answer)
-    if not gold or not answer:
-        return _same_text(gold_unit, answer_unit) if not gold and not answer else False
-    percents = "percent" in gold_unit, "percent" in answer_unit
-    if gold_unit and answer_unit and _unit(gold_unit) != _unit(answer_unit):
-        return False
-    if ":" in gold or ":" in answer:
-        parts = gold.split(":"), answer.split(":")
-        return len(parts[0]) == len(parts[1]) and _ordered(*parts, ask)
-    bases = BASE.fullmatch(gold), BASE.fullmatch(answer)
-    if bases[0] or bases[1]:
-        return bool(bases[0]) and (bases[0].group(1) if not bases[1] else bases[0].groups()) == (
-            answer if not bases[1] else bases[1].groups()
-        )
-    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty"):
-        return True
-    numbers = read_number(gold), read_number(answer)
-    if numbers[0] and numbers[1]:
-        if same_number(*numbers):
-            return True
-        if percents[0] != percents[1]:  # the sign is what it stands for
-            marked, plain = numbers if percents[0] else numbers[::-1]
-            return marked.value == 100 * plain.value
-        return False
-    if gold.isalpha() and len(gold) == 1 and re.fullmatch(r"\(?" + gold + r"\)?", answer):
-        return True
-    if gold.isalpha() and answer.isalpha():
-        return sorted(gold) == sorted(answer) or (len(gold) > 2 and gold.casefold() == answer.casefold())
-    if "\\infty" in (gold.lstrip("-"), answer.lstrip("-")):
-        return False
-    return ask("equal", gold, answer)
-
-
-def _without_unit(text: str) -> tuple[str, str]:
-    if TRIGONOMETRY.search(text):
-        text = DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
-    text = HEDGES.sub("", text)
-    match = UNIT.search(text)
-    if not match or not match.group().startswith("\\text"):
-        return text, ""
-    return text[: match.start()], match.group()
-
-
-def _words(text: str) -> list[str]:
-    found = re.findall(r"[a-z0-9.]+", " ".join(TEXT.findall(text)).lower() if "\\text" in text else text.lower())
-    return [word.rstrip(".") if word not in ("a.m.", "p.m.") else word for word in found]
-
-
-def _same_text(gold: str, answer: str) -> bool:
-    articles = ("the", "a", "an")
-    golds, answers = ([word for word in _words(text) if word not in articles] for text in (gold, answer))
-    return "".join(golds) == "".join(answers) and bool(golds)
-
-
-def _unit(text: str) -> list[str]:
-    """A unit's words and exponents under common names; `sq units`, `square units` and `units^2` are one."""
-    words = []
-    for word in re.findall(r"[a-z.]+|[0-9]", re.sub(r"\\text|\\cdot", " ", text.lower())):
-        name = UNIT_NAMES.get(word, word)
-        words.append(name if name in ("a.m.", "p.m.") or len(name) < 3 else name.rstrip("s."))
-    swapped = [w for w in words if w not in ("square", "cubic", "2", "3", "of", "unit")]
-    powers = [{"square": "2", "cubic": "3"}.get(w, w) for w in words if w in ("square", "cubic", "2", "3")]
-    return sorted(swapped) + sorted(powers)

@@ -10,10 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-
-def word_set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
+from eepo_fast.rewards.units import mark_unit, word_set
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -25,6 +22,8 @@ UNICODE = {
     "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
     "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
+    "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
+    "∼": "\\approx ",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
@@ -34,8 +33,8 @@ COMMANDS = {
     "mathit": "text", "boldsymbol": "text", "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "",
     "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
-    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "doteq": "=", "colon": ":", "lt": "<", "gt": ">",
-    "euro": "", "pounds": "", "dollar": "",
+    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
+    "gt": ">", "euro": "", "pounds": "", "dollar": "",
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
@@ -57,8 +56,9 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 WORDS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?:['-][A-Za-z]+)*")
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WHOLE = re.compile(r"\\(?:text|boxed|fbox|mathcal)\s*\{(.*)\}", re.DOTALL)
+ONE_WORD = re.compile(r"\\text\s*\{\s*[A-Za-z]{2,}\s*\}")  # stays one: its letters are no product
 DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"))
-SEPARATOR = re.compile(r"\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}", re.IGNORECASE)
+BETWEEN = re.compile(r",?\s*\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}\s*,?", re.IGNORECASE)
 THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,|\\!)(?=[0-9]{3}(?![0-9]))")
 SPACED_THOUSANDS = re.compile(r"(?<![0-9.,^_])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
@@ -66,6 +66,9 @@ MIXED = re.compile(
     r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
 )
 AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
+DOLLARS = re.compile(r"(?:\\\$|\$)\s*([0-9]+(?:\.[0-9]+)?)(?:\s*dollars)?")
+TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
+NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
@@ -81,16 +84,25 @@ def normalise(answer: str, thousands: bool = True) -> str:
     """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(CONTROL.sub("\ufffd", answer))
     text = _unwrap(text)
+    text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # backslashes written twice
     text = text.replace("\\\\", NEW_ROW)
     text = MARKED_THOUSANDS.sub("", text)
-    if thousands and not any(bracket in text for bracket in ("(", "[", "\\{")):  # (2,100) is a pair
-        text = THOUSANDS.sub(lambda m: m.group().replace(",", ""), text)
-    text = text.replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
+    thousands = thousands and not any(bracket in text for bracket in ("(", "[", "\\{"))  # (2,100) is a pair
+    # but nobody lists 1 and 000
+    text = THOUSANDS.sub(lambda m: m.group().replace(",", "") if thousands or ",0" in m.group() else m.group(), text)
+    text = text.replace("\\!", "").replace("{,}", ",")
+    dollars = DOLLARS.fullmatch(text)
+    text = f"{dollars.group(1)} dollars" if dollars else text
+    text = text.replace("\\$", "").replace("$", "")
     for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
         text = text.replace(spacing, " ")
     text = COMMAND.sub(_command, text)
+    text = TIMES_TEN.sub(r"\1\\cdot 10^", text)
+    text = re.sub(r"\\not(?![A-Za-z])", "\ufffd", re.sub(r"\\not\s*=", r"\\ne ", text))
+    text = NOT_EQUAL.sub(r"\\ne ", text)
+    text = mark_unit(text)
     text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
     text = _texts(text)
     text = _unwrap(text)
@@ -99,7 +111,7 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = MIXED.sub(_mixed, text)
     text = _spaces(text)
     text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
-    text = text.replace("!=", "\\ne ").replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
+    text = text.replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
     return _spaces(
         re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
@@ -119,20 +131,32 @@ def _unwrap(text: str) -> str:
     """Without delimiters, emphasis, outer text commands and braces, and the point at the end of a sentence."""
     for _ in range(8):  # as deep as people nest them
         before = text
-        text = text.strip().rstrip(",;:").strip()
+        text = _trim(text)
         if text.endswith(".") and not text.endswith("..."):
             text = text[:-1].rstrip()
         for opening, closing in DELIMITERS:
             if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
                 text = text[len(opening) : len(text) - len(closing)]
         match = WHOLE.fullmatch(text)
-        if match and _balanced(match.group(1)):
+        if match and _balanced(match.group(1)) and not ONE_WORD.fullmatch(text):
             text = match.group(1)
         elif text.startswith("{") and text.endswith("}") and _balanced(text[1:-1]):
             text = text[1:-1]
         if text == before:
             break
     return text
+
+
+def _trim(text: str) -> str:
+    """Without space around it, LaTeX's kinds too, and without a comma at its end."""
+    while True:
+        before = text
+        text = text.strip().removesuffix("\\quad").removesuffix("\\qquad")
+        for spacing in ("\\,", "\\;", "\\:", "\\!", "\\ "):
+            text = text.removeprefix(spacing).removesuffix(spacing)
+        text = text.rstrip(",;:~\\")
+        if text == before:
+            return text
 
 
 def _balanced(text: str) -> bool:
@@ -176,7 +200,7 @@ def _texts(text: str) -> str:
     text = UNIT_LETTER.sub(r"\\text{\1}\2", "".join(parts))
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
-    text = re.sub(r",?\s*" + SEPARATOR.pattern + r"\s*,?", ",", text, flags=re.IGNORECASE)
+    text = BETWEEN.sub(lambda m: "," if m.start() > 0 and m.end() < len(m.string) else m.group(), text)
     return re.sub(
         r"\\text\{(hundred|thousand|million|billion|trillion)\b ?([^{}]*)\}",
         lambda m: f"\\cdot 10^{SCALES[m.group(1)]}" + (f"\\text{{{m.group(2)}}}" if m.group(2) else ""), text,

@@ -7,6 +7,7 @@ the interpreter refuses to run any code that was not read from a module's file.
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -17,7 +18,9 @@ import sympy.parsing.sympy_parser
 from sympy import Float, Integer
 
 REFUSED = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.", "socket.", "os.remove", "os.rename",
-           "shutil.", "ctypes.dlopen", "os.putenv", "os.kill")  # fmt: skip
+           "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime",
+           "os.setxattr", "os.removexattr", "shutil.", "ctypes.dlopen", "os.putenv", "os.kill")  # fmt: skip
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 
@@ -36,9 +39,11 @@ def close_parsers() -> None:
 
 
 def refuse(event: str, arguments: tuple) -> None:
-    """The audit hook: no text becomes code, no process starts, no connection opens."""
+    """The audit hook: no text becomes code, no process starts, no connection opens, no file changes."""
     if event.startswith(REFUSED):
         raise PermissionError(event)
+    if event == "open" and arguments[2] & WRITING:
+        raise PermissionError("a file opened for writing")
     if event == "exec" and arguments[0].co_filename.startswith("<") and "frozen" not in arguments[0].co_filename:
         raise PermissionError("text as code")
 

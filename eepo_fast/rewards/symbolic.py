@@ -15,15 +15,15 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from sympy import Abs, Basic, Derivative, Float, I, N, Rational, S, Symbol
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.matrices import MatrixBase
 from sympy.sets import Set
 
-from eepo_fast.rewards.normalise import word_set
+from eepo_fast.rewards.latex import convert, is_broken
 from eepo_fast.rewards.numbers import Number, approximates, read_number, rounds_to
+from eepo_fast.rewards.units import word_set
 
 CHARACTERS = re.compile(r"[A-Za-z0-9 +\-*/^_={}()\[\]|.,!'\\]*")
 COMMANDS = word_set(
@@ -36,6 +36,7 @@ UNFINISHED = word_set("int iint oint sum prod lim det nabla partial limsup limin
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 RENAMED = (
+    (re.compile(r"\\(angle|triangle) ?\{?([A-Z]{1,4})(?![A-Za-z])\}?"), lambda m: _figure(*m.groups())),
     (re.compile(r"\\cdot(?![A-Za-z])"), r"\\cdot "),
     (re.compile(r"np\.|math\."), ""),
     (re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|sqrt|ln|log|exp)(?=[({])"), r"\\\1"),
@@ -49,7 +50,6 @@ RENAMED = (
     (re.compile(r"(?<![A-Za-z\\])E(?=_)"), r"\\Xi"),
     (re.compile(r"(?<![A-Za-z\\])E(?![A-Za-z])"), r"\\Xi_{0}"),
     (re.compile(r"\\imath"), "i"),
-    (re.compile(r"\\(?:angle|triangle) ?"), ""),
     (re.compile(r"_\{\\text\{([A-Za-z ]{1,20})\}\}"), lambda m: "_{" + m.group(1).replace(" ", "") + "}"),
     (re.compile(r"\(([0-9]+)\+(\\frac\{[0-9]+\}\{[0-9]+\})\)"), r"(\1+\2)"),
 )  # fmt: skip
@@ -89,17 +89,25 @@ def parse_latex(text: str) -> Basic:
         raise NotMathematicsError
     if not COMMANDS.union(UNFINISHED, ("to", "rightarrow", "mathbb")).issuperset(COMMAND.findall(text)):
         raise NotMathematicsError
+    if is_broken(text):
+        raise NotMathematicsError
     for pattern, replacement in RENAMED:
         text = pattern.sub(replacement, text)
+    if "\\angle" in text or "\\triangle" in text:  # of no points
+        raise NotMathematicsError
     text = DECIMAL.sub(lambda m: f"(\\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}})", text)
     try:
-        config = ConversionConfig(lowercase_symbols=False, interpret_as_mixed_fractions=False)
-        parsed = latex2sympy(text, normalization_config=None, conversion_config=config)
+        parsed = convert(text)
     except Exception as error:  # the grammar's errors are plain Exceptions
         raise NotMathematicsError from error
     if not isinstance(parsed, (Basic, MatrixBase)):
         raise NotMathematicsError
     return parsed
+
+
+def _figure(kind: str, points: str) -> str:
+    """One symbol for \\angle ABC, which is \\angle CBA and no product, or for \\triangle ABC."""
+    return f"\\xi_{{angle{min(points, points[::-1])}}}" if kind == "angle" else f"\\xi_{{figure{points}}}"
 
 
 def equal(gold: Basic, answer: Basic, gold_number: Number | None = None, answer_number: Number | None = None) -> bool:

@@ -32,6 +32,9 @@ def self_test() -> None:
         for mode in ("strict", "paper"):
             found = verify_answer(mode, gold, answer)
             assert found == {"reward": reward, "status": "ok"}, f"self-test: {mode} {gold} {answer} gave {found}"
+    for gold, answer, reward in (("12", "3(4)", 1.0), ("7", "3(4)", 0.0), ("7", "3 4", 0.0), ("n+5", "n+2(3)", 0.0)):
+        found = verify_answer("strict", gold, answer)  # the parser by itself adds neighbouring numbers
+        assert found == {"reward": reward, "status": "ok"}, f"self-test: {gold} {answer} gave {found}"
 
 
 def main() -> None:

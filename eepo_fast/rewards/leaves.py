@@ -1,0 +1,90 @@
+"""Is this part of an answer that part of the gold? A number, an expression, a word: none has parts of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from eepo_fast.rewards.numbers import read_number, same_number
+from eepo_fast.rewards.units import same_unit, without_unit
+
+Ask = Callable[[str, str, str], bool | None]
+"""(question, gold, answer) -> yes, no, or not known here. Questions: equal, proportional, positively_proportional."""
+
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
+BASE = re.compile(r"(-?[0-9A-Fa-f.]+)_\{?([0-9]{1,2})\}?")
+WORD = re.compile(r"\\text\{([A-Za-z]{2,})\}")
+MAX_COMMUTED = 3
+
+
+def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
+    """What has no more parts: a number, an expression, words."""
+    words = _word(gold), _word(answer)
+    if words[0] and words[1] and ("\\text" in gold or "\\text" in answer):
+        return words[0].casefold() == words[1].casefold()
+    if any(text.startswith("[") and text.endswith("]") for text in (gold, answer)) and gold[:1] != answer[:1]:
+        return False  # [18] may be a floor, an interval, a reference: not 18
+    (gold, gold_unit), (answer, answer_unit) = without_unit(gold), without_unit(answer)
+    if not gold or not answer:
+        return _same_text(gold_unit, answer_unit) if not gold and not answer else False
+    percents = "percent" in gold_unit, "percent" in answer_unit
+    if not same_unit(gold_unit, answer_unit):
+        return False
+    if percents[1] and not percents[0] and not read_number(gold):
+        return False  # \\sqrt{2} percent
+    if ":" in gold or ":" in answer:
+        parts = gold.split(":"), answer.split(":")
+        return len(parts[0]) == len(parts[1]) and _parts(*parts, ask)
+    bases = BASE.fullmatch(gold), BASE.fullmatch(answer)
+    if bases[0] or bases[1]:
+        return bool(bases[0]) and (bases[0].group(1) if not bases[1] else bases[0].groups()) == (
+            answer if not bases[1] else bases[1].groups()
+        )
+    numbers = read_number(gold), read_number(answer)
+    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty") and not (
+        numbers[0] and percents[1]
+    ):
+        return True
+    if numbers[0] and numbers[1]:
+        if same_number(*numbers) and not (percents[1] and not percents[0] and _is_share(gold)):
+            return True
+        if percents[0] != percents[1]:  # the sign is what it stands for
+            marked, plain = numbers if percents[0] else numbers[::-1]
+            return marked.value == 100 * plain.value
+        return False
+    if gold.isalpha() and len(gold) == 1 and re.fullmatch(r"\(?" + gold + r"\)?", answer):
+        return True
+    if gold.isalpha() and answer.isalpha():
+        product = len(gold) <= MAX_COMMUTED and gold.islower() and sorted(gold) == sorted(answer)
+        return product or (len(gold) > 2 and gold.casefold() == answer.casefold())
+    if "\\infty" in (gold.lstrip("-"), answer.lstrip("-")):
+        return False
+    return ask("equal", gold, answer)
+
+
+def _is_share(gold: str) -> bool:
+    """Can a percent sign behind this number only mean a hundredth? Of 18 it may be the unit that the gold left out."""
+    number = read_number(gold)
+    return number.value != 0 and (abs(number.value) <= 1 or "/" in gold or "\\frac" in gold)
+
+
+def _parts(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
+    results = [compare_leaves(gold, answer, ask) for gold, answer in zip(golds, answers, strict=True)]
+    return False if False in results else None if None in results else True
+
+
+def _word(text: str) -> str | None:
+    """The letters of \\text{word}, or of what could be one."""
+    match = WORD.fullmatch(text)
+    return match.group(1) if match else text if text.isalpha() and text.isascii() else None
+
+
+def _words(text: str) -> list[str]:
+    found = re.findall(r"[a-z0-9.]+", " ".join(TEXT.findall(text)).lower() if "\\text" in text else text.lower())
+    return [word.rstrip(".") if word not in ("a.m.", "p.m.") else word for word in found]
+
+
+def _same_text(gold: str, answer: str) -> bool:
+    articles = ("the", "a", "an")
+    golds, answers = ([word for word in _words(text) if word not in articles] for text in (gold, answer))
+    return "".join(golds) == "".join(answers) and bool(golds)
