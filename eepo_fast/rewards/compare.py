@@ -25,6 +25,7 @@ Decisions, where careful people could differ:
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from eepo_fast.rewards.leaves import Ask, compare_leaves
 from eepo_fast.rewards.numbers import read_number
@@ -32,7 +33,7 @@ from eepo_fast.rewards.numbers import read_number
 OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "\\le", "\\ge": "\\ge", "\\ne": "\\ne", "\\in": "\\in",
-             "\\approx": "\\approx"}  # fmt: skip
+             "\\approx": "\\approx", "\\equiv": "\\equiv"}  # fmt: skip
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 NAME = re.compile(
@@ -40,6 +41,11 @@ NAME = re.compile(
     r"(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?(?:'|\^\{?\\prime\}?)*(?:\([A-Za-z0-9,]*\))?"
 )
 MAX_MATCHED = 64
+VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
+FOR_ALL = re.compile(r",?\\text\{for (?:all|every|any)(?: real)?\}[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
+MEMBER = re.compile(r"^[A-Za-z]\\in ?(?=\\\{)")
+BUILDER = re.compile(r"\\\{[A-Za-z](?:\\in ?\\mathbb\{R\})?[|:](.*)\\\}", re.DOTALL)
+PUNCTURED = re.compile(r"(?:x\\in ?)?\\mathbb\{R\}(?:\\setminus|\\backslash|-)\\\{([^{}]*)\\\}|[a-z]\\ne ?([^=<>]*)")
 
 
 def compare(gold: str, answer: str, ask: Ask) -> bool | None:
@@ -48,7 +54,15 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
         return True
     if "\ufffd" in answer:  # a character, or a negation, that means nothing here
         return False
-    gold, answer = _outer(gold), _outer(answer)
+    gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
+    if "\\in" not in answer[:4] or "\\in" not in gold[:4]:
+        gold, answer = MEMBER.sub("", gold), MEMBER.sub("", answer)
+    gold, answer = _condition(gold), _condition(answer)
+    named = _assignments(gold), _assignments(answer)
+    if named[0] or named[1]:
+        return _compare_assignments(gold, answer, *named, ask)
+    if "\\cup" in gold or "\\cup" in answer:
+        gold, answer = _as_union(gold), _as_union(answer)
     golds, answers = _alternatives(gold), _alternatives(answer)
     if len(golds) > 1 or len(answers) > 1:
         return _unordered(golds, answers, ask)
@@ -70,6 +84,60 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if groups[0] or groups[1]:
         return False
     return compare_leaves(gold, answer, ask)
+
+
+def _condition(text: str) -> str:
+    """Of {x | 1 <= x < 2} what it says about x, if that is an interval."""
+    match = BUILDER.fullmatch(text)
+    relation = _relation(match.group(1)) if match else None
+    return (_as_interval(*relation) or text) if relation else text
+
+
+def _assignments(text: str) -> dict[str, str] | None:
+    """x=1,y=2 or (x,y)=(1,2) by its names, two or more."""
+    if "=" not in text:
+        return None
+    sides = _split(text, "=")
+    groups = [_group(side) for side in sides] if len(sides) == 2 else []
+    if groups and all(groups):
+        names, values = groups[0][1], groups[1][1]
+    else:
+        pairs = [_split(part, "=") for part in _split(text, ",", ";")]
+        if any(len(pair) != 2 for pair in pairs):
+            return None
+        names, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    distinct = len(set(names)) == len(names) == len(values) > 1
+    return dict(zip(names, values, strict=True)) if distinct and all(VARIABLE.fullmatch(n) for n in names) else None
+
+
+def _compare_assignments(gold: str, answer: str, golds: dict | None, answers: dict | None, ask: Ask) -> bool | None:
+    """By name; where only one side has names, in order with a tuple or list."""
+    if golds and answers:
+        if set(golds) != set(answers):
+            return False
+        return _ordered(list(golds.values()), [answers[name] for name in golds], ask)
+    group = _group(answer if golds else gold)
+    values = list((golds or answers).values())
+    other = group[1] if group and group[0] == ("(", ")") else _split(answer if golds else gold, ",")
+    return _ordered(values, other, ask) if golds else _ordered(other, values, ask)
+
+
+def _as_union(text: str) -> str:
+    """x<-2,x>1 and x \\ne 0 and \\mathbb{R}\\setminus\\{0\\} as unions of intervals."""
+    match = PUNCTURED.fullmatch(text)
+    if match and (match.group(1) or match.group(2)):
+        points = [read_number(point) and point for point in (match.group(1) or match.group(2)).split(",")]
+        if all(points):
+            points.sort(key=lambda point: read_number(point).value)
+            ends = ["-\\infty", *points, "\\infty"]
+            return "\\cup".join(f"({a},{b})" for a, b in pairwise(ends))
+    relations = [_relation(part) for part in _split(text, ",")]
+    if len(relations) > 1 and all(relations):
+        names = {side for sides, _ in relations for side in sides if NAME.fullmatch(side)}
+        intervals = [_as_interval(*relation) for relation in relations]
+        if len(names) == 1 and all(intervals):
+            return "\\cup".join(intervals)
+    return text
 
 
 def _outer(text: str) -> str:
@@ -267,7 +335,7 @@ def _compare_both(gold_relation, answer_relation, ask: Ask) -> bool | None:
         result = _ordered(golds, answers, ask)
         if result or len(golds) > 2 or NAME.fullmatch(golds[0]):
             return result
-    if gold_signs in (["\\in"], ["\\approx"]):
+    if gold_signs in (["\\in"], ["\\approx"], ["\\equiv"]):
         return _ordered(golds, answers, ask)
     question = "proportional" if gold_signs in (["="], ["\\ne"]) else "positively_proportional"
     return ask(question, f"({golds[0]})-({golds[1]})", f"({answers[0]})-({answers[1]})")

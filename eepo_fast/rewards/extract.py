@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import re
 
-ANSWER_IS = re.compile(r"(?:final\s{1,9}answer|the\s{1,9}answer)\s{0,9}(?:is|:)\s{0,9}:?\s{0,9}", re.IGNORECASE)
+ANSWER_IS = re.compile(
+    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice))\s{0,9}(?:is|:)"
+    r"(?:\s{1,9}(?:therefore|thus|hence|then))?\s{0,9}[,:]?\s{0,9}",
+    re.IGNORECASE,
+)
 BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\[{}]|[{}]")
 SENTENCE_END = re.compile(r"\.(?=\s|$)")
+FRACTION = r"\\[dtc]?frac\s?\{-?[0-9]{1,40}\}\s?\{-?[0-9]{1,40}\}"
 DIGITS = r"[0-9](?:[0-9]|,(?=[0-9]{3}))*(?:\.[0-9]+)?"
 LAST_NUMBER = re.compile(
-    rf"(?<![0-9.])(?:-\s?)?\$?(?:\\[dtc]?frac\s?\{{-?[0-9]{{1,40}}\}}\s?\{{-?[0-9]{{1,40}}\}}|"
-    rf"(?:{DIGITS}|\.[0-9]+)(?:\s?(?:\\times|\\cdot|×)\s?10\^(?:\{{[-+]?[0-9]{{1,6}}\}}|[0-9])|[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+)?)"
+    rf"(?<![0-9.])(?:-\s?)?\$?(?:{FRACTION}|[0-9]{{1,9}}\s?{FRACTION}|[0-9]{{1,9}} [0-9]{{1,9}}/[0-9]{{1,9}}|"
+    rf"[0-9]{{1,3}}(?::[0-9]{{1,2}}){{1,2}}(?![0-9])|"
+    rf"(?:{DIGITS}|\.[0-9]+)(?:\s?(?:\\times|\\cdot|×)\s?10\^(?:\{{[-+]?[0-9]{{1,6}}\}}|[0-9])|"
+    rf"[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+|\^(?:\{{-?[0-9]{{1,6}}\}}|-?[0-9]{{1,6}}))?)"
 )
 MAX_LINE = 2001  # one more than an answer may have: what is longer is too large, and is said to be
 
@@ -34,14 +41,19 @@ def extract_answer(completion: str) -> str | None:
     last = None
     for match in LAST_NUMBER.finditer(completion):
         last = match
-    return last.group().replace("$", "").replace("- ", "-") if last else None
+    if last is None:
+        return None
+    number = last.group().replace("$", "").replace("- ", "-")
+    before = completion[max(0, last.start() - 9) : last.start()].rstrip()[-1:]
+    minus = number.startswith("-") and (before.isdigit() or before in (")", "}"))  # 5 - 3 ends with 3, not -3
+    return number[1:] if minus else number
 
 
 def _announced(rest: str) -> str:
     """The sentence that announces an answer; of an equation in words ("9 months * $5 = $45") its right side."""
     rest = rest.split("\n", 1)[0] if rest[:1] != "\n" else ""
     rest = SENTENCE_END.split(rest[:MAX_LINE], maxsplit=1)[0].strip().strip("*").strip()
-    if rest.count("$") % 2 == 0 and rest.startswith("$") and rest.endswith("$"):
+    if rest.count("$") in (2, 4) and "$" not in rest.strip("$") and rest.startswith("$") and rest.endswith("$"):
         rest = rest.strip("$").strip()
     left, equals, right = rest.rpartition("=")
     if equals and re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", left) and re.search(r"[0-9]", right):

@@ -32,6 +32,13 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
         return False
     if percents[1] and not percents[0] and not read_number(gold):
         return False  # \\sqrt{2} percent
+    if "\\pmod" in gold or "\\pmod" in answer:
+        parts = gold.split("\\pmod"), answer.split("\\pmod")
+        return (
+            len(parts[0]) == len(parts[1])
+            and parts[0][1:] == parts[1][1:]
+            and compare_leaves(parts[0][0], parts[1][0], ask)
+        )
     if ":" in gold or ":" in answer:
         parts = gold.split(":"), answer.split(":")
         return len(parts[0]) == len(parts[1]) and _parts(*parts, ask)

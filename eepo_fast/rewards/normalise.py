@@ -23,7 +23,7 @@ UNICODE = {
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
     "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
     "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
-    "∼": "\\approx ",
+    "✓": "", "∼": "\\approx ",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
@@ -34,7 +34,7 @@ COMMANDS = {
     "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
     "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
-    "gt": ">", "euro": "", "pounds": "", "dollar": "",
+    "gt": ">", "underline": "", "checkmark": "", "euro": "", "pounds": "", "dollar": "",
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
@@ -67,6 +67,16 @@ MIXED = re.compile(
 )
 AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
 DOLLARS = re.compile(r"(?:\\\$|\$)\s*([0-9]+(?:\.[0-9]+)?)(?:\s*dollars)?")
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+        "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+SPOKEN = {word: str(n) for n, word in enumerate(ONES)} | {word: str(10 * n) for n, word in enumerate(TENS, 2)}
+SPOKEN |= {f"{ten}-{ONES[n]}": str(int(SPOKEN[ten]) + n) for ten in TENS for n in range(1, 10)}
+SPOKEN |= {f"{ONES[n]} {word}": f"{n}" + "0" * zeros for n in range(1, 20) for word, zeros in SCALES.items()}
+ANSWER_IS = re.compile(r"^(?:the )?(?:final |correct )?answer is:? +(?=[-$\\0-9])", re.IGNORECASE)
+IN_WORDS = re.compile(r"(?:\\text\s*\{\s*)?([A-Za-z]+(?:[- ][A-Za-z]+)?)\s*\}?")
+TWICE = re.compile(r"([0-9]+)\s*\(([A-Za-z]+(?:[- ][A-Za-z]+)?)\)")
+RATIO = re.compile(r"^([0-9]+) to ([0-9]+)$")
 TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
 NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
@@ -83,7 +93,7 @@ UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?
 def normalise(answer: str, thousands: bool = True) -> str:
     """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(CONTROL.sub("\ufffd", answer))
-    text = _unwrap(text)
+    text = _said(_unwrap(text))
     text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # backslashes written twice
@@ -122,6 +132,7 @@ def _plain_characters(text: str) -> str:
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", text)
     text = re.sub("[₀-₉]+", lambda m: "_{" + m.group().translate(SUBSCRIPTS) + "}", text)
     text = FRACTIONS.sub(lambda m: " \\frac{" + unicodedata.normalize("NFKC", m.group()).replace("⁄", "}{") + "}", text)
+    text = re.sub(r"∛\s*(\([^()]*\)|[0-9]+|[A-Za-z])", lambda m: "\\sqrt[3]{" + m.group(1).strip("()") + "}", text)
     text = re.sub(r"√\s*(\([^()]*\)|[0-9]+|[A-Za-z])", lambda m: "\\sqrt{" + m.group(1).strip("()") + "}", text)
     text = "".join(UNICODE.get(c, c) for c in text)
     return unicodedata.normalize("NFKC", text).replace("−", "-")
@@ -145,6 +156,18 @@ def _unwrap(text: str) -> str:
         if text == before:
             break
     return text
+
+
+def _said(text: str) -> str:
+    """Without "the answer is" before it, and in digits what is a number in words: eighteen, 18 (eighteen), 2 to 1."""
+    text = ANSWER_IS.sub("", text)
+    match = IN_WORDS.fullmatch(text)
+    if match and match.group(1).lower() in SPOKEN:
+        return SPOKEN[match.group(1).lower()]
+    match = TWICE.fullmatch(text)
+    if match and match.group(1) == SPOKEN.get(match.group(2).lower()):
+        return match.group(1)
+    return RATIO.sub(r"\1:\2", text)
 
 
 def _trim(text: str) -> str:
@@ -246,7 +269,12 @@ def _braces(text: str) -> str:
     text = re.sub(r"\\frac\s*(\\pi)\s*([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    return re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", text)
+    text = re.sub(r"\\pmod\s*([0-9A-Za-z])", r"\\pmod{\1}", text)
+    text = re.sub(
+        r"_\s*\{\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}", lambda m: "_{" + SPOKEN.get(m[1], m[0][2:-1]) + "}", text
+    )
+    text = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", text)
+    return re.sub(r"\\log_e(?![A-Za-z])", r"\\ln ", text)
 
 
 def _mixed(match: re.Match) -> str:

@@ -118,6 +118,16 @@ def test_normalising_and_extracting_are_linear():
         ("so 1,234 apples, 2,000 in all", "2,000"),
         ("costs $5.50 each", "5.50"),
         ("\\fbox{8}", "8"),
+        ("it's 5 - 3", "3"),
+        ("so x = - 3", "-3"),
+        ("so 3 1/2 cups", "3 1/2"),
+        ("so $-3\\frac{1}{2}$", "-3\\frac{1}{2}"),
+        ("at 7:30", "7:30"),
+        ("we get 10^5", "10^5"),
+        ("we get 2^{10}", "2^{10}"),
+        ("The answer is therefore 18", "18"),
+        ("The correct answer is B", "B"),
+        ("The answer is $x=3$ or $x=-3$.", "$x=3$ or $x=-3$"),
     ],
 )
 def test_answers_are_extracted(completion, answer):
