@@ -21,6 +21,7 @@ BROKEN = re.compile(
     r"(?:^|[^_A-Za-z0-9.])[0-9.]*(?:'|\^\{?\\prime)|"  # a prime that is on no name
     r"[)\]}] *_"
 )  # fmt: skip
+ACCENTED = re.compile(r"\\(?:bar|overline|text)\{ *[A-Za-z]+ *\}(?= *_)")
 
 
 class _Converter(_Latex2Sympy):
@@ -45,7 +46,7 @@ def convert(text: str) -> object:
 def is_broken(text: str) -> bool:
     """A prime or subscript on a number, two numbers side by side, a brace group glued to a number: the grammar would
     make something of them that is not there."""
-    return BROKEN.search(text) is not None or _glued_group(text)
+    return BROKEN.search(ACCENTED.sub("x", text)) is not None or _glued_group(text)
 
 
 def _glued_group(text: str) -> bool:

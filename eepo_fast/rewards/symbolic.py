@@ -35,6 +35,7 @@ COMMANDS = word_set(
 UNFINISHED = word_set("int iint oint sum prod lim det nabla partial limsup liminf")
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 COMMAND = re.compile(r"\\([A-Za-z]+)")
+DOT = re.compile(r"\\(d?)dot\{?(\\?[A-Za-z]+)\}?(?:_\{?([0-9A-Za-z])\}?)?")
 RENAMED = (
     (re.compile(r"\\(angle|triangle) ?\{?([A-Z]{1,4})(?![A-Za-z])\}?"), lambda m: _figure(*m.groups())),
     (re.compile(r"\\cdot(?![A-Za-z])"), r"\\cdot "),
@@ -42,7 +43,6 @@ RENAMED = (
     (re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|sqrt|ln|log|exp)(?=[({])"), r"\\\1"),
     (re.compile(r"\\exp\{([^{}]*)\}"), r"e^{\1}"),
     (re.compile(r"\\(arc[a-z]{3}|sin|cos|tan|ln|log)\{([^{}]*)\}"), r"\\\1(\2)"),
-    (re.compile(r"\\(d?)dot\{?(\\?[A-Za-z]+)\}?(?:_\{?([0-9A-Za-z])\}?)?"), r"\2_{\1dot\3}"),
     (re.compile(r"(?<=[A-Za-z)])(?:\^\{?\\prime\}?|')"), r"_{prime}"),
     (re.compile(r"\\odot"), "0"),
     (re.compile(r"\\gamma(?![A-Za-z])"), r"\\xi_{g}"),  # alone it would be Euler's constant
@@ -89,6 +89,7 @@ def parse_latex(text: str) -> Basic:
         raise NotMathematicsError
     if not COMMANDS.union(UNFINISHED, ("to", "rightarrow", "mathbb")).issuperset(COMMAND.findall(text)):
         raise NotMathematicsError
+    text = DOT.sub(r"\2_{\1dot\3}", text)
     if is_broken(text):
         raise NotMathematicsError
     for pattern, replacement in RENAMED:
