@@ -21,7 +21,7 @@ BROKEN = re.compile(
     r"(?:^|[^_A-Za-z0-9.])[0-9.]*(?:'|\^\{?\\prime)|"  # a prime that is on no name
     r"[)\]}] *_"
 )  # fmt: skip
-ACCENTED = re.compile(r"\\(?:bar|overline|text)\{ *[A-Za-z]+ *\}(?= *_)")
+ACCENTED = re.compile(r"\\(?:bar|overline|text)\{ *[A-Za-z0-9]+ *\}(?= *_)")
 
 
 class _Converter(_Latex2Sympy):
