@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures
 from methods import METHODS, TARGET_ENTROPY, TUNING_SEEDS
 from numbers_of import Run, ending, interval, load_runs, paired, score, text
+from run import SMALLEST_RATIO, best_value, stage_ratio
 
 COLUMNS = [(place, metric) for place in ("in", "larger", "more") for metric in ("greedy", "pass@1", "pass@16")]
 MATTERS = 3.0  # points: a loss smaller than this is called none
@@ -104,14 +105,22 @@ def mean_of(run: Run, key: str) -> float:
 def choices(out: Path) -> list[str]:
     """What the sweeps chose."""
     tuned = load_runs(out, "tune")
-    lines = ["| method | setting | tried: mean score on the tuning seeds, percent |", "| --- | --- | --- |"]
+    lines = [
+        "Score: mean of pass@1 and pass@16 on validation problems; in brackets stage 2's reward over stage 1's. Taken: the "
+        f"best score; of a forget step the largest whose ratio is at least {SMALLEST_RATIO}.",
+        "",
+        "| method | setting | tried: mean score on the tuning seeds, percent |",
+        "| --- | --- | --- |",
+    ]
     for name, method in METHODS.items():
         found = {v: tuned.get(f"{name}-{v:g}", {}) for v in method.values}
         if not method.values or not all(len(runs) == len(TUNING_SEEDS) for runs in found.values()):
             continue
         means = {v: 100 * sum(r["score"] for r in runs.values()) / len(runs) for v, runs in found.items()}
-        best = max(means, key=means.get)
-        cells = ", ".join(f"**{v:g}: {m:.1f}**" if v == best else f"{v:g}: {m:.1f}" for v, m in means.items())
+        best = best_value(out, name)
+        ratios = {v: sum(map(stage_ratio, runs.values())) / len(runs) for v, runs in found.items()}
+        shown = {v: f"{v:g}: {m:.1f}" + (f" ({ratios[v]:.2f})" if ratios[v] != 1 else "") for v, m in means.items()}
+        cells = ", ".join(f"**{cell}**" if v == best else cell for v, cell in shown.items())
         lines.append(f"| {name} | `{method.key}` | {cells} |")
     return lines
 
@@ -165,7 +174,7 @@ def page(out: Path) -> str:
         figures.mass(json.loads(mass.read_text()), out / "figure4_mass.png")
         parts += ["", "## Where the mass goes", "![mass](figure4_mass.png)"]
     chosen = choices(out)
-    if len(chosen) > 2:
+    if len(chosen) > 4:
         figures.sweeps(out, out / "figure5_sweeps.png", METHODS)
         parts += [
             "",

@@ -39,7 +39,8 @@ WATCHED = [  # while training, in the final runs
     "evaluation.every=15", "evaluation.k=[1,8]", "evaluation.data.in=arithmetic:3:9:125",
     "evaluation.data.more=arithmetic:4:9:125",
 ]  # fmt: skip
-SMALLEST_RATIO = 0.9
+SMALLEST_RATIO = 0.95
+FORGET_STEP = "eepo.learning_rate"
 EVERY = 5  # iterations averaged into one point of a curve
 PHASES = ["tune", "mass", "final", "targets"]
 TARGETS = (0.15, 0.25, 0.35, 0.45, 0.55)
@@ -57,14 +58,18 @@ def inherited(out: Path, name: str) -> list[str]:
 
 
 def best_value(out: Path, name: str) -> float:
-    """Of a method's own key: the best mean score on the tuning seeds, among the values that leave stage 2's reward at
-    SMALLEST_RATIO of stage 1's; the first, which is the weakest, where none does."""
-    means = {}
-    for value in METHODS[name].values:
-        runs = [json.loads(run_file(out, "tune", name, value, seed).read_text()) for seed in TUNING_SEEDS]
-        if statistics.fmean(stage_ratio(run) for run in runs) >= SMALLEST_RATIO:
-            means[value] = statistics.fmean(run["score"] for run in runs)
-    return max(means, key=means.get) if means else METHODS[name].values[0]
+    """Of a method's own key, from the tuning seeds. A forget step's size: the largest that leaves stage 2's reward at
+    SMALLEST_RATIO of stage 1's (two seeds' scores differ by more than sizes do), or the smallest where none does. Any
+    other key: the best mean score."""
+    method = METHODS[name]
+    runs = {
+        value: [json.loads(run_file(out, "tune", name, value, seed).read_text()) for seed in TUNING_SEEDS]
+        for value in method.values
+    }
+    if method.key == FORGET_STEP:
+        ratios = {v: statistics.fmean(map(stage_ratio, found)) for v, found in runs.items()}
+        return max((v for v, ratio in ratios.items() if ratio >= SMALLEST_RATIO), default=min(method.values))
+    return max(method.values, key=lambda v: statistics.fmean(run["score"] for run in runs[v]))
 
 
 def stage_ratio(run: dict) -> float:
