@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eepo_fast.types import UserError
+from eepo_fast.types import EngineError, Interrupted, UserError
 
 if TYPE_CHECKING:
     from eepo_fast.config import Config
@@ -194,6 +194,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _left(name: str) -> int:
+    """A run that was told to leave has saved."""
+    from eepo_fast.signals import exit_code
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"eepo-fast: left on {name}, everything saved; go on with --resume", file=sys.stderr)
+    return exit_code(name)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
@@ -208,6 +217,11 @@ def main(argv: list[str] | None = None) -> int:
         if not error.shared or os.environ.get("RANK", "0") == "0":
             print(f"eepo-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except EngineError as error:
+        print(f"eepo-fast: rollout engine: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except Interrupted as found:
+        return _left(str(found))
     except KeyboardInterrupt:
         print("eepo-fast: interrupted", file=sys.stderr)
         return 130

@@ -25,7 +25,7 @@ def summary(row: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-class _Training:
+class Training:
     def __init__(self, display: Display, bar: Progress | None, name: str, done: int, total: int):
         self.display, self.bar, self.name, self.total = display, bar, name, total
         if bar is not None:
@@ -62,12 +62,12 @@ class Display:
         return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self.console)
 
     @contextmanager
-    def training(self, name: str, done: int, total: int) -> Iterator[_Training]:
+    def training(self, name: str, done: int, total: int) -> Iterator[Training]:
         if not self.console.is_terminal:
-            yield _Training(self, None, name, done, total)
+            yield Training(self, None, name, done, total)
             return
         with self._bar() as bar:
-            yield _Training(self, bar, name, done, total)
+            yield Training(self, bar, name, done, total)
 
     @contextmanager
     def task(self, name: str) -> Iterator[Callable[[int, int, str], None]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +29,8 @@ class World:
     size: int = 1
     group: dist.ProcessGroup | None = None
     """All ranks, for values on the CPU."""
+    before_wait: Callable[[], None] = lambda: None
+    """Called before this rank waits for the others."""
 
     @property
     def is_main(self) -> bool:
@@ -38,6 +40,7 @@ class World:
         """The value of every rank, in their order, on every rank. The values are pickled: trusted processes only."""
         if self.size == 1:
             return [value]
+        self.before_wait()
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -46,6 +49,7 @@ class World:
         """Sums over the ranks, in float64."""
         if self.size == 1:
             return list(values)
+        self.before_wait()
         sums = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(sums, group=self.group)
         return sums.tolist()
@@ -75,7 +79,13 @@ class World:
 
     def wait(self) -> None:
         if self.size > 1:
+            self.before_wait()
             dist.barrier(group=self.group)
+
+    @property
+    def store(self) -> dist.Store | None:
+        """Common to all ranks; None for one alone."""
+        return dist.distributed_c10d._get_default_store() if self.size > 1 else None
 
 
 def default_device() -> torch.device:

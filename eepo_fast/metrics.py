@@ -18,6 +18,7 @@ from eepo_kernels import ForgetStats, TokenStats
 
 from eepo_fast.config import Config
 from eepo_fast.distributed import World
+from eepo_fast.guards import has_finite_logprobs
 from eepo_fast.losses import GrpoTokens, log_ratio, low_variance_kl
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import Rollout, RolloutBatch
@@ -48,6 +49,7 @@ class UpdateStats:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
+    non_finite_losses: int = 0
     means: dict[str, _Mean] = field(default_factory=dict)
 
     def add_micro_batch(
@@ -60,6 +62,7 @@ class UpdateStats:
         first_update: bool,
     ) -> None:
         self.losses.append(loss)
+        self.non_finite_losses += not math.isfinite(loss)
         kept = tokens.weights > 0
         rows = torch.arange(len(stats.logprobs), device=kept.device)
         ratio = log_ratio(stats.logprobs, tokens, rows).exp()
@@ -81,11 +84,20 @@ class UpdateStats:
             # AEPO's samples, stage 3, carry log-probs at their own temperature
             self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten & (stage < 3)].abs())
 
+    def add(self, other: UpdateStats) -> None:
+        """Of another mini-batch."""
+        self.losses += other.losses
+        self.non_finite_losses += other.non_finite_losses
+        for name, mean in other.means.items():
+            mine = self.means.setdefault(name, _Mean())
+            mine.total, mine.count = mine.total + mean.total, mine.count + mean.count
+
     def add_other_ranks(self, world: World) -> None:
         """Sums over all ranks, in place of this rank's own."""
         if world.size == 1:
             return
-        self.losses = world.total([math.fsum(self.losses)])
+        loss, bad = world.total([math.fsum(self.losses), self.non_finite_losses])
+        self.losses, self.non_finite_losses = [loss], int(bad)
         mine = {name: (mean.total, mean.count) for name, mean in self.means.items()}
         self.means = {}
         for part in world.gather(mine):
@@ -110,7 +122,9 @@ def iteration_metrics(
     update: UpdateStats,
     eta: float,
     times: dict[str, float],
+    out_of_memory: int,
 ) -> dict[str, float]:
+    """out_of_memory: how often micro-batches were halved."""
     rollouts, groups = batch.rollouts, batch.groups()
     stages = {s: batch.stage(s) for s in (1, 2)}
     seconds = times["iteration"]
@@ -134,16 +148,19 @@ def iteration_metrics(
         "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
         **_unlearn_metrics(unlearning, forgotten, eta),
-        "unlearn/kl": update.mean("unlearn/kl"),
+        "unlearn/kl": unlearning.kl if unlearning and unlearning.resampled else update.mean("unlearn/kl"),
         "policy/loss": _mean(update.losses) * len(update.losses) / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/updates_skipped": update.skipped,
+        "policy/non_finite_losses": update.non_finite_losses,
+        "policy/out_of_memory": out_of_memory,
         "policy/kl": update.mean("policy/kl"),
         **{
             f"policy/{name}_stage{s}": update.mean(f"policy/{name}_stage{s}")
             for name in ("clip_fraction", "ratio_mean")
             for s in (1, 2)
         },
+        "rollout/non_finite_logprobs": sum(not has_finite_logprobs(r) for r in rollouts),
         "rollout/logprob_gap": _logprob_gap(stages[1], unlearning, update),
         **{f"time/{name}_s": value for name, value in times.items()},
         "tokens/generated": num_tokens,
@@ -165,6 +182,8 @@ def _unlearn_metrics(unlearning: Unlearning | None, forgotten: ForgetStats | Non
         "unlearn/noise_ratio": forgotten.noise_ratio if forgotten else nan,
         "unlearn/skipped": float(found and not unlearning.apply),
         "unlearn/non_finite": float(found and not unlearning.finite),
+        "unlearn/too_long": float(found and unlearning.too_long),
+        "unlearn/resampled": float(found and unlearning.resampled),
     }
 
 
@@ -195,6 +214,17 @@ def append_metrics(run_dir: Path, metrics: dict[str, float]) -> None:
         file.write(to_json(metrics) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def add_to_last(run_dir: Path, step: int, values: dict[str, float]) -> None:
+    """Add values to the row of iteration `step`, the last one."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[-1])
+    assert row["step"] == step
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join([*lines[:-1], to_json({**row, **values})]) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: bool, tokenizer) -> None:

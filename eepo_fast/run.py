@@ -6,13 +6,16 @@ import copy
 import hashlib
 import os
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from eepo_fast import checkpoint, metrics
+from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
+from eepo_fast.checkpoint.state import changed_inputs
 from eepo_fast.config import Config, RolloutConfig, dump_config
 from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.display import Display
@@ -20,6 +23,7 @@ from eepo_fast.distributed import World, default_device
 from eepo_fast.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.evaluation import periodic
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_sets
+from eepo_fast.loop import ENDING, Loop, Meeting, ending_of, write_ending
 from eepo_fast.models import load_model
 from eepo_fast.plan import check_world, num_iterations
 from eepo_fast.policy.module import Policy
@@ -29,9 +33,12 @@ from eepo_fast.rewards import Grader, check_golds, make_grader
 from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine, import_vllm
+from eepo_fast.rollout.weights import checksums
+from eepo_fast.signals import listening
 from eepo_fast.trainer import Trainer, TrainerState
-from eepo_fast.types import Problem, Prompt, UserError, WeightsVersion
+from eepo_fast.types import Interrupted, Problem, Prompt, UserError, WeightsVersion
 from eepo_fast.warmup import ensure_base
+from eepo_fast.watchdog import Watchdog, watching
 
 LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what a wrong weight does
 
@@ -47,6 +54,8 @@ class Parts:
     prompts: list[Prompt]
     stop_token_ids: list[int]
     evaluation: PeriodicEvaluation
+    fingerprint: dict[str, str]
+    """Of data, model and tokenizer, which a resumed run must have again."""
 
 
 def load_parts(config: Config, grader: Grader, world: World, display: Display) -> Parts:
@@ -63,7 +72,7 @@ def load_parts(config: Config, grader: Grader, world: World, display: Display) -
         if world.is_main:
             check_golds(grader, problems, config.data.train)
             check_sets(sets, config.reward)
-    _check_same_everywhere(config, [p for part in (problems, *(s.problems for s in sets)) for p in part], world)
+    data = _check_same_everywhere(config, problems, [p for s in sets for p in s.problems], world)
     if config.model.path == BASE:
         if config.data.train != ARITHMETIC:
             raise UserError(f"model.path: {BASE} knows nothing but data.train={ARITHMETIC}, found {config.data.train}")
@@ -78,7 +87,7 @@ def load_parts(config: Config, grader: Grader, world: World, display: Display) -
         _check_length(model, prompts, config)
         stops = stop_token_ids(tokenizer, eos_of(model))
         evaluation = PeriodicEvaluation(config, sets, tokenizer, stops, positions(model))
-    _check_same_model(model, prompts, world)
+    fingerprint = {"data": data, **_check_same_model(model, tokenizer, prompts, world)}
     if too_long:
         display.say(
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
@@ -89,37 +98,44 @@ def load_parts(config: Config, grader: Grader, world: World, display: Display) -
         longest = max(len(p.token_ids) for p in (*prompts, *evaluation.prompts))
         engine = make_engine(config.rollout, model, tokenizer, longest)
     policy, reference = make_policies(config, model, tokenizer, world)
-    parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation)
+    parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
     _check_engine(parts, config.rollout.temperature)
     return parts
 
 
-def _check_same_everywhere(config: Config, problems: list[Problem], world: World) -> None:
-    """Config and data are the same on every rank."""
-    content = (dump_config(config), *((p.id, p.problem, p.answer) for p in problems))
-    mine = hashlib.sha256(repr(content).encode()).hexdigest(), hashlib.sha256(content[0].encode()).hexdigest()
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> str:
+    """Config and data are the same on every rank; the digest of the training data. others: of evaluation."""
+    data, other_data = (_digest([(p.id, p.problem, p.answer) for p in part]) for part in (problems, others))
+    mine = _digest(dump_config(config)), data, other_data
     everyone = world.gather(mine)
-    for rank, (whole, config_hash) in enumerate(everyone):
-        if whole != everyone[0][0]:
-            what = "config" if config_hash != everyone[0][1] else f"data of {config.data.train}"
+    for rank, found in enumerate(everyone):
+        if found != everyone[0]:
+            what = "config" if found[0] != everyone[0][0] else f"data of {config.data.train}"
             raise UserError(
                 f"rank {rank} has another {what} than rank 0; start all ranks with the same files and arguments",
                 shared=True,
             )
+    return data
 
 
-def _check_same_model(model: PreTrainedModel, prompts: list[Prompt], world: World) -> None:
-    """Weights, by a sample of each, and prompts, as tokens, are the same on every rank."""
-    digest = hashlib.sha256(repr([p.token_ids for p in prompts]).encode())
-    for name, weight in model.named_parameters():
-        values = weight.detach().flatten()
-        digest.update(name.encode() + values[:: max(1, len(values) // 64)].float().numpy().tobytes())
-    everyone = world.gather(digest.hexdigest())
+def _check_same_model(model: PreTrainedModel, tokenizer, prompts: list[Prompt], world: World) -> dict[str, str]:
+    """Weights and prompts, as tokens, are the same on every rank; their digests."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    mine = {
+        "model": _digest((list(weights), checksums(list(weights.values())).tolist())),
+        "tokenizer": _digest((sorted(tokenizer.get_vocab().items()), [p.token_ids for p in prompts])),
+    }
+    everyone = world.gather(mine)
     for rank, found in enumerate(everyone):
         if found != everyone[0]:
             raise UserError(
                 f"rank {rank} has another model or tokenizer than rank 0; give all ranks the same files", shared=True
             )
+    return mine
 
 
 def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: World) -> tuple[Policy, Policy | None]:
@@ -201,7 +217,8 @@ def _check_length(model, prompts: list[Prompt], config: Config) -> None:
 
 
 def train(config: Config, *, resume: bool = False, display: Display | None = None, world: World | None = None) -> Path:
-    """Train as `config` says and return the run's folder. All processes of `world` call this."""
+    """Train as `config` says and return the run's folder. All processes of `world` call this. Interrupted, with the
+    signal's name, where SIGTERM or SIGUSR1 asked it to leave: all it had done is saved."""
     world = world or World()
     display = display or (Display() if world.is_main else Display.silent())
     with world.agree():
@@ -216,8 +233,15 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     with closing(make_grader(config.data.train, config.reward)) as grader:
         with world.agree():
             grader.start()
-        _run(config, grader, folder, resume, display, world)
+        note = partial(_note_hang, config.run_dir)
+        with watching(world.rank, world.size, world.store, config.run.timeout_s, note) as watchdog:
+            _run(config, grader, folder, resume, display, replace(world, before_wait=watchdog.wait), watchdog)
     return config.run_dir
+
+
+def _note_hang(run_dir: Path, complaint: str) -> None:
+    if run_dir.is_dir():
+        write_ending(run_dir, "hung", complaint)
 
 
 def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
@@ -232,12 +256,18 @@ def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Pat
     return folder, folder is not None and _is_finished(checkpoint.read_state(folder), config)
 
 
-def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display, world: World) -> None:
+def _run(
+    config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display, world: World,
+    watchdog: Watchdog,
+) -> None:  # fmt: skip
     """Load everything, then write the run's folder, then train, from checkpoint `folder` where there is one."""
     run_dir = config.run_dir
+    watchdog.enter("loading")
     parts = load_parts(config, grader, world, display)
     total = num_iterations(config, len(parts.prompts))
-    state = checkpoint.load_checkpoint(folder, parts.policy) if folder else TrainerState()
+    if folder is not None:
+        _check_same_inputs(folder, parts.fingerprint, config)
+    state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
     if state.step >= total:
         display.say(f"run {run_dir} is finished")
         return
@@ -246,20 +276,33 @@ def _run(config: Config, grader: Grader, folder: Path | None, resume: bool, disp
             _write_folder(config, state)
     if resume:
         display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
-
-    trainer = Trainer(
-        config,
-        policy=parts.policy,
-        reference=parts.reference,
-        engine=parts.engine,
-        grader=grader,
-        prompts=parts.prompts,
-        tokenizer=parts.tokenizer,
-        stop_token_ids=parts.stop_token_ids,
-        state=state,
-    )
-    with closing(parts.engine):
-        _loop(trainer, parts.evaluation, run_dir, total, display)
+    writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
+    writer.saved_step = state.step
+    with closing(parts.engine), listening() as request:
+        meeting = Meeting(world, writer, request, display)
+        trainer = Trainer(
+            config,
+            policy=parts.policy,
+            reference=parts.reference,
+            engine=parts.engine,
+            grader=grader,
+            prompts=parts.prompts,
+            tokenizer=parts.tokenizer,
+            stop_token_ids=parts.stop_token_ids,
+            state=state,
+            entering=lambda phase: watchdog.enter(f"{phase} of iteration {state.step + 1}"),
+            between=meeting,
+        )
+        loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, total)
+        try:
+            with display.training(config.run.name, state.step, total) as show:
+                loop.run(show)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if world.is_main:
+                write_ending(run_dir, *ending_of(error), step=state.step, total=total)
+            raise
 
 
 def _write_folder(config: Config, state: TrainerState) -> None:
@@ -268,29 +311,24 @@ def _write_folder(config: Config, state: TrainerState) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (run_dir / ENDING).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
     metrics.cut_back(run_dir, state.step)
+    checkpoint.clean(run_dir)
     checkpoint.remove_newer(run_dir, state.step)
     periodic.remove_newer(run_dir, state.step)
 
 
-def _loop(trainer: Trainer, evaluation: PeriodicEvaluation, run_dir: Path, total: int, display: Display) -> None:
-    config = trainer.config
-    with display.training(config.run.name, trainer.state.step, total) as show:
-        while trainer.state.step < total:
-            batch, row = trainer.iteration(show.completions)
-            step = trainer.state.step
-            if evaluation.due(step, total):
-                row |= evaluation.run(trainer.policy, trainer.engine, trainer.state.policy_version, step)
-            if trainer.world.is_main:
-                if config.log.rollouts:
-                    metrics.write_rollouts(run_dir, step, batch, config.log.token_details, trainer.tokenizer)
-                metrics.append_metrics(run_dir, row)
-            show.iteration(row)
-            every = config.checkpoint.every
-            if step == total or (every and step % every == 0):
-                checkpoint.save_checkpoint(run_dir, trainer.policy, trainer.tokenizer, trainer.state, config, total)
+def _check_same_inputs(folder: Path, fingerprint: dict[str, str], config: Config) -> None:
+    changed = changed_inputs(folder, fingerprint)
+    if changed:
+        where = {"data": config.data.train, "model": config.model.path, "tokenizer": config.model.path}
+        raise UserError(
+            f"--resume: the {changed[0]} of {where[changed[0]]} is not what the run began with; put it back, or start "
+            "another run.name",
+            shared=True,
+        )
 
 
 def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
+from eepo_fast.guards import check_version, forgotten_kl, has_finite_logprobs, within_memory
 from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
@@ -61,7 +64,12 @@ class Trainer:
         tokenizer,
         stop_token_ids: Sequence[int],
         state: TrainerState | None = None,
+        entering: Callable[[str], None] = lambda phase: None,
+        between: Callable[[], None] = lambda: None,
     ):
+        """entering: told the name of each phase. between: called between phases while the policy is still untouched;
+        may raise Interrupted, which leaves `state` and the policy as they were after the last iteration."""
+        self.entering, self.between = entering, between
         self.config = config
         self.policy, self.reference, self.engine, self.grader = policy, reference, engine, grader
         self.world = policy.world
@@ -76,28 +84,34 @@ class Trainer:
         started, self.times = time.perf_counter(), {}
         eepo, group_size = self.config.eepo, self.config.rollout.group_size
         prompts = self._next_prompts()
-        version = self.state.policy_version
+        version, window = self.state.policy_version, list(self.state.entropy_window)
+        self.out_of_memory = 0
 
         with self._timed("sync"):
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         rollouts = self._generate(make_requests(prompts, 1, first_half, *self._seed()), "stage1", progress)
         extra = self._extra_samples(prompts) if self.config.aepo.enabled else None  # from θ: nothing is forgotten yet
+        self.between()
         unlearning, forgotten = None, None
         if eepo.enabled:
             self.engine.sleep()
-            with self._timed("unlearn"):
-                unlearning = compute_unlearning(
-                    self.policy, rollouts, eepo, self.state.entropy_window, "|".join(map(str, self._seed()))
-                )
+            unlearning, window = self._unlearn(rollouts, window)
             if unlearning.apply:
                 with self._timed("forget"):
                     forgotten = self.policy.forget(  # θ' ← θ' + η∇L
                         self.engine, unlearning.gradient, eepo, seed=self.config.run.seed, step=self.state.step
                     )
             unlearning.gradient = None
+            self.between()
             requests = make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())
-            rollouts += self._generate(requests, "stage2", progress, lengths=mean_lengths(rollouts))
+            lengths = mean_lengths(rollouts)
+            stage2 = self._generate(requests, "stage2", progress, lengths=lengths, forgotten=unlearning.apply)
+            if unlearning.apply and self._went_too_far(unlearning, stage2):
+                with self._timed("sync"):
+                    self.engine.sync(self.policy.weights(), WeightsVersion(version, False))
+                stage2 = self._generate(requests, "stage2", progress, lengths=lengths)
+            rollouts += stage2
         batch = RolloutBatch(_by_group(rollouts, prompts), group_size, extra.rollouts if extra else [])
         self.engine.sleep()
 
@@ -108,10 +122,12 @@ class Trainer:
         ref_logprobs = self._ref_logprobs(rows)
         if self.config.log.token_details:
             self._add_details(batch, unlearning)
+        self.between()
         with self._timed("update"):
             update = self._update(rows, old_logprobs, ref_logprobs, extra)
 
         self.state.step += 1
+        self.state.entropy_window = window
         entropy = update.mean("entropy/policy")
         self.state.entropy = self.state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known
         self.times["iteration"] = time.perf_counter() - started
@@ -124,6 +140,7 @@ class Trainer:
             update=update,
             eta=eepo.learning_rate,
             times=self.times,
+            out_of_memory=self.out_of_memory,
         )
         return batch, {**metrics, **aepo.aepo_metrics(extra)}
 
@@ -140,12 +157,14 @@ class Trainer:
         *,
         lengths: Mapping[str, float] | None = None,
         temperature: float | None = None,
+        forgotten: bool = False,
     ) -> list[Rollout]:
-        """lengths: expected, of an answer, by prompt; without them prompts are dealt out by their own length."""
+        """lengths: expected, of an answer, by prompt; without them prompts are dealt out by their own length.
+        forgotten: whether the engine's weights must be the forgetful ones."""
         sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         lengths = lengths or {}
         with self._timed(f"rollout_{name}"):
-            return generate_everywhere(
+            rollouts = generate_everywhere(
                 self.engine,
                 requests,
                 sampling,
@@ -157,6 +176,31 @@ class Trainer:
                 decode=self._decode,
                 progress=progress,
             )
+        expected = WeightsVersion(self.state.policy_version, forgotten)
+        check_version(rollouts, expected, requests[0].stage)
+        return rollouts
+
+    def _unlearn(self, stage1: Sequence[Rollout], window: list[float]) -> tuple[Unlearning, list[float]]:
+        """What the unlearning pass found, and the entropy window with this iteration in it."""
+
+        def compute() -> tuple[Unlearning, list[float]]:
+            entropies = list(window)
+            seed = "|".join(map(str, self._seed()))
+            return compute_unlearning(self.policy, stage1, self.config.eepo, entropies, seed), entropies
+
+        with self._timed("unlearn"):
+            return self._within_memory(self.policy, compute)
+
+    def _went_too_far(self, unlearning: Unlearning, stage2: Sequence[Rollout]) -> bool:
+        with self._timed("kl_guard"):
+            unlearning.kl = self._within_memory(self.policy, lambda: forgotten_kl(self.policy, stage2))
+        unlearning.resampled = not unlearning.kl <= self.config.eepo.max_kl
+        return unlearning.resampled
+
+    def _within_memory(self, policy: Policy, compute: Callable[[], Any]) -> Any:
+        result, halvings = within_memory(policy, compute)
+        self.out_of_memory += halvings
+        return result
 
     def _seed(self) -> tuple[int, int]:
         return self.config.run.seed, self.state.step
@@ -196,6 +240,7 @@ class Trainer:
             for rollout, grade in zip(rollouts[rank :: self.world.size], share, strict=True):
                 rollout.status = grade.status
                 known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
+                known = known and has_finite_logprobs(rollout)
                 rollout.reward = grade.reward if known else None
 
     def _old_logprobs(self, rows: Sequence[Rollout], unlearning: Unlearning | None) -> dict[int, list[float]]:
@@ -204,27 +249,28 @@ class Trainer:
         Tokens that θ' sampled: what the engine reported. Tokens that θ sampled: recomputed at θ: by the unlearning pass
         already; else by the update's own forward where that is the first, and by a scoring pass where it is not.
         """
-        old = {id(r): r.rollout_logprobs for r in rows if r.weights_version.forgotten}
+        old = {id(r): r.rollout_logprobs for r in rows if r.weights_version.forgotten and has_finite_logprobs(r)}
         if unlearning is not None:
             old.update(unlearning.logprobs)
         first_update = self.config.train.prompts_per_update * self.config.rollout.group_size
         missing = [r for r in rows[first_update:] if id(r) not in old]
         if missing:
             with self._timed("old_logprobs"):
-                old.update(self.policy.score(missing)[0])
+                old.update(self._within_memory(self.policy, lambda: self.policy.score(missing)[0]))
         return old
 
     def _ref_logprobs(self, rows: Sequence[Rollout]) -> dict[int, list[float]]:
         if self.reference is None:
             return {}
         with self._timed("ref_logprobs"):
-            return self.reference.score(rows)[0]
+            return self._within_memory(self.reference, lambda: self.reference.score(rows)[0])
 
     def _add_details(self, batch: RolloutBatch, unlearning: Unlearning | None) -> None:
         """Per-token numbers at θ for the rollout log; what the unlearning pass has not seen takes a scoring pass."""
         known = unlearning.logprobs if unlearning is not None else {}
         with self._timed("token_details"):
-            logprobs, entropy = self.policy.score([r for r in batch.rollouts if id(r) not in known])
+            rest = [r for r in batch.rollouts if id(r) not in known]
+            logprobs, entropy = self._within_memory(self.policy, lambda: self.policy.score(rest))
         for r in batch.rollouts:
             if id(r) in known:
                 r.details = {
@@ -245,22 +291,38 @@ class Trainer:
             shares = aepo.term_shares(extra, len(starts))
         for start, (samples, num_tokens) in zip(starts, shares, strict=True):
             mini_batch = rows[start : start + size]
-            counted = sum(r.num_tokens for r in mini_batch if r.reward is not None)
-            weights = {id(r): 1 / max(1, counted) for r in mini_batch if r.reward is not None}
             term = {id(r): config.aepo.coef / num_tokens for r in samples}
-            for micro in self.policy.micro_batches([*mini_batch, *samples]):
-                tokens = self._grpo_tokens(micro, weights, old, ref)
-                loss_fn = grpo_loss(config.grpo, tokens)
-                if term:
-                    loss_fn = sum_of(loss_fn, aepo.term_loss(micro, term))
-                loss, token_stats = self.policy.backward(micro, loss_fn)
-                stats.add_micro_batch(config, micro, tokens, token_stats, float(loss), start == 0)
+            accumulate = partial(self._accumulate, mini_batch, samples, old, ref, term, first=start == 0)
+            stats.add(self._within_memory(self.policy, accumulate))
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
             self._count_bad_updates(applied, norm)
             stats.skipped += not applied
             self.state.policy_version += applied
         stats.add_other_ranks(self.world)
+        return stats
+
+    def _accumulate(
+        self,
+        mini_batch: Sequence[Rollout],
+        samples: Sequence[Rollout],
+        old: dict,
+        ref: dict,
+        term: dict,
+        *,
+        first: bool,
+    ) -> M.UpdateStats:
+        """Add the gradient of a mini-batch, and of AEPO's samples by their weights in `term`."""
+        stats = M.UpdateStats()
+        counted = sum(r.num_tokens for r in mini_batch if r.reward is not None)
+        weights = {id(r): 1 / max(1, counted) for r in mini_batch if r.reward is not None}
+        for micro in self.policy.micro_batches([*mini_batch, *samples]):
+            tokens = self._grpo_tokens(micro, weights, old, ref)
+            loss_fn = grpo_loss(self.config.grpo, tokens)
+            if term:
+                loss_fn = sum_of(loss_fn, aepo.term_loss(micro, term))
+            loss, token_stats = self.policy.backward(micro, loss_fn)
+            stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss), first)
         return stats
 
     def _grpo_tokens(self, micro: MicroBatch, weights: dict, old: dict, ref: dict) -> GrpoTokens:
@@ -285,6 +347,7 @@ class Trainer:
 
     @contextmanager
     def _timed(self, name: str):
+        self.entering(name)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()

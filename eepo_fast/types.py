@@ -15,6 +15,14 @@ class UserError(Exception):
         self.shared = shared
 
 
+class EngineError(Exception):
+    """The rollout engine does not hold the weights it should, or was asked for something in a state that forbids it."""
+
+
+class Interrupted(Exception):
+    """The run was asked to leave; the policy is as it was after its last whole iteration."""
+
+
 class WeightsVersion(NamedTuple):
     """Which weights sampled a token: those of policy step `policy_version`, or their forgetful copy."""
 

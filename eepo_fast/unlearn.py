@@ -43,8 +43,14 @@ class Unlearning:
     """Share of stage-1 tokens whose gate is open."""
     mean_entropy: float
     apply: bool
-    """False: gate closed everywhere, or a non-finite gradient; nothing is written."""
+    """False: gate closed everywhere, a non-finite gradient, or too long a step; nothing is written."""
     finite: bool = True
+    too_long: bool = False
+    """The step would have been longer than `max_step`."""
+    resampled: bool = False
+    """Stage 2 showed that the step went further than `max_kl`, and was sampled again from the policy."""
+    kl: float = math.nan
+    """KL(θ'‖θ) as stage 2's first samples had it: nats a token."""
     logprobs: dict[int, list[float]] = field(default_factory=dict)
     entropy: dict[int, list[float]] = field(default_factory=dict)
     gate: dict[int, list[float]] = field(default_factory=dict)
@@ -66,6 +72,10 @@ def compute_unlearning(
     result.apply = result.finite and result.active_fraction > 0 and result.grad_norm > 0
     if result.apply and config.num_steps > 1:
         _further_steps(policy, rollouts, config, result)
+    if result.apply:
+        longest = config.max_step * policy.weights_norm
+        result.too_long = not config.learning_rate * result.gradient.norm() <= longest
+        result.apply = not result.too_long
     if result.apply and config.direction == "random":
         _randomise(result.gradient.tensors, seed)
     return result

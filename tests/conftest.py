@@ -15,7 +15,8 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eepo_fast.config import make_config
+from eepo_fast.checkpoint import CheckpointWriter
+from eepo_fast.config import RunConfig, make_config
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.hf import HfEngine
@@ -227,6 +228,18 @@ def make_trainer(make_policy, make_engine, prompts, tokenizer, test_config):
         )
 
     return make
+
+
+@pytest.fixture
+def save_checkpoint(tokenizer):
+    """Save a trainer's state as a run in `run_dir` does; the checkpoint's folder."""
+
+    def save(run_dir, trainer, config=None):
+        run = RunConfig(root=str(run_dir.parent), name="run").model_copy(update={"name": run_dir.name})
+        config = (config or trainer.config).model_copy(update={"run": run})
+        return CheckpointWriter(config, trainer.policy, tokenizer, {}, 9).save(trainer.state)
+
+    return save
 
 
 @pytest.fixture

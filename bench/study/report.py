@@ -106,8 +106,8 @@ def choices(out: Path) -> list[str]:
     """What the sweeps chose."""
     tuned = load_runs(out, "tune")
     lines = [
-        "Score: mean of pass@1 and pass@16 on validation problems; in brackets stage 2's reward over stage 1's. Taken: the "
-        f"best score; of a forget step the largest whose ratio is at least {SMALLEST_RATIO}.",
+        "Score: mean of pass@1 and pass@16 on validation problems; in brackets stage 2's reward over stage 1's. Taken: "
+        f"the best score; of a forget step the largest whose ratio is at least {SMALLEST_RATIO}.",
         "",
         "| method | setting | tried: mean score on the tuning seeds, percent |",
         "| --- | --- | --- |",

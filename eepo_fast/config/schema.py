@@ -29,6 +29,10 @@ class RunConfig(Section):
     name: str = Field("eepo", description="the run's folder is root/name")
     root: str = "runs"
     seed: NonNegative = 0
+    timeout_s: PositiveFloat = Field(
+        7200.0,
+        description="longest a phase of an iteration may show no progress; then the run is ended, and says what hung",
+    )
 
 
 class ModelConfig(Section):
@@ -97,6 +101,14 @@ class EepoConfig(Section):
     reduction: Literal["batch_mean", "prompt_sum"] = "batch_mean"
     num_steps: Positive = 1
     rounding: Literal["stochastic", "nearest"] = "stochastic"
+    max_step: PositiveFloat = Field(
+        0.02, description="longest forget step, as a share of the weights' norm; a longer one is not taken, and counted"
+    )
+    max_kl: PositiveFloat = Field(
+        1.0,
+        description="nats a token: where stage 2 shows that the step moved the model further, it is sampled again from "
+        "the policy, and counted",
+    )
     direction: Literal["gradient", "random"] = Field(
         "gradient", description="of the forget step; random: a control, any direction, as long as the gradient"
     )
@@ -139,6 +151,10 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every: NonNegative = Field(50, description="iterations between checkpoints; 0: only the last one")
     keep: Positive = 2
+    best: str = Field(
+        "",
+        description="a metric of evaluation, such as eval/test/pass@1: the checkpoint with the most of it is kept, too",
+    )
 
 
 class EvaluationConfig(Section):
@@ -230,6 +246,13 @@ class Config(Section):
         _require(
             evaluation.samples == 0 or max(evaluation.k) <= evaluation.samples,
             f"evaluation.k: expected at most evaluation.num_samples ({evaluation.samples}), found {max(evaluation.k)}",
+        )
+        best = self.checkpoint.best
+        names = [f"eval/{name}/" for name in evaluation.data] if evaluation.every else []
+        _require(
+            not best or any(best.startswith(name) for name in names),
+            f"checkpoint.best: expected a metric such as {(names or ['eval/NAME/'])[0]}greedy, of a set in "
+            f"evaluation.data with evaluation.every set, found {best[:100]!r}",
         )
         for name in evaluation.data:
             _require(

@@ -23,7 +23,7 @@ from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, write_results
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import check_golds, make_grader
-from eepo_fast.rollout.engine import RolloutEngine, Sampling
+from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling
 from eepo_fast.types import Prompt, UserError, WeightsVersion
 
 
@@ -69,13 +69,18 @@ class PeriodicEvaluation:
         every = self.config.evaluation.every
         return bool(every) and (step % every == 0 or step == total)
 
-    def run(self, policy: Policy, engine: RolloutEngine, version: int, step: int) -> dict[str, float]:
-        """Metrics of the policy as it is now, all ranks together."""
+    def is_done(self, step: int) -> bool:
+        return (evaluation_folder(self.config.run_dir, step) / "results.json").is_file()
+
+    def run(
+        self, policy: Policy, engine: RolloutEngine, version: int, step: int, *, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Metrics of the policy as it is now, all ranks together. progress: of sampling; may raise Interrupted."""
         started, evaluation = time.perf_counter(), self.config.evaluation
         engine.sync(policy.weights(), WeightsVersion(version, False))
         sampler = Sampler(
             engine, self.tokenizer, self.sampling, seed=0, world=policy.world,
-            ranks_per_engine=self.config.rollout.tensor_parallel,
+            ranks_per_engine=self.config.rollout.tensor_parallel, progress=progress,
         )  # fmt: skip
         folder = evaluation_folder(self.config.run_dir, step)
         if policy.world.is_main:

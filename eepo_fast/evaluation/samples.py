@@ -15,7 +15,7 @@ from typing import Any
 
 from eepo_fast.distributed import World
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import RolloutEngine, Sampling, make_requests
+from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout
 
@@ -34,6 +34,8 @@ class Sampler:
     seed: int
     world: World = field(default_factory=World)
     ranks_per_engine: int = 1
+    progress: Progress | None = None
+    """Of an engine's sampling; may raise Interrupted."""
 
     def decode(self, rollout: Rollout) -> str:
         ids = rollout.token_ids
@@ -51,6 +53,7 @@ class Sampler:
             world=self.world,
             ranks_per_engine=self.ranks_per_engine,
             decode=self.decode,
+            progress=self.progress,
         )
 
 

@@ -42,6 +42,8 @@ class Policy(Protocol):
     model: PreTrainedModel
     shapes: Mapping[str, torch.Size]
     """Of every weight, whole, once."""
+    weights_norm: float
+    """Of all weights together, as they were loaded."""
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
@@ -57,6 +59,10 @@ class Policy(Protocol):
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         """`loss`, detached, whose gradient, summed over ranks, is added to what the next `step` applies."""
+
+    def halve_micro_batches(self) -> bool:
+        """After running out of memory: drop what `backward` has added, and make later micro-batches half as large.
+        False where that is not possible: other ranks wait, or they cannot be smaller."""
 
     def step(self) -> tuple[float, bool]:
         """Clip and apply the accumulated gradient. (norm before clipping, applied); a non-finite one is dropped."""
@@ -110,6 +116,11 @@ class PolicyModule(nn.Module):
         head = self.model.get_output_embeddings()
         tensors = {"hidden": hidden, "weight": head.weight, "targets": batch.targets, "bias": head.bias}
         return tensors | {"temperature": self.temperature}
+
+
+@torch.no_grad()
+def norm_of(model: PreTrainedModel) -> float:
+    return float(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
 
 
 @torch.no_grad()

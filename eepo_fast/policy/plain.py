@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, prepare_model, score
+from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout
 
@@ -60,6 +60,7 @@ class TorchPolicy:
         prepare_model(model, packed=packed, gradient_checkpointing=gradient_checkpointing, liger=liger)
         self.world = world or World()
         assert optimizer is None or self.world.size == 1
+        self.weights_norm = norm_of(model)
         weight = next(model.parameters())
         autocast = None if compute_dtype == weight.dtype else compute_dtype
         self.module = PolicyModule(model, temperature=temperature, autocast=autocast)
@@ -101,6 +102,14 @@ class TorchPolicy:
         loss, stats = self.loss(batch, loss_fn)
         loss.backward()
         return loss.detach(), stats
+
+    def halve_micro_batches(self) -> bool:
+        if self.world.size > 1 or self.batching["max_tokens"] == 1:  # one sequence each, however long
+            return False
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.batching["max_tokens"] //= 2
+        return True
 
     def step(self) -> tuple[float, bool]:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, prepare_model, score
+from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
 from eepo_fast.policy.shards import (
     ShardedGradient,
@@ -96,6 +96,7 @@ class ZeroPolicy:
         self.world, self.stage, self.engine_dtype = world, train.zero_stage, engine_dtype
         self.device = default_device()
         self.grad_clip = optimizer.grad_clip
+        self.weights_norm = norm_of(model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.buckets = make_buckets(self.shapes, world.size)
         self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
@@ -144,6 +145,9 @@ class ZeroPolicy:
         loss, stats = self.deepspeed(batch, loss_fn)
         self.deepspeed.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
         return loss.detach(), stats
+
+    def halve_micro_batches(self) -> bool:
+        return False  # its ranks meet in every backward pass: one that stepped back would leave the others waiting
 
     def step(self) -> tuple[float, bool]:
         if self.stage == 0:

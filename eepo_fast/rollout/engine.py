@@ -34,10 +34,6 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
 
 
-class EngineError(Exception):
-    """The engine does not hold the weights it should, or was asked for something in a state that forbids it."""
-
-
 class RolloutEngine(Protocol):
     weights_version: WeightsVersion
 

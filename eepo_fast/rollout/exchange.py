@@ -8,7 +8,7 @@ import numpy as np
 
 from eepo_fast.distributed import World, deal
 from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling
-from eepo_fast.types import Rollout, WeightsVersion
+from eepo_fast.types import Interrupted, Rollout, WeightsVersion
 
 
 def generate_everywhere(
@@ -24,10 +24,15 @@ def generate_everywhere(
 ) -> list[Rollout]:
     """All samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and answers,
     by which requests are dealt out; ranks of one engine take the same. decode: sets each completion where it was
-    sampled."""
+    sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call."""
     hands = deal(expected_tokens, world.size // ranks_per_engine)
     share = sorted(hands[world.rank // ranks_per_engine])
-    rollouts = engine.generate([requests[i] for i in share], sampling, progress)
+    try:
+        rollouts = engine.generate([requests[i] for i in share], sampling, progress)
+    except Interrupted:
+        if world.size > 1:
+            world.gather(None)  # the others wait for what was sampled here
+        raise
     for rollout in rollouts:
         rollout.completion = decode(rollout)
     if world.size == 1:
@@ -35,7 +40,10 @@ def generate_everywhere(
     places = [(i, k) for i in share for k in range(len(requests[i].seeds))]
     leads = world.rank % ranks_per_engine == 0
     mine = [(place, _pack(r)) for place, r in zip(places, rollouts, strict=True)] if leads else []
-    everything = {place: packed for part in world.gather(mine) for place, packed in part}
+    parts = world.gather(mine)
+    if any(part is None for part in parts):
+        raise Interrupted
+    everything = {place: packed for part in parts for place, packed in part}
     return [
         _unpack(everything[i, k], request, k) for i, request in enumerate(requests) for k in range(len(request.seeds))
     ]

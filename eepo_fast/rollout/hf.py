@@ -6,7 +6,8 @@ Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded p
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import EngineError, Progress, Request, Sampling
-from eepo_fast.types import Rollout, WeightsVersion
+from eepo_fast.rollout.engine import Progress, Request, Sampling
+from eepo_fast.rollout.weights import checksums, rounded_checksums
+from eepo_fast.types import EngineError, Rollout, WeightsVersion
 
 
 class HfEngine:
@@ -42,21 +44,25 @@ class HfEngine:
         self.max_sequences = max_sequences
         self.pad_id = pad_id
         self.weights_version = WeightsVersion(0, False)
-        self._whole = True
+        self._expected: Tensor | None = self._checksums()  # what an update must have left; None while it is under way
 
     def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
-        self._whole = False  # a mixture, if it is interrupted
-        missing = set(self.weights)
+        self._expected = None  # a mixture, if it is interrupted
+        sums: dict[str, Tensor] = {}
         for bucket in weights:
-            sync([self.weights[name] for name in bucket], list(bucket.values()))
-            missing -= bucket.keys()
+            sources = list(bucket.values())
+            sync([self.weights[name] for name in bucket], sources)
+            dtypes = [self.weights[name].dtype for name in bucket]
+            sums.update(zip(bucket, rounded_checksums(sources, dtypes), strict=True))
+        missing = self.weights.keys() - sums.keys()
         assert not missing, f"a sync without {min(missing)}"
-        self.weights_version, self._whole = version, True
+        self.weights_version = version
+        self._expected = torch.stack([sums[name] for name in self.weights]).to(self.device)
 
     def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
         assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten
         # from here on the weights are no longer the policy's, even if the update is interrupted
-        self.weights_version, self._whole = self.weights_version._replace(forgotten=True), False
+        self.weights_version, self._expected = self.weights_version._replace(forgotten=True), None
         stats = forget(
             [p.data for p in self.weights.values()],
             [gradient[name] for name in self.weights],
@@ -67,23 +73,38 @@ class HfEngine:
             seed=seed,
             step=step,
         )
-        self._whole = True
+        self._expected = self._checksums()
         return stats
+
+    def _checksums(self) -> Tensor:
+        return checksums([p.data for p in self.weights.values()])
+
+    def _check_weights(self) -> None:
+        """EngineError where the weights are not, bit for bit, what the last update must have left."""
+        if self._expected is None:
+            raise EngineError("generate: the last update of the engine's weights did not finish")
+        different = (self._checksums() != self._expected).nonzero().flatten().tolist()
+        if different:
+            name = list(self.weights)[different[0]]
+            raise EngineError(
+                f"generate: {len(different)} of {len(self.weights)} weights of the engine are not what the last update "
+                f"left, the first of them {name}"
+            )
 
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        if not self._whole:
-            raise EngineError("generate: the engine's last update did not finish")
+        self._check_weights()
         total = sum(len(r.seeds) for r in requests)
         # similar lengths side by side, to pad little; the result keeps the order of the requests
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         results: dict[tuple[int, int], Rollout] = {}
         for rows in self._batches(requests, order):
-            results.update(self._generate_batch(requests, rows, sampling))
-            if progress:
-                progress(len(results), total)
+            tick = partial(progress, len(results), total) if progress else None
+            results.update(self._generate_batch(requests, rows, sampling, tick))
+        if progress:
+            progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
     def _batches(self, requests: Sequence[Request], order: list[int]) -> Iterator[list[tuple[int, int]]]:
@@ -93,13 +114,17 @@ class HfEngine:
             yield rows[start : start + self.max_sequences]
 
     def _generate_batch(
-        self, requests: Sequence[Request], rows: list[tuple[int, int]], sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        rows: list[tuple[int, int]],
+        sampling: Sampling,
+        tick: Callable[[], None] | None,
     ) -> dict[tuple[int, int], Rollout]:
         distinct = list(dict.fromkeys(i for i, _ in rows))
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         uniforms = np.stack([_uniforms(requests[i].seeds[k], sampling.max_new_tokens) for i, k in rows])
-        tokens, logprobs, lengths, finished = self._decode(prompts, expand, uniforms, sampling)
+        tokens, logprobs, lengths, finished = self._decode(prompts, expand, uniforms, sampling, tick)
         results = {}
         for row, (i, k) in enumerate(rows):
             request, n = requests[i], int(lengths[row])
@@ -114,8 +139,15 @@ class HfEngine:
             )
         return results
 
-    def _decode(self, prompts: list[list[int]], expand: Tensor, uniforms: np.ndarray, sampling: Sampling):
-        """tokens [B, T], logprobs [B, T], lengths [B], finished [B], all on the CPU."""
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        expand: Tensor,
+        uniforms: np.ndarray,
+        sampling: Sampling,
+        tick: Callable[[], None] | None,
+    ):
+        """tokens [B, T], logprobs [B, T], lengths [B], finished [B], all on the CPU. tick: called after each token."""
         num_rows, limit = uniforms.shape
         length = max(map(len, prompts))
         padded = [[self.pad_id] * (length - len(p)) + p for p in prompts]
@@ -141,6 +173,8 @@ class HfEngine:
             lengths[rows[ended]] = t + 1
             running &= ~ended
             num_running = int(running.sum())
+            if tick:
+                tick()
             if num_running == 0 or t + 1 == limit:
                 break
             if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more

@@ -23,7 +23,7 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import EngineError, Progress, Request, Sampling
+from eepo_fast.rollout.engine import Progress, Request, Sampling
 from eepo_fast.rollout.weights import (
     Plan,
     PlanError,
@@ -33,7 +33,7 @@ from eepo_fast.rollout.weights import (
     record_plan,
     rounded_checksums,
 )
-from eepo_fast.types import Rollout, UserError, WeightsVersion
+from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from test_vllm_engine import MODELS, REQUESTS, SAMPLING, forget, gap, gradient_of, make_model, moved, sync, weights_of
 
 from eepo_fast.rollout import vllm as module
-from eepo_fast.rollout.vllm import EngineError, VllmEngine
+from eepo_fast.rollout.vllm import VllmEngine
+from eepo_fast.types import EngineError
 
 
 def refusal(engine):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from eepo_fast.checkpoint import changed_keys, load_checkpoint, newest_valid, remove_newer, save_checkpoint, verify
+from eepo_fast.checkpoint import changed_keys, load_checkpoint, newest_valid, remove_newer, verify
 from eepo_fast.types import Grade, UserError
 
 
@@ -78,12 +78,15 @@ def test_micro_batches_never_change_the_result(make_trainer, tiny_model, enabled
 
 
 def test_old_logprobs_come_from_the_unlearning_pass(make_trainer, monkeypatch):
-    """Two updates an iteration: with EEPO stage 1 is never scored again; plain GRPO scores what its second needs."""
+    """Two updates an iteration: with EEPO stage 1 is never scored again, and of stage 2 only what the guard of the
+    forget step takes; plain GRPO scores what its second needs."""
     scored = []
     trainer = make_trainer(eepo=OPEN)
-    monkeypatch.setattr(trainer.policy, "score", lambda rollouts: scored.append(len(rollouts)) or ({}, {}))
+    score = trainer.policy.score
+    monkeypatch.setattr(trainer.policy, "score", lambda rollouts: scored.append(rollouts) or score(rollouts))
     trainer.iteration()
-    assert not scored
+    assert len(scored) == 1 and all(r.weights_version.forgotten for r in scored[0])
+    scored.clear()
     trainer = make_trainer(eepo={"enabled": False})
     original = trainer.policy.score
     monkeypatch.setattr(trainer.policy, "score", lambda rollouts: scored.append(len(rollouts)) or original(rollouts))
@@ -156,12 +159,12 @@ def test_warm_up(make_trainer):
     assert rates == pytest.approx([0.25e-3, 0.75e-3])
 
 
-def test_training_goes_on_bitwise_from_a_checkpoint(make_trainer, tiny_model, tokenizer, tmp_path, test_config):
+def test_training_goes_on_bitwise_from_a_checkpoint(make_trainer, tiny_model, save_checkpoint, tmp_path, test_config):
     config = test_config(eepo={"gate": "iteration", "alpha": 2.0}, optimizer={"warmup_steps": 10})
     start = copy.deepcopy(tiny_model.state_dict())
     trainer = make_trainer(config=config)
     trainer.iteration()
-    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config, 9)
+    save_checkpoint(tmp_path, trainer, config)
     rows = [trainer.iteration()[1] for _ in range(2)]
     final = weights_of(trainer)
 
@@ -177,13 +180,13 @@ def test_training_goes_on_bitwise_from_a_checkpoint(make_trainer, tiny_model, to
     assert torch.equal(weights_of(resumed), final)
 
 
-def test_without_the_optimizer_the_end_differs(make_trainer, tiny_model, tokenizer, tmp_path, test_config):
+def test_without_the_optimizer_the_end_differs(make_trainer, tiny_model, save_checkpoint, tmp_path, test_config):
     """Negative control of the test above."""
     config = test_config()
     start = copy.deepcopy(tiny_model.state_dict())
     trainer = make_trainer(config=config)
     trainer.iteration()
-    save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config, 9)
+    save_checkpoint(tmp_path, trainer, config)
     trainer.iteration()
     final = weights_of(trainer)
     tiny_model.load_state_dict(start)
@@ -194,12 +197,12 @@ def test_without_the_optimizer_the_end_differs(make_trainer, tiny_model, tokeniz
     assert not torch.equal(weights_of(resumed), final)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, tokenizer, tmp_path, test_config):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, save_checkpoint, tmp_path, test_config):
     trainer = make_trainer()
     folders = []
     for _ in range(3):
         trainer.iteration()
-        folders.append(save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config(), 9))
+        folders.append(save_checkpoint(tmp_path, trainer, test_config()))
     assert not folders[0].exists(), "keep: 2"
     path = folders[2] / "model" / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -215,14 +218,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, 
         newest_valid(tmp_path)
 
 
-def test_going_on_before_a_damaged_checkpoint_keeps_the_new_one(make_trainer, tokenizer, tmp_path, test_config):
+def test_going_on_before_a_damaged_checkpoint_keeps_the_new_one(make_trainer, save_checkpoint, tmp_path, test_config):
     """keep: 1, and a damaged step 4 left by a crash: saving step 3 must not be what is dropped."""
     trainer, config = make_trainer(), test_config(checkpoint={"keep": 1})
     (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
     trainer.state.step = 2
     remove_newer(tmp_path, 2)
     trainer.iteration()
-    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, config, 9)
+    folder = save_checkpoint(tmp_path, trainer, config)
     assert newest_valid(tmp_path)[0] == folder
 
 
@@ -233,13 +236,13 @@ def test_what_may_change_when_a_run_is_resumed(test_config):
     assert changed_keys(saved, other) == ["eepo.alpha", "optimizer.learning_rate"]
 
 
-def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, tokenizer, tmp_path, test_config):
+def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, save_checkpoint, tmp_path, test_config):
     from safetensors.torch import load_file
 
     trainer = make_trainer(eepo=OPEN)
     trainer.iteration()
     assert trainer.engine.weights_version.forgotten
-    folder = save_checkpoint(tmp_path, trainer.policy, tokenizer, trainer.state, test_config(), 9)
+    folder = save_checkpoint(tmp_path, trainer, test_config())
     saved = load_file(folder / "model" / "model.safetensors")
     weights = trainer.policy.named_weights()
     assert set(saved) == set(weights) and all(torch.equal(saved[k], w) for k, w in weights.items())

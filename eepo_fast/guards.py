@@ -1,0 +1,65 @@
+"""What is looked at before it is believed: whose weights sampled, how far a forget step went, whether memory sufficed.
+
+Each returns a decision or a count; the trainer acts on it and the metrics keep it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from eepo_fast.policy.module import Policy
+from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
+
+KL_SAMPLES = 32  # completions of stage 2 that are scored at θ to see how far the step went
+
+Result = TypeVar("Result")
+
+
+def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stage: int) -> None:
+    """EngineError where a rollout was sampled with other weights than the trainer believes: its ratio would divide by
+    the wrong model."""
+    for r in rollouts:
+        if r.weights_version != expected or r.stage != stage:
+            raise EngineError(
+                f"expected completions of stage {stage} from weights {tuple(expected)}, found one of {r.prompt.id} of "
+                f"stage {r.stage} from weights {tuple(r.weights_version)}"
+            )
+
+
+def has_finite_logprobs(rollout: Rollout) -> bool:
+    return all(map(math.isfinite, rollout.rollout_logprobs))
+
+
+def forgotten_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
+    """KL(θ'‖θ) in nats a token, from KL_SAMPLES completions of θ' spread over the prompts: the mean of
+    rollout_logprobs - policy log-probs at θ. All ranks call this."""
+    chosen = [r for r in stage2[:: max(1, len(stage2) // KL_SAMPLES)] if r.num_tokens][:KL_SAMPLES]
+    scored = policy.score(chosen)[0]
+    gaps = [a - b for r in chosen for a, b in zip(r.rollout_logprobs, scored[id(r)], strict=True)]
+    return math.fsum(gaps) / len(gaps) if gaps else 0.0
+
+
+def within_memory(policy: Policy, compute: Callable[[], Result]) -> tuple[Result, int]:
+    """(compute(), how often the policy's micro-batches were halved for it): over the same samples, until their tokens
+    fit. Only where no other rank waits inside `compute`; UserError where halving cannot help."""
+    halvings = 0
+    while True:
+        try:
+            return compute(), halvings
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        # outside the handler, whose traceback holds the activations
+        if not policy.halve_micro_batches():
+            raise UserError(
+                f"out of memory: {reason}; lower train.micro_batch_tokens or rollout.gpu_memory_utilization, set "
+                "train.gradient_checkpointing=true, and --resume"
+            )
+        halvings += 1
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,152 @@
+"""Iteration after iteration, until the run ends or is told to leave: logging, evaluation, checkpoints, signals."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eepo_fast import metrics
+from eepo_fast.checkpoint import CheckpointWriter
+from eepo_fast.display import Display, Training
+from eepo_fast.distributed import World
+from eepo_fast.evaluation.periodic import PeriodicEvaluation
+from eepo_fast.signals import Request
+from eepo_fast.trainer import Trainer
+from eepo_fast.types import Interrupted, UserError
+from eepo_fast.watchdog import Watchdog
+
+ENDING = "ended.json"
+
+
+def write_ending(
+    run_dir: Path, reason: str, message: str = "", *, step: int | None = None, total: int | None = None
+) -> None:
+    """Why the run is not going on: `finished`, the name of a signal after a clean save, `hung`, or `error`. A run that
+    was killed leaves none."""
+    content = {"reason": reason, "step": step, "total": total, "message": message, "time": time.time()}
+    temporary = run_dir / f".{ENDING}.tmp"
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.replace(run_dir / ENDING)
+
+
+@dataclass
+class Meeting:
+    """Where all ranks learn whether any was told to leave, and whether a checkpoint is on disk."""
+
+    world: World
+    writer: CheckpointWriter
+    request: Request
+    display: Display
+    failures: int = field(default=0, init=False)
+    """Checkpoints that could not be written."""
+
+    def __call__(self) -> None:
+        """All ranks call this at the same points; Interrupted, on all of them, where one was told to leave."""
+        everyone = self.world.gather((self.request.name, self.writer.progress))
+        self.report(self.writer.settle([progress for _, progress in everyone]))
+        if any(name for name, _ in everyone):
+            raise Interrupted
+
+    def report(self, complaint: str | None) -> None:
+        if complaint is not None:
+            self.failures += 1
+            self.display.warn(complaint)
+
+    def who_asked(self) -> str:
+        return next(name for name in self.world.gather(self.request.name) if name)
+
+
+@dataclass
+class Loop:
+    trainer: Trainer
+    evaluation: PeriodicEvaluation
+    writer: CheckpointWriter
+    meeting: Meeting
+    watchdog: Watchdog
+    total: int
+
+    def run(self, show: Training) -> None:
+        """Until `total` iterations are done. Interrupted(signal's name) where the run was told to leave; the state it
+        had is saved then."""
+        state, run_dir = self.trainer.state, self.trainer.config.run_dir
+        try:
+            self._evaluate_late(show)
+            while state.step < self.total:
+                self._iteration(show)
+                self.meeting()
+        except Interrupted:
+            self._save_and_leave()
+        if self.trainer.world.is_main:
+            write_ending(run_dir, "finished", step=state.step, total=self.total)
+
+    def _iteration(self, show: Training) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        batch, row = trainer.iteration(lambda done, asked: self._progress(show, done, asked))
+        step, left = trainer.state.step, False
+        row["checkpoint/failures"] = self.meeting.failures
+        if self.evaluation.due(step, self.total):
+            try:
+                row |= self._evaluate(show)
+            except Interrupted:  # the resumed run does it
+                left = True
+        if trainer.world.is_main:
+            if config.log.rollouts:
+                metrics.write_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+            metrics.append_metrics(config.run_dir, row)
+        show.iteration(row)
+        if left:
+            raise Interrupted
+        if step == self.total:
+            self._entering("checkpoint")
+            self.writer.save(trainer.state, row)
+        elif config.checkpoint.every and step % config.checkpoint.every == 0:
+            self._entering("checkpoint")
+            self.meeting.report(self.writer.finish())
+            self.writer.start(trainer.state, row)
+
+    def _progress(self, show: Training, done: int, asked: int) -> None:
+        """While an engine samples."""
+        self.watchdog.alive()
+        if self.trainer.config.rollout.tensor_parallel == 1:  # else ranks of one engine wait for one another in it
+            self.meeting.request.raise_if_asked()
+        show.completions(done, asked)
+
+    def _entering(self, phase: str) -> None:
+        self.watchdog.enter(f"{phase} after iteration {self.trainer.state.step}")
+
+    def _evaluate(self, show: Training) -> dict[str, float]:
+        trainer = self.trainer
+        self._entering("evaluation")
+        return self.evaluation.run(
+            trainer.policy,
+            trainer.engine,
+            trainer.state.policy_version,
+            trainer.state.step,
+            progress=lambda done, asked: self._progress(show, done, asked),
+        )
+
+    def _evaluate_late(self, show: Training) -> None:
+        """The evaluation that an interrupted run still owes."""
+        state, world = self.trainer.state, self.trainer.world
+        owed = state.step > 0 and self.evaluation.due(state.step, self.total)
+        if world.gather(owed and not self.evaluation.is_done(state.step))[0]:
+            values = self._evaluate(show)
+            if world.is_main:
+                metrics.add_to_last(self.trainer.config.run_dir, state.step, values)
+
+    def _save_and_leave(self) -> None:
+        name, state = self.meeting.who_asked(), self.trainer.state
+        self._entering("checkpoint")
+        self.meeting.report(self.writer.finish())
+        if state.step and self.writer.saved_step != state.step:
+            self.writer.save(state)
+        if self.trainer.world.is_main:
+            write_ending(self.trainer.config.run_dir, name, step=state.step, total=self.total)
+        raise Interrupted(name)
+
+
+def ending_of(error: BaseException) -> tuple[str, str]:
+    """(reason, message) for the marker of a run that an error has ended."""
+    return "error", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
