@@ -124,6 +124,21 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checkpoint(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from eepo_fast.checkpoint.command import export_checkpoint, list_checkpoints, verify_checkpoints
+
+    console, path = Console(highlight=False, soft_wrap=True), Path(args.path).expanduser()
+    if args.what == "list":
+        list_checkpoints(path, console)
+    elif args.what == "export":
+        export_checkpoint(path, Path(args.out).expanduser(), args.dtype, console)
+    elif not verify_checkpoints(path, console):
+        return 1
+    return 0
+
+
 def _grade(args: argparse.Namespace) -> int:
     from eepo_fast.rewards.grade_file import grade_file
 
@@ -187,11 +202,29 @@ def make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--subset", help="configuration of the data set")
     prepare.add_argument("--split", default="test")
     prepare.set_defaults(run=_prepare)
+    _add_checkpoint(commands)
     demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")
     demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_checkpoint(commands) -> None:
+    kinds = commands.add_parser("checkpoint", help="look at a run's checkpoints, or export one").add_subparsers(
+        dest="what", required=True
+    )
+    for name, text in (
+        ("list", "what there is"),
+        ("verify", "check every file against the manifest; exit code 1 where one is damaged"),
+        ("export", "write a plain Hugging Face folder, which transformers and vLLM load"),
+    ):
+        example = f"example: eepo-fast checkpoint {name} runs/demo-eepo" + (" --out model" if name == "export" else "")
+        kind = kinds.add_parser(name, help=text, epilog=example)
+        kind.add_argument("path", help="a run's folder, or a checkpoint's")
+        kind.set_defaults(run=_checkpoint)
+    kind.add_argument("--out", required=True, help="the folder to write")
+    kind.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the run computed in")
 
 
 def _left(name: str) -> int:

@@ -124,7 +124,7 @@ def test_an_engine_whose_update_was_interrupted_does_not_sample(make_engine, mak
 
     with pytest.raises(KeyboardInterrupt):
         engine.sync(breaks_off(), WeightsVersion(1, False))
-    with pytest.raises(EngineError, match="last update .* did not finish"):
+    with pytest.raises(EngineError, match=r"last update .* did not finish"):
         engine.generate(requests, SAMPLING)
     with pytest.raises(AssertionError, match="a sync without"):
         engine.sync([dict(list(weights.items())[:2])], WeightsVersion(1, False))

@@ -1,0 +1,88 @@
+"""`eepo-fast checkpoint list|verify|export`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eepo_fast.checkpoint.folder import MANIFEST, checkpoint_root, files, folders, newest_valid, read_state, verify
+from eepo_fast.types import UserError
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """Of a run's folder, oldest first; or the one that `path` is. UserError where there is none."""
+    if checkpoint_root(path).is_dir():
+        found = folders(path)
+        if not found:
+            raise UserError(f"checkpoint: {path} holds no checkpoint yet")
+        return found
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        return [path]
+    raise UserError(f"checkpoint: expected a run's folder or a checkpoint's, found {path}; see runs/NAME/checkpoints")
+
+
+def list_checkpoints(path: Path, console: Console) -> None:
+    table = Table("checkpoint", "written", "size", "ranks", "evaluation", "state", box=None, pad_edge=False)
+    for folder in find_checkpoints(path):
+        complaint = verify(folder)
+        state = read_state(folder) if complaint is None else {}
+        scores = ", ".join(f"{k.removeprefix('eval/')} {v:.3g}" for k, v in state.get("evaluation", {}).items())
+        size = sum(file.stat().st_size for file in files(folder)) / 1e6
+        written = datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+        ranks = str(state.get("world_size", ""))
+        table.add_row(folder.name, written, f"{size:.1f} MB", ranks, scores, complaint or "whole")
+    console.print(table, markup=False)
+
+
+def verify_checkpoints(path: Path, console: Console) -> bool:
+    """One line each; are all of them whole?"""
+    complaints = {folder: verify(folder) for folder in find_checkpoints(path)}
+    for folder, complaint in complaints.items():
+        console.print(f"{folder}: {complaint or 'whole'}", markup=False)
+    return not any(complaints.values())
+
+
+def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console) -> None:
+    """A plain Hugging Face folder of a checkpoint, or of a run's newest one. dtype: of the weights; default the one
+    that the run computed in."""
+    folder = find_checkpoints(path)[-1]
+    if checkpoint_root(path).is_dir():
+        newest, complaints = newest_valid(path)
+        for line in complaints:
+            console.print(line, style="yellow", markup=False)
+        folder = newest
+    else:
+        complaint = verify(folder)
+        if complaint is not None:
+            raise UserError(f"checkpoint {folder} is damaged: {complaint}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: expected an empty or new folder, found {out}; choose another")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dtype = dtype or read_state(folder)["config"]["model"]["dtype"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype), use_safetensors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(folder / "model").save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    megabytes = sum(math.prod(p.shape) * p.element_size() for p in model.parameters()) / 1e6
+    console.print(f"{out}: {folder.name} of {path}, {dtype}, {megabytes:.1f} MB", markup=False)
