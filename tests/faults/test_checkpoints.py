@@ -1,0 +1,338 @@
+"""Saving: killed, short of disk, corrupted, crafted, and while training goes on."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eepo_fast import checkpoint
+from eepo_fast.checkpoint import folder as folders
+from eepo_fast.checkpoint import writer as writers
+from eepo_fast.checkpoint.command import export_checkpoint
+from eepo_fast.types import UserError
+
+
+@pytest.fixture
+def saved(make_trainer, save_checkpoint, tmp_path):
+    """Two checkpoints of a run whose folder is tmp_path / "run"."""
+    trainer = make_trainer()
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        trainer.iteration()
+        save_checkpoint(run_dir, trainer)
+    return run_dir
+
+
+def killed_while_saving(save, seconds):
+    """Fork, save for ever, and kill."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while True:
+                save()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def is_resumable(run_dir):
+    """Is the newest checkpoint whole, and all of it of one step? Weights are filled with their step."""
+    folder, _ = checkpoint.newest_valid(run_dir)
+    state = checkpoint.read_state(folder)
+    values = {float(v) for t in load_file(folder / "model" / "model.safetensors").values() for v in t.unique()}
+    moments = load_file(folder / "optimizer.safetensors")
+    return values == {float(state["step"])} and len(moments) > 0 and folder.name == f"step_{state['step']:06d}"
+
+
+@pytest.fixture
+def kills(make_trainer, save_checkpoint, tmp_path):
+    """How many of n runs, killed at random moments of saving, can go on."""
+
+    def count(n):
+        trainer = make_trainer()
+        trainer.iteration()
+        run_dir, generator = tmp_path / "run", random.Random(3)
+
+        def save():
+            trainer.state.step += 1
+            with torch.no_grad():
+                for weight in trainer.policy.model.parameters():
+                    weight.fill_(trainer.state.step)
+            save_checkpoint(run_dir, trainer)
+
+        save()
+        resumable = 0
+        for _ in range(n):
+            killed_while_saving(save, generator.uniform(0.01, 0.12))
+            try:
+                resumable += is_resumable(run_dir)
+            except Exception:
+                shutil.rmtree(folders.checkpoint_root(run_dir))
+                save()
+            folders.clean(run_dir)
+        return resumable
+
+    return count
+
+
+@pytest.mark.fault(1)
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(kills):
+    assert kills(15) == 15
+
+
+def test_without_the_temporary_folder_and_the_manifest_kills_lose_runs(kills, monkeypatch):
+    """Negative control: written in place, the newest folder taken."""
+    monkeypatch.setattr(writers, "temporary_of", lambda final: final)
+
+    def commit(final, digests):
+        (final / folders.MANIFEST).write_text(json.dumps(digests))
+
+    monkeypatch.setattr(writers, "commit", commit)
+    monkeypatch.setattr(folders, "verify", lambda folder: None)
+    assert kills(15) < 15
+
+
+@pytest.mark.fault(4)
+def test_a_full_disk_leaves_the_old_checkpoint_and_is_said(make_run, go, monkeypatch):
+    """While it trains: said, counted, and training goes on. At the end of the run: an error."""
+    real, full = writers.save_file, {"from": 3}
+
+    def save_file(tensors, path, **options):
+        if int(path.parent.parent.name[6:12]) >= full["from"]:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(writers, "save_file", save_file)
+    config = make_run("train.iterations=4")
+    with pytest.raises(UserError, match=r"step_000004 could not be written.*No space left on device.*make room"):
+        go(config)
+    found, complaints = checkpoint.newest_valid(config.run_dir)
+    assert found.name == "step_000002" and not complaints
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[3])["checkpoint/failures"] == 1
+    assert json.loads((config.run_dir / "ended.json").read_text())["reason"] == "error"
+    assert not list(folders.checkpoint_root(config.run_dir).glob(".*")), "what was half written is gone"
+    full["from"] = 99
+    go(config, resume=True)
+    assert checkpoint.newest_valid(config.run_dir)[0].name == "step_000004"
+
+
+def flip(path, generator):
+    content = bytearray(path.read_bytes())
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(path, generator):
+    content = path.read_bytes()
+    path.write_bytes(content[: generator.randrange(len(content))])
+
+
+def swap(path, generator):
+    """With the same file of the other checkpoint."""
+    other = path.parents[0 if path.parent.name.startswith("step_") else 1]
+    twin = next(p for p in other.parent.iterdir() if p.name != other.name) / path.relative_to(other)
+    content = twin.read_bytes()
+    if content == path.read_bytes():  # of the same content in both: with another file of its own
+        content = (other / "state.json").read_bytes() + b" "
+    path.write_bytes(content)
+
+
+CORRUPTIONS = {"flip": flip, "truncate": truncate, "delete": lambda path, generator: path.unlink(), "swap": swap}
+
+
+def corrupted(run_dir, copy, kind, generator):
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run_dir, copy)
+    newest = folders.folders(copy)[-1]
+    CORRUPTIONS[kind](generator.choice(folders.files(newest)), generator)
+    return newest
+
+
+@pytest.mark.fault(5)
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruptions_are_named_and_the_one_before_is_used(saved, tmp_path, kind):
+    generator = random.Random(kind)
+    for _ in range(12):
+        newest = corrupted(saved, tmp_path / "copy", kind, generator)
+        found, complaints = checkpoint.newest_valid(tmp_path / "copy")
+        assert found != newest and found.name == "step_000001" and str(newest) in complaints[0]
+
+
+def test_without_the_checksums_flips_would_load(saved, tmp_path, monkeypatch, make_policy):
+    """Negative control: safetensors loads most of them."""
+    generator, loaded = random.Random(1), 0
+    monkeypatch.setattr(folders, "sha256", lambda path: json.loads((path.parents[
+        0 if path.parent.name.startswith("step_") else 1] / folders.MANIFEST).read_text()).get(
+        "model/" + path.name if path.parent.name == "model" else path.name))  # fmt: skip
+    for _ in range(12):
+        newest = corrupted(saved, tmp_path / "copy", "flip", generator)
+        try:
+            loaded += checkpoint.newest_valid(tmp_path / "copy")[0] == newest
+        except (UserError, ValueError, KeyError):
+            continue
+    assert loaded > 6
+
+
+def test_folders_that_change_places_are_refused(saved):
+    first, second = folders.folders(saved)
+    first.rename(saved / "x")
+    second.rename(first)
+    (saved / "x").rename(second)
+    assert "iteration 2" in checkpoint.verify(first) and "iteration 1" in checkpoint.verify(second)
+
+
+def test_what_is_written_is_the_moment_of_saving_while_training_goes_on(
+    make_trainer, save_checkpoint, tmp_path, monkeypatch
+):
+    trainer = make_trainer()
+    trainer.iteration()
+    config = trainer.config.model_copy(
+        update={"run": trainer.config.run.model_copy(update={"root": str(tmp_path), "name": "run"})}
+    )
+    writer = checkpoint.CheckpointWriter(config, trainer.policy, trainer.tokenizer, {}, 9)
+    slow = writers.CheckpointWriter._write_files
+    monkeypatch.setattr(
+        writers.CheckpointWriter, "_write_files", lambda self, *args: time.sleep(0.5) or slow(self, *args)
+    )
+    expected = {name: w.clone() for name, w in trainer.policy.named_weights().items()}
+    writer.start(trainer.state)
+    started = time.perf_counter()
+    trainer.iteration()
+    assert writer.progress is None and time.perf_counter() - started < 0.5, "it went on meanwhile"
+    assert checkpoint.newest_valid(tmp_path / "run")[0] is None, "not a checkpoint before all of it is on disk"
+    writer.finish()
+    folder = checkpoint.newest_valid(tmp_path / "run")[0]
+    saved = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(saved[name], w) for name, w in expected.items())
+    assert not all(torch.equal(saved[name], w) for name, w in trainer.policy.named_weights().items())
+    assert checkpoint.read_state(folder)["step"] == 1
+
+
+def test_the_best_and_the_last_are_kept(make_run, go):
+    config = make_run("checkpoint.keep=1", "checkpoint.best=eval/held/pass@1", "evaluation.every=1",
+                      "evaluation.data.held=arithmetic:3:9:8", "evaluation.k=[1,2]")  # fmt: skip
+    go(config)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["eval/held/pass@1"] for line in lines]
+    kept = [folders.step_of(f) for f in folders.folders(config.run_dir)]
+    assert kept == sorted({1 + scores.index(max(scores)), 6})
+    with pytest.raises(UserError, match=r"checkpoint\.best: expected a metric.*eval/held/greedy"):
+        make_run("checkpoint.best=reward/mean", "evaluation.every=1", "evaluation.data.held=arithmetic:3:9:8")
+
+
+@pytest.fixture
+def canary(tmp_path):
+    return tmp_path / "ran"
+
+
+def crafted(folder, kind, canary):
+    """A checkpoint with a manifest that holds, made to run code, or to reach outside of itself."""
+    code = f"open({str(canary)!r}, 'w').write('x')\n"
+    model = folder / "model"
+    config = json.loads((model / "config.json").read_text())
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "evil.py").write_text(code + "class Evil: pass\n")
+    if kind == "config auto_map":
+        config |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    elif kind == "unknown model_type":
+        config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    elif kind == "tokenizer auto_map":
+        tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    elif kind == "chat template":
+        tokenizer |= {"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}{% include '/etc/passwd' %}"}
+    elif kind in ("pickle weights", "pickle beside", "pickle optimizer", "pickle random state"):
+        pickle_code = f"import os\nclass P:\n def __reduce__(self):\n  return (exec, ({code!r},))\n"
+        scope = {}
+        exec(pickle_code, scope)  # noqa: S102
+        targets = {"pickle weights": model / "pytorch_model.bin", "pickle beside": model / "training_args.bin",
+                  "pickle optimizer": folder / "optimizer.pt", "pickle random state": folder / "rng.json"}  # fmt: skip
+        target = targets[kind]
+        torch.save(scope["P"](), target)
+        if kind == "pickle weights":
+            (model / "model.safetensors").unlink()
+        if kind == "pickle optimizer":
+            (folder / "optimizer.safetensors").unlink()
+    elif kind == "yaml":
+        (folder / "config.yaml").write_text(f"run: !!python/object/apply:os.system ['touch {canary}']\n")
+    elif kind == "link":
+        (model / "model.safetensors").rename(canary.with_name("outside.safetensors"))
+        (model / "model.safetensors").symlink_to(canary.with_name("outside.safetensors"))
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    manifest = {str(p.relative_to(folder)): folders.sha256(p) for p in folders.files(folder)}
+    manifest.pop(folders.MANIFEST)
+    (folder / folders.MANIFEST).write_text(json.dumps(manifest))
+
+
+CRAFTED = ("config auto_map", "unknown model_type", "tokenizer auto_map", "chat template", "pickle weights",
+           "pickle beside", "pickle optimizer", "pickle random state", "yaml", "link")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_a_crafted_checkpoint_runs_nothing(make_run, go, tmp_path, canary, kind, capsys):
+    from eepo_fast.cli import main
+
+    config = make_run("train.iterations=2")
+    go(config)
+    crafted(folders.folders(config.run_dir)[-1], kind, canary)
+    folders.folders(config.run_dir)[0].rename(tmp_path / "older")
+    for attempt in (
+        ["checkpoint", "list", str(config.run_dir)],
+        ["checkpoint", "verify", str(config.run_dir)],
+        ["checkpoint", "export", str(config.run_dir), "--out", str(tmp_path / "out")],
+        ["eval", "--model", str(config.run_dir), "--data", "t=arithmetic:3:9:4", "--out", str(tmp_path / "eval")],
+    ):
+        try:
+            code = main(attempt)
+        except (SystemExit, Exception):
+            code = "raised"
+        assert not canary.exists(), (attempt, code)
+    with contextlib.suppress(Exception):
+        go(make_run("train.iterations=3"), resume=True)
+    assert not canary.exists()
+    if kind == "link":
+        assert "link" in capsys.readouterr().out
+
+
+def test_the_same_pickle_does_run_where_it_is_loaded(canary):
+    """Negative control: the payload works."""
+    scope = {}
+    exec(  # noqa: S102
+        f"class P:\n def __reduce__(self):\n  return (exec, (\"open({str(canary)!r}, 'w').write('x')\",))\n", scope
+    )
+    torch.save(scope["P"](), canary.with_suffix(".bin"))
+    torch.load(canary.with_suffix(".bin"), weights_only=False)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/x", "a/b", "..", ""])
+def test_names_cannot_leave_their_root(make_run, name):
+    with pytest.raises(UserError, match=r"run\.name"):
+        make_run(f"run.name={name}")
+
+
+def test_export_gives_a_plain_folder_and_refuses_what_is_damaged(saved, tmp_path, make_policy):
+    from rich.console import Console
+    from transformers import AutoModelForCausalLM
+
+    export_checkpoint(saved, tmp_path / "plain", "bfloat16", Console(quiet=True))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert next(model.parameters()).dtype == torch.bfloat16
+    newest = folders.folders(saved)[-1]
+    flip(newest / "state.json", random.Random(0))
+    with pytest.raises(UserError, match="damaged"):
+        export_checkpoint(newest, tmp_path / "other", None, Console(quiet=True))
+    with pytest.raises(UserError, match="expected an empty or new folder"):
+        export_checkpoint(saved, tmp_path / "plain", None, Console(quiet=True))
