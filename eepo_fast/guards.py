@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from eepo_kernels import TokenStats
+from eepo_kernels.reference import LossFn
+from torch import Tensor
 
 from eepo_fast.policy.module import Policy
 from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
@@ -38,10 +41,22 @@ def has_finite_logprobs(rollout: Rollout) -> bool:
 def forgotten_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
     """KL(θ'‖θ) in nats a token, from KL_SAMPLES completions of θ' spread over the prompts: the mean of
     rollout_logprobs - policy log-probs at θ. All ranks call this."""
-    chosen = [r for r in stage2[:: max(1, len(stage2) // KL_SAMPLES)] if r.num_tokens][:KL_SAMPLES]
+    usable = [r for r in stage2 if r.num_tokens and has_finite_logprobs(r)]
+    chosen = usable[:: max(1, len(usable) // KL_SAMPLES)][:KL_SAMPLES]
     scored = policy.score(chosen)[0]
     gaps = [a - b for r in chosen for a, b in zip(r.rollout_logprobs, scored[id(r)], strict=True)]
     return math.fsum(gaps) / len(gaps) if gaps else 0.0
+
+
+def loud(loss_fn: LossFn) -> LossFn:
+    """The same loss, whose gradient is no number where the loss is none: a comparison with NaN may have the derivative
+    0, and the gradient's norm is what decides whether an update is made."""
+
+    def losses(stats: TokenStats, rows: Tensor) -> Tensor:
+        found = loss_fn(stats, rows)
+        return found * torch.where(found.detach().isfinite(), 1.0, math.nan)
+
+    return losses
 
 
 def within_memory(policy: Policy, compute: Callable[[], Result]) -> tuple[Result, int]:

@@ -24,7 +24,7 @@ from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
-from eepo_fast.guards import check_version, forgotten_kl, has_finite_logprobs, within_memory
+from eepo_fast.guards import check_version, forgotten_kl, has_finite_logprobs, loud, within_memory
 from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
@@ -321,7 +321,7 @@ class Trainer:
             loss_fn = grpo_loss(self.config.grpo, tokens)
             if term:
                 loss_fn = sum_of(loss_fn, aepo.term_loss(micro, term))
-            loss, token_stats = self.policy.backward(micro, loss_fn)
+            loss, token_stats = self.policy.backward(micro, loud(loss_fn))
             stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss), first)
         return stats
 
