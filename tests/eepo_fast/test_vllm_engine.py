@@ -159,6 +159,7 @@ def test_stop_tokens_limits_greedy_and_progress(one_pair):
 LONG = requests_for([(7 * i) % V for i in range(2, 200)])  # longer than a block of the cache
 
 
+@pytest.mark.fault(16)
 def test_keys_and_values_of_earlier_weights_are_never_used_again(one_pair):
     model, engine = one_pair
     sync(engine, weights_of(model), 0)

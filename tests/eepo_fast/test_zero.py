@@ -61,7 +61,9 @@ def read(folder, step):
 
 
 def weights_of(folder, step):
-    model = load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
+    model = {}
+    for path in (folder / "checkpoints" / f"step_{step:06d}" / "model").glob("*.safetensors"):  # one a rank
+        model |= load_file(path)
     return torch.cat([model[name].double().flatten() for name in sorted(model)])
 
 

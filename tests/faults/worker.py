@@ -1,0 +1,40 @@
+"""A rank that misbehaves, for torchrun: worker.py KIND FOLDER eepo-fast's arguments. FOLDER/done: it did already."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from eepo_fast import cli, trainer
+
+KIND, FOLDER, ITERATION = sys.argv[1], Path(sys.argv[2]), 3
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def once():
+    if (FOLDER / "done").exists():
+        return False
+    (FOLDER / "done").write_text(str(time.time()))
+    return True
+
+
+def misbehaving(original, where):
+    def call(self, *args, **kwargs):
+        if RANK == 1 and self.state.step == ITERATION - 1 and once():
+            if KIND.startswith("kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if KIND.startswith("stop"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3600)
+        return original(self, *args, **kwargs)
+
+    if KIND.endswith(where):
+        setattr(trainer.Trainer, original.__name__, call)
+
+
+misbehaving(trainer.Trainer._generate, "rollout")
+misbehaving(trainer.Trainer._grade, "reward")
+misbehaving(trainer.Trainer._update, "update")
+if __name__ == "__main__":
+    sys.exit(cli.main(sys.argv[3:]))
