@@ -39,9 +39,9 @@ class Method:
 
 AEPO = (f"aepo.target_entropy={TARGET_ENTROPY}",)
 METHODS = {
-    "grpo": Method("grpo.kl_coef", (0.0, 1e-4, 1e-3, 1e-2), 10),
-    "eepo": Method("eepo.learning_rate", ETAS, 10),
-    "eepo_random": Method("eepo.learning_rate", (), 10, follows="eepo"),
+    "grpo": Method("grpo.kl_coef", (0.0, 1e-4, 1e-3, 1e-2), 16),
+    "eepo": Method("eepo.learning_rate", ETAS, 16),
+    "eepo_random": Method("eepo.learning_rate", (), 16, follows="eepo"),
     "high_temperature": Method("rollout.temperature", (1.1, 1.2, 1.35, 1.5)),
     "entropy_bonus": Method("grpo.entropy_coef", (3e-4, 1e-3, 3e-3, 1e-2)),
     "clip_higher": Method("grpo.clip_high", (0.24, 0.28, 0.35, 0.5)),

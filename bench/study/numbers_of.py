@@ -18,6 +18,12 @@ T_QUANTILES = {
     7: 2.365,
     8: 2.306,
     9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    12: 2.179,
+    13: 2.160,
+    14: 2.145,
+    15: 2.131,
 }  # two-sided 95%
 LAST = 5  # points of a curve, five iterations each: its end
 

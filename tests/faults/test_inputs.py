@@ -62,8 +62,8 @@ def stopped_at_its_job(grader, monkeypatch):
     original = kind.send
 
     def send(worker, job):
-        original(worker, job)
         os.kill(worker.process.pid, signal.SIGSTOP)
+        original(worker, job)
 
     monkeypatch.setattr(kind, "send", send)
 
