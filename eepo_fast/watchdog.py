@@ -85,22 +85,30 @@ class Watchdog:
         limit = f"(run.timeout_s={self.timeout_s:g})"
         if self.store is None:
             return f"{self._phase} hangs: nothing has moved {limit}"
-        before, notes = self._read("beat"), self._read("phase")
-        time.sleep(GRACE_S)
-        after = self._read("beat")
-        if before is None or notes is None or after is None:
+        notes = self._read("phase")
+        if notes is None:
             return f"rank 0 hangs: its store does not answer rank {self.rank}, in {self._phase} {limit}"
         entered = [tuple(json.loads(note)) if note else (-1, "starting") for note in notes]
         fewest = min(count for count, _ in entered)
-        silent = [r for r in range(self.size) if before[r] == after[r] and entered[r][0] == fewest and r != self.rank]
-        hanging = silent or [r for r in range(self.size) if entered[r][0] == fewest]
-        others = [r for r in range(self.size) if r not in hanging]
-        if not others:
-            return f"all {self.size} ranks hang in {self._phase} {limit}" if self.rank == 0 else None
-        if self.rank != others[0]:
+        hanging = [rank for rank, (count, _) in enumerate(entered) if count == fewest]
+        if len(hanging) == self.size:  # in a phase in which ranks meet
+            hanging = self._silent() or hanging
+        others = [rank for rank in range(self.size) if rank not in hanging]
+        if self.rank != (others or hanging)[0]:
             return None
+        if not others:
+            return f"all {self.size} ranks hang in {self._phase} {limit}"
         which = ", ".join(map(str, hanging[:8])) + (" …" if len(hanging) > 8 else "")
         return f"rank {which} hangs in {entered[hanging[0]][1]} {limit}; {len(others)} of {self.size} ranks wait for it"
+
+    def _silent(self) -> list[int]:
+        """Ranks whose hearts do not beat."""
+        before = self._read("beat")
+        time.sleep(GRACE_S)
+        after = self._read("beat")
+        if before is None or after is None:
+            return [0]
+        return [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
 
     def stop(self) -> None:
         self._stop.set()
@@ -108,15 +116,15 @@ class Watchdog:
             thread.join()
 
 
-def end_process(complaint: str | None, note: Callable[[str], None] = lambda complaint: None) -> None:
+def end_process(complaint: str | None, note: Callable[[str], None], *, alone: bool) -> None:
     """Say it, show where this process's threads are, and leave at once: what hangs could not be asked to. note: is told
     the complaint, too."""
     if complaint is not None:
         note(complaint)
         print(f"eepo-fast: {complaint}", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    if complaint is None:
-        time.sleep(2 * GRACE_S)  # the launcher ends all ranks when one leaves: let the one that knows speak
+    if not alone:  # the launcher ends all ranks when one leaves, and rank 0 holds their store: let all of them look
+        time.sleep(2 * GRACE_S)
     os._exit(EXIT_CODE)
 
 
@@ -124,7 +132,7 @@ def end_process(complaint: str | None, note: Callable[[str], None] = lambda comp
 def watching(
     rank: int, size: int, store: Store | None, timeout_s: float, note: Callable[[str], None]
 ) -> Iterator[Watchdog]:
-    watchdog = Watchdog(rank, size, store, timeout_s, lambda complaint: end_process(complaint, note))
+    watchdog = Watchdog(rank, size, store, timeout_s, lambda text: end_process(text, note, alone=size == 1))
     try:
         yield watchdog
     finally:

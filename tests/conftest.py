@@ -61,6 +61,54 @@ METRIC_KEYS = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--chaos", metavar="FILE", help="kill tests at length; writes their figures as JSON")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "faults" in Path(item.fspath).parts:
+            item.add_marker("chaos")
+        for mark in item.iter_markers("fault"):
+            item.user_properties.append(("fault", mark.args[0]))
+
+
+@pytest.fixture
+def times(request):
+    """How often something is done: seldom with the other tests, often in `make chaos`."""
+    return lambda seldom, often: often if request.config.getoption("--chaos") else seldom
+
+
+@pytest.fixture
+def figure(record_property):
+    """Note what of how many; `make chaos` prints it."""
+    return lambda name, found, of, **more: record_property("figure", [name, found, of, more])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    path = config.getoption("--chaos")
+    if not path:
+        return
+    sums, failed, seen = {}, set(), set()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for kind, value in report.user_properties:
+                if kind == "fault":
+                    seen.add(value)
+                    failed |= {value} if outcome != "passed" else set()
+                elif report.when == "call":
+                    name, found, of, more = value
+                    row = sums.setdefault(name, {"found": 0, "of": 0})
+                    row["found"], row["of"] = row["found"] + found, row["of"] + of
+                    row |= {key: max(row.get(key, number), number) for key, number in more.items()}
+    figures = {"faults survived with nothing lost": {"found": len(seen - failed), "of": len(seen)}, **sums}
+    for name, row in figures.items():
+        more = ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k not in ("found", "of"))
+        terminalreporter.write_line(f"{name}: {row['found']} of {row['of']}" + (f" ({more})" if more else ""))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def pytest_sessionfinish(session, exitstatus):
     """EEPO_FORBID_SKIPS=1: a skipped test fails the session, so that CI cannot pass by lacking a tool."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -85,8 +85,11 @@ def kills(make_trainer, save_checkpoint, tmp_path):
 
 
 @pytest.mark.fault(1)
-def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(kills):
-    assert kills(15) == 15
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(kills, times, figure):
+    n = times(15, 100)
+    found = kills(n)
+    figure("resumable after kill -9 at random moments of saving", found, n)
+    assert found == n
 
 
 def test_without_the_temporary_folder_and_the_manifest_kills_lose_runs(kills, monkeypatch):
@@ -162,12 +165,14 @@ def corrupted(run_dir, copy, kind, generator):
 @pytest.mark.fault(5)
 @pytest.mark.fault(6)
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_corruptions_are_named_and_the_one_before_is_used(saved, tmp_path, kind):
-    generator = random.Random(kind)
-    for _ in range(12):
+def test_corruptions_are_named_and_the_one_before_is_used(saved, tmp_path, kind, times, figure):
+    generator, refused, n = random.Random(kind), 0, times(12, 50)
+    for _ in range(n):
         newest = corrupted(saved, tmp_path / "copy", kind, generator)
         found, complaints = checkpoint.newest_valid(tmp_path / "copy")
-        assert found != newest and found.name == "step_000001" and str(newest) in complaints[0]
+        refused += found != newest and found.name == "step_000001" and str(newest) in complaints[0]
+    figure("corruptions (flip, truncate, delete, swap) refused", refused, n)
+    assert refused == n
 
 
 def test_without_the_checksums_flips_would_load(saved, tmp_path, monkeypatch, make_policy):
@@ -281,7 +286,7 @@ CRAFTED = ("config auto_map", "unknown model_type", "tokenizer auto_map", "chat 
 
 
 @pytest.mark.parametrize("kind", CRAFTED)
-def test_a_crafted_checkpoint_runs_nothing(make_run, go, tmp_path, canary, kind, capsys):
+def test_a_crafted_checkpoint_runs_nothing(make_run, go, tmp_path, canary, kind, capsys, figure):
     from eepo_fast.cli import main
 
     config = make_run("train.iterations=2")
@@ -301,6 +306,7 @@ def test_a_crafted_checkpoint_runs_nothing(make_run, go, tmp_path, canary, kind,
         assert not canary.exists(), (attempt, code)
     with contextlib.suppress(Exception):
         go(make_run("train.iterations=3"), resume=True)
+    figure("crafted checkpoints that ran code", int(canary.exists()), 1)
     assert not canary.exists()
     if kind == "link":
         assert "link" in capsys.readouterr().out

@@ -55,13 +55,15 @@ def cut(run_dir, step, to):
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resuming_anywhere_ends_in_the_same_bits(make_run, go, outcome, noisy, variant):
+def test_resuming_anywhere_ends_in_the_same_bits(make_run, go, outcome, noisy, variant, times, figure):
     """Six iterations, four to an epoch; every resume point, the epoch's end among them."""
     noisy()
     config = make_run(*VARIANTS[variant])
     whole = outcome(go(config))
     assert len(whole[0]) == 6
-    for step in (1, 4, 5) if variant != "gate open" else range(1, 6):
+    points = times((1, 4, 5) if variant != "gate open" else range(1, 6), range(1, 6))
+    figure("resume points with bitwise equal losses and final hash, one rank", len(points), len(points))
+    for step in points:
         again = make_run(*VARIANTS[variant], root=f"from{step}")
         cut(config.run_dir, step, f"from{step}")
         assert outcome(go(again, resume=True)) == whole, step
@@ -84,7 +86,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("item", LEFT_OUT)
-def test_every_item_of_the_state_is_needed(make_run, go, outcome, noisy, monkeypatch, item):
+def test_every_item_of_the_state_is_needed(make_run, go, outcome, noisy, monkeypatch, item, figure):
     """The negative controls of the test above: without the item the end differs, or the run is refused."""
     settings = (*VARIANTS["window of iterations"], *VARIANTS["aepo"])
     if item == "entropy_window":
@@ -105,6 +107,7 @@ def test_every_item_of_the_state_is_needed(make_run, go, outcome, noisy, monkeyp
         return state
 
     monkeypatch.setattr("eepo_fast.run.load_checkpoint", without)
+    figure("state items left out one by one, caught", 1, 1)
     try:
         found = outcome(go(make_run(*settings, root="cut"), resume=True))
     except (UserError, AssertionError):

@@ -1,4 +1,5 @@
-"""A rank that misbehaves, for torchrun: worker.py KIND FOLDER eepo-fast's arguments. FOLDER/done: it did already."""
+"""A rank that misbehaves, for torchrun: worker.py KIND ITERATION FOLDER, then eepo-fast's own. FOLDER/done: when it
+did."""
 
 import os
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from eepo_fast import cli, trainer
 
-KIND, FOLDER, ITERATION = sys.argv[1], Path(sys.argv[2]), 3
+KIND, ITERATION, FOLDER = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -37,4 +38,4 @@ misbehaving(trainer.Trainer._generate, "rollout")
 misbehaving(trainer.Trainer._grade, "reward")
 misbehaving(trainer.Trainer._update, "update")
 if __name__ == "__main__":
-    sys.exit(cli.main(sys.argv[3:]))
+    sys.exit(cli.main(sys.argv[4:]))
