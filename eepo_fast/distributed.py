@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,11 +107,20 @@ def start_world() -> World:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched_ranks() == 1:
         return World()
+    listen_on_loopback()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=DEVICE_TIMEOUT)
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), group)
+
+
+def listen_on_loopback() -> None:
+    """Where all ranks are on this machine, nobody else has to reach their sockets."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(launched_ranks()):
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def lone_group() -> None:

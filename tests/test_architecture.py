@@ -1,6 +1,9 @@
 """Who may import whom, and the ceilings. Read from the syntax trees; nothing is imported."""
 
 import ast
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,26 @@ def test_ceilings(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, f"{path}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "from joblib import load", "torch.load(path)", "x.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)", "f(weights_only=False)", "yaml.load(text)",
+        "subprocess.run(x, shell=True)", "eval(x)", "os.system(x)", "f(trust_remote_code=flag)",
+    ],
+)  # fmt: skip
+def test_unsafe_calls_are_found(line, tmp_path):
+    script = str(ROOT / "tests" / "unsafe_calls.py")
+    (tmp_path / "x.py").write_text(line + "\n")
+    done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "x.py:1" in done.stdout
+    (tmp_path / "x.py").write_text("model.eval()\nyaml.safe_load(x)\nf(trust_remote_code=False)\n")
+    assert subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True).returncode == 0
+
+
+def test_constraints_name_versions_and_no_place():
+    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line

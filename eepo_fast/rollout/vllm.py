@@ -23,6 +23,7 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eepo_fast.distributed import listen_on_loopback
 from eepo_fast.rollout.engine import Progress, Request, Sampling
 from eepo_fast.rollout.weights import (
     Plan,
@@ -48,6 +49,7 @@ def import_vllm():
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    listen_on_loopback()
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy trains in the same threads
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
