@@ -81,24 +81,37 @@ def watched(out: Path, path: Path) -> None:
     _save(figure, path)
 
 
-def sweeps(out: Path, path: Path, methods: dict) -> None:
-    """Figure 5: every method's score over its own setting, on the tuning seeds, with EEPO's best as a line."""
+def sweeps(out: Path, path: Path, methods: dict, chosen: dict[str, float]) -> None:
+    """Figure 5: every method's score over its own setting: the tuning seeds as dots, their mean as a line, what was
+    taken as a ring, and EEPO's of these as a line through all."""
     tuned = load_runs(out, "tune")
 
-    def mean_score(name: str, value: float) -> float | None:
-        runs = tuned.get(f"{name}-{value:g}", {})
-        return 100 * float(np.mean([run["score"] for run in runs.values()])) if runs else None
+    def scores(name: str, value: float) -> list[float]:
+        return [100 * run["score"] for run in tuned.get(f"{name}-{value:g}", {}).values()]
 
-    known = {n: [mean_score(n, v) for v in m.values] for n, m in methods.items() if m.values}
-    known = {n: values for n, values in known.items() if all(v is not None for v in values)}
-    figure, axes = _axes(max(1, len(known)), 3.2)
-    for axis, (name, values) in zip(axes, known.items(), strict=False):
-        axis.plot(range(len(values)), values, "o-", color=COLOURS[name])
-        axis.set_xticks(range(len(values)), [f"{v:g}" for v in methods[name].values], fontsize=8)
+    names = [n for n, m in methods.items() if n in chosen and all(scores(n, v) for v in m.values)]
+    rows = -(-len(names) // 4)
+    figure, axes = plt.subplots(rows, min(4, len(names)), figsize=(3.3 * min(4, len(names)), 3.2 * rows), sharey=True,
+                                squeeze=False)  # fmt: skip
+    for axis, name in zip(axes.flat, names, strict=False):
+        values = methods[name].values
+        means = [float(np.mean(scores(name, v))) for v in values]
+        axis.plot(range(len(values)), means, color=COLOURS[name])
+        for k, value in enumerate(values):
+            axis.plot([k] * len(scores(name, value)), scores(name, value), ".", color=COLOURS[name], alpha=0.5)
+        place = values.index(chosen[name])
+        axis.plot(place, means[place], "o", markersize=11, markerfacecolor="none", color=COLOURS[name])
+        axis.set_xticks(range(len(values)), [f"{v:g}" for v in values], fontsize=8)
         axis.set(title=name, xlabel=methods[name].key)
-        if "eepo" in known:
-            axis.axhline(max(known["eepo"]), color="#dd8452", linestyle="--", linewidth=1)
-    axes[0].set(ylabel="(pass@1 + pass@16) / 2, percent")
+        if "eepo" in names:
+            taken = float(np.mean(scores("eepo", chosen["eepo"])))
+            axis.axhline(taken, color="#888888", linestyle="--", linewidth=1, label="EEPO's")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set(ylabel="(pass@1 + pass@16) / 2, percent")
+    if "eepo" in names:
+        axes.flat[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -102,6 +102,17 @@ def mean_of(run: Run, key: str) -> float:
     return sum(known) / len(known)
 
 
+def taken(out: Path) -> dict[str, float]:
+    """The value that each method's sweep chose, of those whose sweeps are done."""
+    tuned = load_runs(out, "tune")
+    done = [
+        name
+        for name, m in METHODS.items()
+        if m.values and all(len(tuned.get(f"{name}-{v:g}", {})) == len(TUNING_SEEDS) for v in m.values)
+    ]
+    return {name: best_value(out, name) for name in done}
+
+
 def choices(out: Path) -> list[str]:
     """What the sweeps chose."""
     tuned = load_runs(out, "tune")
@@ -112,12 +123,10 @@ def choices(out: Path) -> list[str]:
         "| method | setting | tried: mean score on the tuning seeds, percent |",
         "| --- | --- | --- |",
     ]
-    for name, method in METHODS.items():
-        found = {v: tuned.get(f"{name}-{v:g}", {}) for v in method.values}
-        if not method.values or not all(len(runs) == len(TUNING_SEEDS) for runs in found.values()):
-            continue
+    for name, best in taken(out).items():
+        method = METHODS[name]
+        found = {v: tuned[f"{name}-{v:g}"] for v in method.values}
         means = {v: 100 * sum(r["score"] for r in runs.values()) / len(runs) for v, runs in found.items()}
-        best = best_value(out, name)
         ratios = {v: sum(map(stage_ratio, runs.values())) / len(runs) for v, runs in found.items()}
         shown = {v: f"{v:g}: {m:.1f}" + (f" ({ratios[v]:.2f})" if ratios[v] != 1 else "") for v, m in means.items()}
         cells = ", ".join(f"**{cell}**" if v == best else cell for v, cell in shown.items())
@@ -175,7 +184,7 @@ def page(out: Path) -> str:
         parts += ["", "## Where the mass goes", "![mass](figure4_mass.png)"]
     chosen = choices(out)
     if len(chosen) > 4:
-        figures.sweeps(out, out / "figure5_sweeps.png", METHODS)
+        figures.sweeps(out, out / "figure5_sweeps.png", METHODS, taken(out))
         parts += [
             "",
             f"## Sweeps (seeds {', '.join(map(str, TUNING_SEEDS))})",
