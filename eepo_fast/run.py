@@ -300,6 +300,7 @@ def _run(
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
+            watchdog.let_it_end()
             if world.is_main:
                 write_ending(run_dir, *ending_of(error), step=state.step, total=total)
             raise

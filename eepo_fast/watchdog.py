@@ -31,6 +31,8 @@ class Watchdog:
         self.timeout_s, self._end = timeout_s, end
         self._phase, self._since, self._count = "starting", time.monotonic(), 0
         self._stop = threading.Event()
+        self.fired = threading.Event()
+        """Set once it ends the process: what the main thread meets then, such as ranks that have left, is no news."""
         self._note()
         targets = (self._watch, self._beat) if store is not None else (self._watch,)
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
@@ -58,6 +60,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(min(BEAT_S, self.timeout_s / 4)):
             if time.monotonic() - self._since > self.timeout_s:
+                self.fired.set()
                 self._end(self._complaint())
                 return
 
@@ -109,6 +112,11 @@ class Watchdog:
         if before is None or after is None:
             return [0]
         return [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
+
+    def let_it_end(self) -> None:
+        """Where the process is being ended, wait for it."""
+        if self.fired.is_set():
+            time.sleep(10 * GRACE_S)
 
     def stop(self) -> None:
         self._stop.set()

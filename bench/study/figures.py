@@ -92,7 +92,7 @@ def sweeps(out: Path, path: Path, methods: dict, chosen: dict[str, float]) -> No
     names = [n for n, m in methods.items() if n in chosen and all(scores(n, v) for v in m.values)]
     rows = -(-len(names) // 4)
     figure, axes = plt.subplots(rows, min(4, len(names)), figsize=(3.3 * min(4, len(names)), 3.2 * rows), sharey=True,
-                                squeeze=False)  # fmt: skip
+                                squeeze=False, constrained_layout=True)  # fmt: skip
     for axis, name in zip(axes.flat, names, strict=False):
         values = methods[name].values
         means = [float(np.mean(scores(name, v))) for v in values]

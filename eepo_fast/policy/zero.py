@@ -48,6 +48,8 @@ def import_deepspeed():
             "train.engine=torch on one device"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every step of its own
+    # compiled at its first use, on a CPU, under a lock file that a killed process leaves for ever; gloo does the same
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

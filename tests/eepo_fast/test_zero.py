@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def weights_of(folder, step):
     return torch.cat([model[name].double().flatten() for name in sorted(model)])
 
 
+@pytest.mark.fault(22)
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     """Sampled text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
     common = (f"run.root={tmp_path}", "train.prompts_per_update=8", "checkpoint.keep=9")
@@ -89,6 +91,17 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
                 assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
     start, end, found = weights_of(one, 1), weights_of(one, 3), weights_of(two, 3)
     assert (found - end).norm() < 1e-3 * (end - start).norm()
+    # another number of ranks goes on with the same samples
+    for run, ranks, engine in ((two, 1, "torch"), (one, 2, "deepspeed")):
+        again = tmp_path / f"on{ranks}" / run.name
+        shutil.copytree(run, again)
+        shutil.rmtree(again / "checkpoints" / "step_000003")
+        where = (f"run.root={again.parent}", f"run.name={run.name}", f"train.engine={engine}", "train.iterations=3")
+        done = train(*common[1:], *where, "--resume", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "going on after iteration 2 of 3" in done.stdout
+        assert read(again, 3) == read(one, 3)
+        assert (weights_of(again, 3) - end).norm() < 1e-3 * (end - start).norm()
 
 
 WRAPPER = """\

@@ -15,26 +15,47 @@ import pytest
 
 from eepo_fast import checkpoint
 from eepo_fast.checkpoint import folder as folders
-from eepo_fast.cli import main
 from eepo_fast.config import dump_config
 
 HERE = Path(__file__).parent
 
 
-def forked(config, tmp_path, *arguments, patch=lambda: None):
-    """`eepo-fast train` in a child of this process; (its pid, the file of its stderr)."""
-    path, errors = tmp_path / "config.yaml", tmp_path / "stderr"
-    path.write_text(dump_config(config))
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            sys.stderr = errors.open("w", buffering=1)  # pytest has put its own in the place of fd 2's
-            patch()
-            code = main(["train", str(path), *arguments])
-        finally:
-            os._exit(code)
-    return pid, errors
+@pytest.fixture(scope="module")
+def server():
+    """fork_server.py: asked with a JSON object, it answers with one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "fork_server.py")], env=environment, text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+
+        def ask(**request):
+            process.stdin.write(json.dumps(request) + "\n")
+            return json.loads(process.stdout.readline())
+
+        for line in process.stdout:  # what its imports print comes first
+            if line.startswith('{"ready"'):
+                break
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """`eepo-fast train` in a process of its own, misbehaving as told; (its pid, the file of its stderr)."""
+
+    def run(config, patch="nothing", **options):
+        path, errors = tmp_path / "config.yaml", tmp_path / "stderr"
+        path.write_text(dump_config(config))
+        request = dict(train=[str(path)], patch=patch, options=options, stderr=str(errors))
+        return server(**request)["pid"], errors
+
+    return run
+
+
+@pytest.fixture
+def code_of(server):
+    return lambda pid: server(wait=pid)["code"]
 
 
 def wait_for_rows(run_dir, count):
@@ -45,10 +66,6 @@ def wait_for_rows(run_dir, count):
         time.sleep(0.02)
 
 
-def code_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.fixture
 def long_run(make_run):
     return make_run("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")
@@ -56,10 +73,12 @@ def long_run(make_run):
 
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(long_run, make_run, go, outcome, tmp_path, name, times, figure):
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(
+    start, code_of, long_run, make_run, go, outcome, name, times, figure
+):
     for turn in range(times(1, 10)):
         shutil.rmtree(long_run.run_dir, ignore_errors=True)
-        pid, errors = forked(long_run, tmp_path)
+        pid, errors = start(long_run)
         wait_for_rows(long_run.run_dir, 2)
         time.sleep(0.05 * turn)
         os.kill(pid, getattr(signal, name))
@@ -77,31 +96,16 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(long_run, make_run, go, o
     assert outcome(go(make_run(*more), resume=True)) == outcome(go(make_run(*more, root="whole")))
 
 
-def test_without_listening_a_signal_loses_the_run(long_run, tmp_path, monkeypatch):
+def test_without_listening_a_signal_loses_the_run(start, code_of, long_run):
     """Negative control."""
-    from contextlib import contextmanager
-
-    from eepo_fast import run
-    from eepo_fast.signals import Request
-
-    @contextmanager
-    def deaf():
-        yield Request()
-
-    monkeypatch.setattr(run, "listening", deaf)
-    pid, _ = forked(long_run, tmp_path)
+    pid, _ = start(long_run, "deaf")
     wait_for_rows(long_run.run_dir, 2)
     os.kill(pid, signal.SIGTERM)
     assert code_of(pid) == -signal.SIGTERM and checkpoint.newest_valid(long_run.run_dir)[0] is None
 
 
-def test_a_second_signal_leaves_at_once(long_run, tmp_path, monkeypatch):
-    from eepo_fast import signals
-    from eepo_fast.checkpoint import writer
-
-    monkeypatch.setattr(signals, "ONE_REQUEST_S", 0.2)
-    monkeypatch.setattr(writer.CheckpointWriter, "_write_files", lambda *args: time.sleep(60))
-    pid, _ = forked(long_run, tmp_path)
+def test_a_second_signal_leaves_at_once(start, code_of, long_run):
+    pid, _ = start(long_run, "never_written")
     wait_for_rows(long_run.run_dir, 1)
     os.kill(pid, signal.SIGTERM)
     time.sleep(1)
@@ -111,69 +115,30 @@ def test_a_second_signal_leaves_at_once(long_run, tmp_path, monkeypatch):
     assert not (long_run.run_dir / "ended.json").exists()
 
 
-def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(make_run, go, outcome, tmp_path, monkeypatch):
-    from eepo_fast.evaluation import periodic
-
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, make_run, go, outcome, tmp_path):
     settings = ("train.iterations=3", "evaluation.every=2", "evaluation.data.held=arithmetic:3:9:8")
     whole = outcome(go(make_run(*settings, root="whole")))
-    config, real = make_run(*settings), periodic.sample_set
-
-    def slow(sampler, *args, **kwargs):
-        (tmp_path / "evaluating").touch()
-        time.sleep(1)
-        return real(sampler, *args, **kwargs)
-
-    monkeypatch.setattr(periodic, "sample_set", slow)
-    pid, _ = forked(config, tmp_path)
-    while not (tmp_path / "evaluating").exists():
+    config, marker = make_run(*settings), tmp_path / "evaluating"
+    pid, _ = start(config, "slow_evaluation", marker=str(marker))
+    deadline = time.monotonic() + 60
+    while not marker.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(pid, signal.SIGTERM)
     assert code_of(pid) == 128 + signal.SIGTERM
     assert json.loads((config.run_dir / "ended.json").read_text())["step"] == 2
     assert "eval/held/greedy" not in (config.run_dir / "metrics.jsonl").read_text()
-    monkeypatch.undo()
     assert outcome(go(config, resume=True)) == whole
 
 
 @pytest.mark.fault(13)
-def test_a_crash_while_the_engine_is_forgetful_loses_nothing(make_run, go, outcome, tmp_path, times, figure):
-    """Killed at the nth sign of life (a phase, a token) after the forget step of an iteration, at the latest before the
-    next sync: no forgetful weight is saved or evaluated, and the resumed run ends in the same bits."""
+def test_a_crash_while_the_engine_is_forgetful_loses_nothing(start, code_of, make_run, go, outcome, times, figure):
+    """No forgetful weight is saved or evaluated, and the resumed run ends in the same bits."""
     settings = ("evaluation.every=2", "evaluation.data.held=arithmetic:3:9:8")
     whole = outcome(go(make_run(*settings, root="whole")))
     generator, n, lost = random.Random(7), times(6, 50), 0
     for i in range(n):
         config, step = make_run(*settings, root=f"killed{i}"), generator.randrange(1, 5)
-        left = [generator.randrange(1, 16)]
-
-        def patch(step=step, left=left):
-            from eepo_fast import watchdog
-            from eepo_fast.rollout.hf import HfEngine
-
-            forgotten = []
-            forget, sync, enter, alive = (
-                HfEngine.forget,
-                HfEngine.sync,
-                watchdog.Watchdog.enter,
-                watchdog.Watchdog.alive,
-            )
-
-            def die(*args, at_once=False):
-                left[0] -= bool(forgotten)
-                if forgotten and (left[0] < 1 or at_once):
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            def noted(self, *args, **kwargs):
-                if kwargs["step"] == step:
-                    forgotten.append(1)
-                return forget(self, *args, **kwargs)
-
-            HfEngine.forget = noted
-            HfEngine.sync = lambda self, *a: (die(at_once=True), sync(self, *a))[1]
-            watchdog.Watchdog.enter = lambda self, phase: (die(), enter(self, phase))[1]
-            watchdog.Watchdog.alive = lambda self: (die(), alive(self))[1]
-
-        pid, _ = forked(config, tmp_path, patch=patch)
+        pid, _ = start(config, "die_while_forgetful", step=step, life=generator.randrange(1, 16))
         assert code_of(pid) == -signal.SIGKILL
         newest = [folders.step_of(f) for f in folders.folders(config.run_dir)]
         assert not newest or newest[-1] in (step - 1, step, step + 1)
@@ -199,61 +164,30 @@ def test_saving_the_engine_instead_would_be_noticed(make_run, go, outcome, monke
 @pytest.mark.fault(3)
 @pytest.mark.fault(20)
 @pytest.mark.parametrize(("method", "phase"), [("_generate", "rollout_stage1"), ("_grade", "reward")])
-def test_what_hangs_is_named_and_ended(make_run, tmp_path, method, phase):
+def test_what_hangs_is_named_and_ended(start, code_of, make_run, method, phase):
     config = make_run("run.timeout_s=6")
-
-    def patch():
-        from eepo_fast import trainer
-
-        original = getattr(trainer.Trainer, method)
-
-        def hang(self, *args, **kwargs):
-            if self.state.step == 1:
-                with self._timed(phase):
-                    time.sleep(3600)
-            return original(self, *args, **kwargs)
-
-        setattr(trainer.Trainer, method, hang)
-
-    pid, errors = forked(config, tmp_path, patch=patch)
+    pid, errors = start(config, "hang", method=method, phase=phase)
     started = time.monotonic()
-    assert code_of(pid) == 70 and time.monotonic() - started < 30
+    assert code_of(pid) == 70 and time.monotonic() - started < 40
     line = errors.read_text()
     assert f"eepo-fast: {phase} of iteration 2 hangs: nothing has moved (run.timeout_s=6)" in line
     assert "Thread" in line and "hang" in line, "and where"
     assert json.loads((config.run_dir / "ended.json").read_text())["reason"] == "hung"
 
 
-def test_without_the_watchdog_it_hangs(make_run, tmp_path):
+def test_without_the_watchdog_it_hangs(start, code_of, make_run):
     """Negative control."""
-
-    def patch():
-        from eepo_fast import trainer, watchdog
-
-        watchdog.Watchdog._watch = lambda self: None
-        trainer.Trainer._grade = lambda self, rollouts: time.sleep(3600)
-
-    pid, _ = forked(make_run("run.timeout_s=6"), tmp_path, patch=patch)
-    time.sleep(10)
-    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    config = make_run("run.timeout_s=3")
+    pid, _ = start(config, "hang_unwatched", method="_grade", phase="reward")
+    wait_for_rows(config.run_dir, 1)
+    time.sleep(8)
+    os.kill(pid, 0)
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    assert code_of(pid) == -signal.SIGKILL
 
 
-def test_slow_sampling_that_moves_is_not_ended(make_run, tmp_path):
-    def patch():
-        from eepo_fast.rollout import hf
-
-        original = hf.sample
-
-        def slow(*args):
-            time.sleep(0.25)
-            return original(*args)
-
-        hf.sample = slow
-
-    config = make_run("run.timeout_s=6", "train.iterations=1")
-    pid, errors = forked(config, tmp_path, patch=patch)
+def test_slow_sampling_that_moves_is_not_ended(start, code_of, make_run):
+    pid, errors = start(make_run("run.timeout_s=6", "train.iterations=1"), "slow_sampling", seconds=1.2)
     assert code_of(pid) == 0, errors.read_text()
 
 

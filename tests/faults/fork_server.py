@@ -1,0 +1,131 @@
+"""A clean process that has imported eepo-fast and forks a child for each run: `eepo-fast train`, misbehaving as told.
+
+Requests on stdin, answers on stdout, a JSON object a line: {"train": arguments, "patch": name, "options": {…},
+"stderr": file} gives {"pid": …}; {"wait": pid} gives {"code": …}. A test that has computed with threads of its own
+cannot fork: the child would wait for threads that it does not have.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from eepo_fast import cli, run, signals, trainer, watchdog
+from eepo_fast.checkpoint import writer
+from eepo_fast.evaluation import periodic
+from eepo_fast.rollout import hf
+
+
+def nothing():
+    pass
+
+
+def deaf():
+    """No signal is listened to."""
+
+    @contextmanager
+    def listening():
+        yield signals.Request()
+
+    run.listening = listening
+
+
+def never_written():
+    """A checkpoint takes for ever, and signals count as two after a moment."""
+    signals.ONE_REQUEST_S = 0.2
+    writer.CheckpointWriter._write_files = lambda *args: time.sleep(60)
+
+
+def slow_evaluation(marker):
+    original = periodic.sample_set
+
+    def slow(*args, **kwargs):
+        Path(marker).touch()
+        time.sleep(1)
+        return original(*args, **kwargs)
+
+    periodic.sample_set = slow
+
+
+def die_while_forgetful(step, life):
+    """At the sign of life (a phase, a token) number `life` after the forget step of iteration step + 1, at the latest
+    before the next sync."""
+    forgotten, left = [], [life]
+    forget, sync = hf.HfEngine.forget, hf.HfEngine.sync
+    enter, alive = watchdog.Watchdog.enter, watchdog.Watchdog.alive
+
+    def die(*args, at_once=False):
+        left[0] -= bool(forgotten)
+        if forgotten and (left[0] < 1 or at_once):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def noted(self, *args, **kwargs):
+        if kwargs["step"] == step:
+            forgotten.append(1)
+        return forget(self, *args, **kwargs)
+
+    hf.HfEngine.forget = noted
+    hf.HfEngine.sync = lambda self, *a: (die(at_once=True), sync(self, *a))[1]
+    watchdog.Watchdog.enter = lambda self, phase: (die(), enter(self, phase))[1]
+    watchdog.Watchdog.alive = lambda self: (die(), alive(self))[1]
+
+
+def hang(method, phase):
+    """In iteration 2."""
+    original = getattr(trainer.Trainer, method)
+
+    def call(self, *args, **kwargs):
+        if self.state.step == 1:
+            with self._timed(phase):
+                time.sleep(3600)
+        return original(self, *args, **kwargs)
+
+    setattr(trainer.Trainer, method, call)
+
+
+def hang_unwatched(method, phase):
+    watchdog.Watchdog._watch = lambda self: None
+    hang(method, phase)
+
+
+def slow_sampling(seconds):
+    original, calls = hf.sample, []
+
+    def slow(*args):
+        calls.append(1)
+        time.sleep(seconds if len(calls) > 20 else 0)  # not while it loads
+        return original(*args)
+
+    hf.sample = slow
+
+
+def child(request):
+    code = 99
+    try:
+        sys.stderr = open(request["stderr"], "w", buffering=1)  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        torch.set_num_threads(1)
+        globals()[request["patch"]](**request["options"])
+        code = cli.main(["train", *request["train"]])
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                child(request)
+            answer = {"pid": pid}
+        print(json.dumps(answer), flush=True)
