@@ -30,8 +30,8 @@ class World:
     size: int = 1
     group: dist.ProcessGroup | None = None
     """All ranks, for values on the CPU."""
-    before_wait: Callable[[], None] = lambda: None
-    """Called before this rank waits for the others."""
+    moved: Callable[[], None] = lambda: None
+    """Called at each micro-batch, of which every rank has as many."""
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +41,6 @@ class World:
         """The value of every rank, in their order, on every rank. The values are pickled: trusted processes only."""
         if self.size == 1:
             return [value]
-        self.before_wait()
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -50,7 +49,6 @@ class World:
         """Sums over the ranks, in float64."""
         if self.size == 1:
             return list(values)
-        self.before_wait()
         sums = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(sums, group=self.group)
         return sums.tolist()
@@ -80,7 +78,6 @@ class World:
 
     def wait(self) -> None:
         if self.size > 1:
-            self.before_wait()
             dist.barrier(group=self.group)
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from eepo_fast.policy.module import Policy
 from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
 
-KL_SAMPLES = 32  # completions of stage 2 that are scored at θ to see how far the step went
+KL_SAMPLES = 16  # completions of stage 2 that are scored at θ to see how far the step went
 
 Result = TypeVar("Result")
 
@@ -40,9 +40,13 @@ def has_finite_logprobs(rollout: Rollout) -> bool:
 
 def forgotten_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
     """KL(θ'‖θ) in nats a token, from KL_SAMPLES completions of θ' spread over the prompts: the mean of
-    rollout_logprobs - policy log-probs at θ. All ranks call this."""
-    usable = [r for r in stage2 if r.num_tokens and has_finite_logprobs(r)]
-    chosen = usable[:: max(1, len(usable) // KL_SAMPLES)][:KL_SAMPLES]
+    rollout_logprobs - policy log-probs at θ. NaN where most of stage 2 has none. All ranks call this."""
+    sampled = [r for r in stage2 if r.num_tokens]
+    usable = [r for r in sampled if has_finite_logprobs(r)]
+    if len(usable) < len(sampled) / 2:
+        return math.nan  # not one completion gone wrong, but the model
+    count = min(KL_SAMPLES, len(usable))
+    chosen = [usable[i * len(usable) // count] for i in range(count)]
     scored = policy.score(chosen)[0]
     gaps = [a - b for r in chosen for a, b in zip(r.rollout_logprobs, scored[id(r)], strict=True)]
     return math.fsum(gaps) / len(gaps) if gaps else 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +25,11 @@ ENDING = "ended.json"
 def write_ending(
     run_dir: Path, reason: str, message: str = "", *, step: int | None = None, total: int | None = None
 ) -> None:
-    """Why the run is not going on: `finished`, the name of a signal after a clean save, `hung`, or `error`. A run that
-    was killed leaves none."""
+    """Why the run is not going on: `finished`, the name of a signal after a clean save, `hung`, or `error`. Of several
+    ranks' the first stays; a run that was killed leaves none, nor one whose disk is full."""
     content = {"reason": reason, "step": step, "total": total, "message": message, "time": time.time()}
-    temporary = run_dir / f".{ENDING}.tmp"
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / ENDING)
+    with suppress(OSError), (run_dir / ENDING).open("x", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
 
 
 @dataclass
@@ -78,6 +79,10 @@ class Loop:
                 self.meeting()
         except Interrupted:
             self._save_and_leave()
+        except UserError as error:
+            if error.shared:  # what is written is a checkpoint first
+                self.meeting.report(self.writer.finish())
+            raise
         if self.trainer.world.is_main:
             write_ending(run_dir, "finished", step=state.step, total=self.total)
 
@@ -92,9 +97,10 @@ class Loop:
             except Interrupted:  # the resumed run does it
                 left = True
         if trainer.world.is_main:
-            if config.log.rollouts:
-                metrics.write_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
-            metrics.append_metrics(config.run_dir, row)
+            with one_line_errors(config.run_dir):
+                if config.log.rollouts:
+                    metrics.write_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+                metrics.append_metrics(config.run_dir, row)
         show.iteration(row)
         if left:
             raise Interrupted
@@ -130,8 +136,7 @@ class Loop:
     def _evaluate_late(self, show: Training) -> None:
         """The evaluation that an interrupted run still owes."""
         state, world = self.trainer.state, self.trainer.world
-        owed = state.step > 0 and self.evaluation.due(state.step, self.total)
-        if world.gather(owed and not self.evaluation.is_done(state.step))[0]:
+        if world.gather(self.evaluation.is_owed(state.step, self.total))[0]:
             values = self._evaluate(show)
             if world.is_main:
                 metrics.add_to_last(self.trainer.config.run_dir, state.step, values)
@@ -142,9 +147,23 @@ class Loop:
         self.meeting.report(self.writer.finish())
         if state.step and self.writer.saved_step != state.step:
             self.writer.save(state)
+        owed = self.trainer.world.gather(self.evaluation.is_owed(state.step, self.total))[0]
+        if state.step == self.total and not owed:
+            return  # it came as the run ended
         if self.trainer.world.is_main:
             write_ending(self.trainer.config.run_dir, name, step=state.step, total=self.total)
         raise Interrupted(name)
+
+
+@contextmanager
+def one_line_errors(run_dir: Path) -> Iterator[None]:
+    """A full or broken disk is the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run folder {run_dir}: cannot be written: {error.strerror or error}; make room, and --resume"
+        ) from None
 
 
 def ending_of(error: BaseException) -> tuple[str, str]:

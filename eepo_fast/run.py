@@ -23,7 +23,7 @@ from eepo_fast.distributed import World, default_device
 from eepo_fast.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.evaluation import periodic
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_sets
-from eepo_fast.loop import ENDING, Loop, Meeting, ending_of, write_ending
+from eepo_fast.loop import ENDING, Loop, Meeting, ending_of, one_line_errors, write_ending
 from eepo_fast.models import load_model
 from eepo_fast.plan import check_world, num_iterations
 from eepo_fast.policy.module import Policy
@@ -235,13 +235,20 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
             grader.start()
         note = partial(_note_hang, config.run_dir)
         with watching(world.rank, world.size, world.store, config.run.timeout_s, note) as watchdog:
-            _run(config, grader, folder, resume, display, replace(world, before_wait=watchdog.wait), watchdog)
+            _run(
+                config,
+                grader,
+                folder,
+                resume,
+                display,
+                replace(world, moved=watchdog.advance),
+                watchdog,
+            )
     return config.run_dir
 
 
 def _note_hang(run_dir: Path, complaint: str) -> None:
-    if run_dir.is_dir():
-        write_ending(run_dir, "hung", complaint)
+    write_ending(run_dir, "hung", complaint)
 
 
 def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
@@ -268,17 +275,25 @@ def _run(
     if folder is not None:
         _check_same_inputs(folder, parts.fingerprint, config)
     state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
-    if state.step >= total:
+    owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
+    if state.step >= total and not owed:
         display.say(f"run {run_dir} is finished")
         return
     with world.agree():
         if world.is_main:
-            _write_folder(config, state)
+            with one_line_errors(run_dir):
+                _write_folder(config, state)
+    with world.agree():
+        if not (run_dir / "config.yaml").is_file():
+            raise UserError(
+                f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see what "
+                f"rank 0 has written to {run_dir}; give a path on a shared file system"
+            )
     if resume:
         display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
     writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
     writer.saved_step = state.step
-    with closing(parts.engine), listening() as request:
+    with closing(parts.engine), closing(writer), listening() as request:
         meeting = Meeting(world, writer, request, display)
         trainer = Trainer(
             config,
@@ -301,8 +316,7 @@ def _run(
             raise
         except Exception as error:
             watchdog.let_it_end()
-            if world.is_main:
-                write_ending(run_dir, *ending_of(error), step=state.step, total=total)
+            write_ending(run_dir, *ending_of(error), step=state.step, total=total)
             raise
 
 
@@ -350,4 +364,6 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
 def _is_finished(state: dict, config: Config) -> bool:
     """Did the run reach its planned end, and is the plan the same? Answered without loading the model."""
     same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
-    return same_plan and state["step"] >= state["total"]
+    evaluation = config.evaluation
+    owed = evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always
+    return same_plan and state["step"] >= state["total"] and not owed

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from eepo_fast.types import Interrupted
 
@@ -23,7 +23,9 @@ class Request:
         self.name: str | None = None
         self._first = 0.0
 
-    def receive(self, number: int, frame: FrameType | None = None) -> None:
+    def receive(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
         if self.name is None:
             self.name, self._first = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._first > ONE_REQUEST_S:  # whoever asks again wants no saving
@@ -36,17 +38,33 @@ class Request:
 
 @contextmanager
 def listening() -> Iterator[Request]:
-    """The signals go to the request inside; afterwards to whom they went before. Only the main thread can listen."""
+    """The signals go to the request inside; afterwards to whom they went before. A thread takes them: the main one may
+    be waiting for other ranks, where Python calls no handler."""
     request = Request()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # which alone can listen
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    inside, outside = socket.socketpair()
+    outside.setblocking(False)
+
+    def take() -> None:
+        while numbers := inside.recv(64):
+            for number in numbers:
+                request.receive(number)
+
+    thread = threading.Thread(target=take, name="signals", daemon=True)
+    thread.start()
+    wakeup = signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *args: None) for number in SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        outside.close()
+        thread.join()
+        inside.close()
 
 
 def exit_code(name: str) -> int:

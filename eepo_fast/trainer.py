@@ -49,6 +49,8 @@ class TrainerState:
     """Stage-1 entropies of the last iterations, for `eepo.gate: iteration`."""
     entropy: float = 0.0
     """Of the policy in its last update, for AEPO; 0 before the first."""
+    bad_updates: int = 0
+    """Updates dropped in a row, for their gradient was not finite."""
 
 
 class Trainer:
@@ -76,7 +78,6 @@ class Trainer:
         self.prompts, self.tokenizer = prompts, tokenizer
         self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens, tuple(stop_token_ids))
         self.state = state or TrainerState()
-        self.bad_updates = 0
         self.times: dict[str, float] = {}
 
     def iteration(self, progress: Progress | None = None) -> tuple[RolloutBatch, dict[str, float]]:
@@ -91,7 +92,8 @@ class Trainer:
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         rollouts = self._generate(make_requests(prompts, 1, first_half, *self._seed()), "stage1", progress)
-        extra = self._extra_samples(prompts) if self.config.aepo.enabled else None  # from θ: nothing is forgotten yet
+        # from θ: nothing is forgotten yet
+        extra = self._extra_samples(prompts, progress) if self.config.aepo.enabled else None
         self.between()
         unlearning, forgotten = None, None
         if eepo.enabled:
@@ -205,11 +207,13 @@ class Trainer:
     def _seed(self) -> tuple[int, int]:
         return self.config.run.seed, self.state.step
 
-    def _extra_samples(self, prompts: Sequence[Prompt]) -> aepo.ExtraSamples:
+    def _extra_samples(self, prompts: Sequence[Prompt], progress: Progress | None) -> aepo.ExtraSamples:
         config, entropy = self.config.aepo, self.state.entropy
         temperature = aepo.choose_temperature(config, entropy)
         requests = aepo.extra_requests(config, prompts, self.config.rollout.group_size, *self._seed())
-        return aepo.ExtraSamples(temperature, entropy, self._generate(requests, "aepo", temperature=temperature))
+        return aepo.ExtraSamples(
+            temperature, entropy, self._generate(requests, "aepo", progress, temperature=temperature)
+        )
 
     def _rows(self, batch: RolloutBatch, extra: aepo.ExtraSamples | None) -> list[Rollout]:
         """What GRPO's loss is over: the batch, where `aepo.mode: replace` has not put its samples in its first rows."""
@@ -222,7 +226,9 @@ class Trainer:
             scale, over = (config.coef, extra.rollouts) if config.mode == "term" else (1.0, rows)
             tokens = sum(r.num_tokens for r in over if r.reward is not None)
             with self._timed("aepo_norm"):
-                extra.grad_norm = aepo.measure(self.policy, extra.used, {id(r): scale / tokens for r in extra.used})
+                weights = {id(r): scale / tokens for r in extra.used}
+                measure = partial(aepo.measure, self.policy, extra.used, weights)
+                extra.grad_norm = self._within_memory(self.policy, measure)
         return rows
 
     def _decode(self, rollout: Rollout) -> str:
@@ -337,11 +343,11 @@ class Trainer:
         )
 
     def _count_bad_updates(self, applied: bool, norm: float) -> None:
-        self.bad_updates = 0 if applied else self.bad_updates + 1
-        if self.bad_updates >= MAX_BAD_UPDATES:
+        self.state.bad_updates = 0 if applied else self.state.bad_updates + 1
+        if self.state.bad_updates >= MAX_BAD_UPDATES:
             raise UserError(
                 f"training stopped at iteration {self.state.step + 1}: the policy's gradient norm was {norm} in "
-                f"{self.bad_updates} updates in a row; lower optimizer.learning_rate, or resume from a checkpoint",
+                f"{self.state.bad_updates} updates in a row; lower optimizer.learning_rate, or resume a checkpoint",
                 shared=True,
             )
 

@@ -74,7 +74,8 @@ def compute_unlearning(
         _further_steps(policy, rollouts, config, result)
     if result.apply:
         longest = config.max_step * policy.weights_norm
-        result.too_long = not config.learning_rate * result.gradient.norm() <= longest
+        norm = result.grad_norm if config.num_steps == 1 else result.gradient.norm()
+        result.too_long = not config.learning_rate * norm <= longest
         result.apply = not result.too_long
     if result.apply and config.direction == "random":
         _randomise(result.gradient.tensors, seed)

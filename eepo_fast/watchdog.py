@@ -1,8 +1,9 @@
 """A run in which nothing moves is ended, with the name of what hangs.
 
-Every rank notes in the ranks' common store which phase it is in, and how many it has entered; a thread of each beats
-there once a second. When a rank's phase has lasted `timeout_s`, its thread reads the notes: a rank whose beat stands
-still is stopped or lost; else the ranks that have entered fewest phases are those the others wait for.
+A thread of each rank notes in the ranks' common store, once a second: how many phases (and micro-batches) its rank has
+entered, in which it is, whether it waits for the others, and how long ago it last showed life. A rank that has shown
+none for `timeout_s` reads what the others say. While any rank that does not wait shows life, the run moves. Else those
+that do not wait, or whose notes stand still, hang: the first rank that finds it says it, and all leave.
 """
 
 from __future__ import annotations
@@ -14,13 +15,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from torch.distributed import Store
 
 EXIT_CODE = 70  # EX_SOFTWARE
-GRACE_S = 2.5  # to see whether hearts beat, and to let the other ranks say what they know
-BEAT_S = 1.0
+GRACE_S = 2.5  # for a store to answer, and for the other ranks to look
+NOTE_S = 1.0
+LOCKED_S = 60.0  # beyond timeout_s, without this thread having run at all: something keeps the interpreter
+COMMUNICATION = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
+
+
+class Note(NamedTuple):
+    count: int
+    phase: str
+    waits: bool
+    age: float
+    """Seconds since the rank last showed life."""
+    beat: int
+    """Notes it has written: one that stands still is of a process that is stopped or lost."""
 
 
 class Watchdog:
@@ -30,88 +44,96 @@ class Watchdog:
         self.rank, self.size, self.store = rank, size, store
         self.timeout_s, self._end = timeout_s, end
         self._phase, self._since, self._count = "starting", time.monotonic(), 0
+        self._beat = 0
         self._stop = threading.Event()
         self.fired = threading.Event()
         """Set once it ends the process: what the main thread meets then, such as ranks that have left, is no news."""
-        self._note()
-        targets = (self._watch, self._beat) if store is not None else (self._watch,)
-        self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
-        for thread in self._threads:
-            thread.start()
+        self._main = threading.get_ident()
+        self._write_note()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def enter(self, phase: str) -> None:
         """The main thread begins a phase, such as `rollout_stage1 of iteration 3`."""
-        self._phase, self._since, self._count = phase, time.monotonic(), self._count + 1
-        self._note()
+        self._phase = phase
+        self.advance()
+        self._write_note()
 
-    def wait(self) -> None:
-        """It has done its part of the phase, and waits for the other ranks."""
+    def advance(self) -> None:
+        """It begins another part of the phase, of which every rank has as many, such as a micro-batch."""
         self._since, self._count = time.monotonic(), self._count + 1
-        self._note()
 
     def alive(self) -> None:
         """The phase goes on, and may be long."""
         self._since = time.monotonic()
 
-    def _note(self) -> None:
+    def _write_note(self) -> None:
+        self._beat += 1
         if self.store is not None:
-            self.store.set(f"eepo/phase/{self.rank}", json.dumps([self._count, self._phase]))
+            note = Note(
+                self._count, self._phase, _in_communication(self._main), time.monotonic() - self._since, self._beat
+            )
+            self.store.set(f"eepo/note/{self.rank}", json.dumps(note))
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(BEAT_S, self.timeout_s / 4)):
-            if time.monotonic() - self._since > self.timeout_s:
+        while True:
+            # in C: where this thread cannot run for long, as a call holds the interpreter, it ends the process
+            faulthandler.dump_traceback_later(self.timeout_s + LOCKED_S, exit=True)
+            if self._stop.wait(min(NOTE_S, self.timeout_s / 4)):
+                return
+            with suppress(RuntimeError):  # a lost store is found out when it is read
+                self._write_note()
+            if time.monotonic() - self._since > self.timeout_s and (complaint := self._complaint()):
                 self.fired.set()
-                self._end(self._complaint())
+                self._end(complaint if self._may_speak() else None)
                 return
 
-    def _beat(self) -> None:
-        beats = 0
-        while not self._stop.wait(BEAT_S):
-            beats += 1
-            self.store.set(f"eepo/beat/{self.rank}", str(beats))
+    def _complaint(self) -> str | None:
+        """What hangs; None while something moves."""
+        limit = f"(run.timeout_s={self.timeout_s:g})"
+        if self.store is None:
+            return f"{self._phase} hangs: nothing has moved {limit}"
+        before = self._read()
+        time.sleep(GRACE_S)
+        self._write_note()
+        notes = self._read()
+        if before is None or notes is None:
+            return f"rank 0 hangs: its store does not answer rank {self.rank}, in {self._phase} {limit}"
+        silent = [r for r in range(self.size) if r != self.rank and notes[r].beat == before[r].beat]
+        working = [r for r in range(self.size) if r not in silent and not notes[r].waits]
+        if any(notes[r].age < self.timeout_s for r in working):
+            return None
+        hanging = silent or _fewest(working, notes) or list(range(self.size))
+        if len(hanging) == self.size:
+            return f"all {self.size} ranks hang in {self._phase} {limit}"
+        which = ", ".join(map(str, hanging[:8])) + (" …" if len(hanging) > 8 else "")
+        rest = self.size - len(hanging)
+        return f"rank {which} hangs in {notes[hanging[0]].phase} {limit}; {rest} of {self.size} ranks wait for it"
 
-    def _read(self, kind: str) -> list[str] | None:
+    def _read(self) -> list[Note] | None:
         """Of every rank; None where the store, which is on rank 0's node, does not answer."""
-        found: list[str] = []
+        found: list[Note] = []
 
         def read() -> None:
-            for rank in range(self.size):
-                key = f"eepo/{kind}/{rank}"
-                found.append(self.store.get(key).decode() if self.store.check([key]) else "")
+            with suppress(RuntimeError):
+                for rank in range(self.size):
+                    key = f"eepo/note/{rank}"
+                    known = self.store.check([key])
+                    found.append(Note(*json.loads(self.store.get(key))) if known else Note(-1, "starting", False, 0, 0))
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         reader.join(GRACE_S)
         return found if len(found) == self.size else None
 
-    def _complaint(self) -> str | None:
-        limit = f"(run.timeout_s={self.timeout_s:g})"
+    def _may_speak(self) -> bool:
+        """Is this rank the first to say it?"""
         if self.store is None:
-            return f"{self._phase} hangs: nothing has moved {limit}"
-        notes = self._read("phase")
-        if notes is None:
-            return f"rank 0 hangs: its store does not answer rank {self.rank}, in {self._phase} {limit}"
-        entered = [tuple(json.loads(note)) if note else (-1, "starting") for note in notes]
-        fewest = min(count for count, _ in entered)
-        hanging = [rank for rank, (count, _) in enumerate(entered) if count == fewest]
-        if len(hanging) == self.size:  # in a phase in which ranks meet
-            hanging = self._silent() or hanging
-        others = [rank for rank in range(self.size) if rank not in hanging]
-        if self.rank != (others or hanging)[0]:
-            return None
-        if not others:
-            return f"all {self.size} ranks hang in {self._phase} {limit}"
-        which = ", ".join(map(str, hanging[:8])) + (" …" if len(hanging) > 8 else "")
-        return f"rank {which} hangs in {entered[hanging[0]][1]} {limit}; {len(others)} of {self.size} ranks wait for it"
-
-    def _silent(self) -> list[int]:
-        """Ranks whose hearts do not beat."""
-        before = self._read("beat")
-        time.sleep(GRACE_S)
-        after = self._read("beat")
-        if before is None or after is None:
-            return [0]
-        return [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
+            return True
+        try:
+            return self.store.add("eepo/said", 1) == 1
+        except RuntimeError:  # no store: whoever asks knows it first
+            return True
 
     def let_it_end(self) -> None:
         """Where the process is being ended, wait for it."""
@@ -120,20 +142,40 @@ class Watchdog:
 
     def stop(self) -> None:
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _fewest(ranks: list[int], notes: list[Note]) -> list[int]:
+    """Those that the others of them wait for."""
+    least = min((notes[r].count for r in ranks), default=0)
+    return [r for r in ranks if notes[r].count == least]
+
+
+def _in_communication(thread: int) -> bool:
+    """Is this thread in a collective of torch's or DeepSpeed's?"""
+    frame, depth = sys._current_frames().get(thread), 0
+    while frame is not None and depth < 8:
+        if any(part in frame.f_code.co_filename for part in COMMUNICATION):
+            return True
+        frame, depth = frame.f_back, depth + 1
+    return False
 
 
 def end_process(complaint: str | None, note: Callable[[str], None], *, alone: bool) -> None:
     """Say it, show where this process's threads are, and leave at once: what hangs could not be asked to. note: is told
     the complaint, too."""
-    if complaint is not None:
-        note(complaint)
-        print(f"eepo-fast: {complaint}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    if not alone:  # the launcher ends all ranks when one leaves, and rank 0 holds their store: let all of them look
-        time.sleep(2 * GRACE_S)
-    os._exit(EXIT_CODE)
+    try:
+        if complaint is not None:
+            noting = threading.Thread(target=note, args=(complaint,), daemon=True)
+            noting.start()
+            noting.join(GRACE_S)  # the disk may be what hangs
+            print(f"eepo-fast: {complaint}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if not alone:  # the launcher ends all ranks when one leaves, and rank 0 holds their store: let all of them look
+            time.sleep(3 * GRACE_S)
+    finally:
+        os._exit(EXIT_CODE)
 
 
 @contextmanager

@@ -51,25 +51,27 @@ def remove_newer(run_dir: Path, step: int) -> None:
 
 
 def prune(run_dir: Path, keep: int, best: str) -> None:
-    """Remove all but the newest `keep`, and the best: the one whose evaluation gave the most for `best`, if that is
-    given; the first among equals."""
+    """Remove all but the newest `keep`, and the best: the one whose iteration has the most of the metric `best`, if
+    that is given; the first among equals."""
     found = folders(run_dir)
     kept = set(found[-keep:])
-    if best:
-        scores = {folder: score_of(folder, best) for folder in found}
-        known = [folder for folder in found if scores[folder] is not None]
-        if known:
-            kept.add(max(known, key=lambda folder: scores[folder]))
+    scores = _scores(run_dir, best) if best else {}
+    known = [folder for folder in found if step_of(folder) in scores]
+    if known:
+        kept.add(max(known, key=lambda folder: scores[step_of(folder)]))
     for folder in found:
         if folder not in kept:
             shutil.rmtree(folder)
 
 
-def score_of(folder: Path, metric: str) -> float | None:
-    try:
-        return read_state(folder)["evaluation"].get(metric)
-    except (OSError, ValueError, KeyError):
-        return None
+def _scores(run_dir: Path, metric: str) -> dict[int, float]:
+    """By iteration, from metrics.jsonl, which has what an evaluation found later, too."""
+    scores = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get(metric) is not None:  # NaN is written as null
+            scores[row["step"]] = row[metric]
+    return scores
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -96,9 +98,17 @@ def verify(folder: Path) -> str | None:
     """None where every file is there with the sha256 of the manifest; else what is wrong. Links are refused: what they
     lead to is not the checkpoint's own."""
     try:
+        return _verify(folder)
+    except OSError as error:  # of a bad disk, or another process's
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+
+
+def _verify(folder: Path) -> str | None:
+    try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        assert isinstance(manifest, dict)
-    except (OSError, ValueError, AssertionError):
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict):
         return f"{MANIFEST} is missing or unreadable"
     for path in [folder, *folder.rglob("*")]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -110,7 +120,7 @@ def verify(folder: Path) -> str | None:
         if sha256(folder / name) != digest:
             return f"{name} does not have the sha256 of the manifest"
     try:
-        step = read_state(folder)["step"]
+        step = int(read_state(folder)["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return "state.json is missing or unreadable"
     if folder.name.startswith("step_") and folder.name != f"step_{step:06d}":
@@ -119,16 +129,23 @@ def verify(folder: Path) -> str | None:
 
 
 def commit(final: Path, digests: Mapping[str, str]) -> None:
-    """Make the temporary folder the checkpoint. digests: sha256 of all its files, which are on disk already."""
+    """Make the temporary folder the checkpoint. digests: sha256 of all its files, which are on disk already. OSError
+    where they are not in it."""
     temporary = temporary_of(final)
+    absent = sorted(set(digests) - {str(p.relative_to(temporary)) for p in files(temporary)})
+    if absent:
+        raise OSError(f"{absent[0]} is not in it; run.root must be one folder for all ranks")
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps(dict(sorted(digests.items())), indent=1), encoding="utf-8")
     for path in (manifest, temporary / "model", temporary):
         fsync(path)
+    aside = final.with_name(f".{final.name}.old.tmp")
     if final.exists():  # a damaged one, of which a resumed run has done the iterations again
-        shutil.rmtree(final)
+        final.rename(aside)
     temporary.rename(final)
     fsync(final.parent)
+    fsync(final.parent.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def files(folder: Path) -> list[Path]:

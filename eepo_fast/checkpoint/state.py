@@ -153,5 +153,6 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
     if policy.world.rank < len(states):  # a rank that the run did not have before keeps its own
         set_random_state(states[policy.world.rank])
     return TrainerState(
-        content["step"], content["policy_version"], content["entropy_window"], content.get("entropy", 0.0)
-    )
+        content["step"], content["policy_version"], content["entropy_window"], content.get("entropy", 0.0),
+        content.get("bad_updates", 0),
+    )  # fmt: skip

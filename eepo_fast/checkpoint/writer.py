@@ -10,6 +10,7 @@ import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from eepo_fast.trainer import TrainerState
 from eepo_fast.types import UserError
 
 Progress = dict[str, str] | str | None
-"""sha256 of this rank's files once they are on disk; what went wrong; None while it writes."""
+"""sha256 of this rank's files once they are on disk; what went wrong; None while it writes. Of one rank alone, the
+checkpoint is made by then."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -39,7 +41,6 @@ class CheckpointWriter:
         self.config, self.policy, self.world = config, policy, policy.world
         self.tokenizer, self.fingerprint, self.total = tokenizer, fingerprint, total
         self.saved_step: int | None = None
-        self.failures = 0
         self._final: Path | None = None
         self._thread: threading.Thread | None = None
         self._progress: Progress = None
@@ -71,7 +72,9 @@ class CheckpointWriter:
 
     def _write(self, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]) -> None:
         try:
-            self._progress = self._write_files(model, optimizer, content, generators)
+            digests = self._write_files(model, optimizer, content, generators)
+            complaint = self._commit(self._final, digests) if self.world.size == 1 else None
+            self._progress = digests if complaint is None else complaint
         except Exception as error:  # said by the main thread
             self._progress = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
@@ -84,9 +87,7 @@ class CheckpointWriter:
         shutil.rmtree(own, ignore_errors=True)
         (own / "model").mkdir(parents=True)
         written = []
-        if size == 1:
-            self.policy.model.save_pretrained(own / "model", state_dict=model, max_shard_size="100TB")
-        elif model:  # transformers would write on the first rank alone
+        if model:  # by the names that the policy has; `checkpoint export` gives those of the model's family
             save_file(model, own / "model" / f"model{part}.safetensors", metadata={"format": "pt"})
         if optimizer:
             save_file(optimizer, own / f"optimizer{part}.safetensors")
@@ -121,10 +122,11 @@ class CheckpointWriter:
             return None
         final, step, self._final = self._final, int(self._final.name.removeprefix("step_")), None
         self._thread.join()
-        wrong = [f"rank {rank}: {p}" for rank, p in enumerate(everyone) if isinstance(p, str)]
+        label = (lambda rank: f"rank {rank}: ") if self.world.size > 1 else (lambda rank: "")
+        wrong = [f"{label(rank)}{p}" for rank, p in enumerate(everyone) if isinstance(p, str)]
         complaint = wrong[0] if wrong else None
         if self.world.is_main:
-            if complaint is None:
+            if complaint is None and self.world.size > 1:
                 complaint = self._commit(final, {name: d for part in everyone for name, d in part.items()})
             if complaint is not None:
                 shutil.rmtree(temporary_of(final), ignore_errors=True)
@@ -132,7 +134,6 @@ class CheckpointWriter:
         if complaint is None:
             self.saved_step = step
             return None
-        self.failures += 1
         return f"checkpoint {final} could not be written: {complaint}; the older ones are whole"
 
     def _commit(self, final: Path, digests: dict[str, str]) -> str | None:
@@ -143,9 +144,10 @@ class CheckpointWriter:
                 fsync(index)
                 digests[f"model/{INDEX}"] = sha256(index)
             commit(final, digests)
-            prune(self.config.run_dir, self.config.checkpoint.keep, self.config.checkpoint.best)
         except OSError as error:
             return error.strerror or str(error)
+        with suppress(OSError):  # what cannot be removed now is with the next one
+            prune(self.config.run_dir, self.config.checkpoint.keep, self.config.checkpoint.best)
         return None
 
     def finish(self) -> str | None:
@@ -154,6 +156,11 @@ class CheckpointWriter:
             return None
         self._thread.join()
         return self.settle(self.world.gather(self._progress))
+
+    def close(self) -> None:
+        """Let the thread finish, whatever has happened."""
+        if self._thread is not None:
+            self._thread.join()
 
     def save(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> Path:
         """`start` and `finish`; UserError, on all ranks, where that fails."""

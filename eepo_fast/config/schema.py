@@ -247,18 +247,26 @@ class Config(Section):
             evaluation.samples == 0 or max(evaluation.k) <= evaluation.samples,
             f"evaluation.k: expected at most evaluation.num_samples ({evaluation.samples}), found {max(evaluation.k)}",
         )
-        best = self.checkpoint.best
-        names = [f"eval/{name}/" for name in evaluation.data] if evaluation.every else []
-        _require(
-            not best or any(best.startswith(name) for name in names),
-            f"checkpoint.best: expected a metric such as {(names or ['eval/NAME/'])[0]}greedy, of a set in "
-            f"evaluation.data with evaluation.every set, found {best[:100]!r}",
-        )
+        self._check_best()
         for name in evaluation.data:
             _require(
                 re.fullmatch(r"[\w-]{1,100}", name) is not None and name != "average",
                 f"evaluation.data: expected names of letters, digits, _ and -, and not `average`, found {name[:100]!r}",
             )
+
+    def _check_best(self) -> None:
+        evaluation, best = self.evaluation, self.checkpoint.best
+        metrics = ["greedy", *(f"pass@{k}" for k in evaluation.k if evaluation.samples)]
+        known = [f"eval/{name}/{metric}" for name in evaluation.data for metric in metrics] if evaluation.every else []
+        _require(
+            not best or best in known,
+            f"checkpoint.best: expected {' or '.join(known[:8]) or 'evaluation.data and evaluation.every with it'}, "
+            f"found {best[:100]!r}",
+        )
+        _require(
+            not best or self.checkpoint.every > 0,
+            "checkpoint.every: expected more than 0 with checkpoint.best, found 0: there would be nothing to choose",
+        )
 
     def _check_aepo(self) -> None:
         aepo, temperature = self.aepo, self.rollout.temperature

@@ -69,8 +69,9 @@ class PeriodicEvaluation:
         every = self.config.evaluation.every
         return bool(every) and (step % every == 0 or step == total)
 
-    def is_done(self, step: int) -> bool:
-        return (evaluation_folder(self.config.run_dir, step) / "results.json").is_file()
+    def is_owed(self, step: int, total: int) -> bool:
+        """Was it due after `step`, which is done, and is not there?"""
+        return step > 0 and self.due(step, total) and not is_done(self.config.run_dir, step)
 
     def run(
         self, policy: Policy, engine: RolloutEngine, version: int, step: int, *, progress: Progress | None = None
@@ -102,6 +103,10 @@ class PeriodicEvaluation:
 
 def evaluation_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "evaluations" / f"step_{step:06d}"
+
+
+def is_done(run_dir: Path, step: int) -> bool:
+    return (evaluation_folder(run_dir, step) / "results.json").is_file()
 
 
 def remove_newer(run_dir: Path, step: int) -> None:

@@ -195,6 +195,7 @@ def gather_columns(world: World, rollouts: Sequence[Rollout], columns: Columns) 
 def score(module: PolicyModule, world: World, batches: Iterable[MicroBatch], rollouts: Sequence[Rollout]) -> Columns:
     logprobs, entropy = ({id(r): [] for r in rollouts} for _ in range(2))
     for batch in batches:
+        world.moved()
         with torch.no_grad():
             stats = module(batch)
         columns = (batch.split(stats.logprobs), batch.split(stats.entropy))

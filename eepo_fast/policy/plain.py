@@ -90,6 +90,7 @@ class TorchPolicy:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        self.world.moved()
         return self.module(batch, loss_fn)
 
     def score(self, rollouts: Sequence[Rollout]) -> Columns:

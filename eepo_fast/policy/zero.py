@@ -136,6 +136,7 @@ class ZeroPolicy:
         return my_micro_batches(rollouts, self.world, **self.batching)
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        self.world.moved()
         return self.module(batch, loss_fn)  # not DeepSpeed's forward: its backward hooks would act on the gradient
 
     def score(self, rollouts: Sequence[Rollout]) -> Columns:
@@ -144,6 +145,7 @@ class ZeroPolicy:
     # -- the policy update
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        self.world.moved()
         loss, stats = self.deepspeed(batch, loss_fn)
         self.deepspeed.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
         return loss.detach(), stats

@@ -52,14 +52,14 @@ def generate_everywhere(
 def _pack(r: Rollout) -> tuple:
     """What other ranks cannot know; log-probs are fp32 numbers."""
     logprobs = np.asarray(r.rollout_logprobs, np.float32)
-    return np.asarray(r.token_ids, np.int32), logprobs, tuple(r.weights_version), r.finished, r.completion
+    return np.asarray(r.token_ids, np.int32), logprobs, r.stage, tuple(r.weights_version), r.finished, r.completion
 
 
 def _unpack(packed: tuple, request: Request, k: int) -> Rollout:
-    token_ids, logprobs, version, finished, completion = packed
+    token_ids, logprobs, stage, version, finished, completion = packed
     return Rollout(
         prompt=request.prompt,
-        stage=request.stage,
+        stage=stage,
         sample_index=request.sample_indices[k],
         token_ids=token_ids.tolist(),
         rollout_logprobs=logprobs.tolist(),

@@ -320,8 +320,8 @@ class VllmEngine:
                     if output.finished:
                         i, k = waiting.pop(output.request_id)
                         results[i, k] = self._rollout(requests[i], k, output.outputs[0])
-                        if progress:
-                            progress(len(results), len(results) + len(waiting))
+                if progress:
+                    progress(len(results), len(results) + len(waiting))
         finally:
             if waiting:  # interrupted
                 engine.abort_request(list(waiting))

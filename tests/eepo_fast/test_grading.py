@@ -51,11 +51,15 @@ def test_right_and_wrong_answers(grader):
     assert not wrong, wrong
 
 
+HOSTILE = "hostile answers executed, past the deadline or silently zero"
+
+
 def check_hostile(cases, answer_seconds, folder, monkeypatch):
+    """How many did harm; it fails where any did."""
     monkeypatch.chdir(folder)
     grader = MathGrader(num_workers=2, answer_seconds=answer_seconds)
     grader.start()
-    files = sorted(os.listdir(folder))
+    files, late = os.listdir(folder), 0
     answers = [text(case).replace("CANARY", str(folder / "canary")) for case in cases]
     for i in range(0, len(cases), 2):  # two workers: no answer waits for another
         start = time.monotonic()
@@ -64,10 +68,12 @@ def check_hostile(cases, answer_seconds, folder, monkeypatch):
         for answer, grade in zip(answers[i : i + 2], grades, strict=True):
             assert grade.reward == 0, answer[:100]
             assert grade.status in ("ok", "no_answer", "timeout", "too_large"), (answer[:100], grade)
-            assert grade.seconds < 5
+            late += grade.seconds >= 5
         assert spent < 30, answers[i : i + 2]  # with new workers starting, on a busy machine
     grader.close()
-    assert sorted(os.listdir(folder)) == files
+    harm = len(set(os.listdir(folder)) - set(files)) + late
+    assert harm == 0
+    return harm
 
 
 @pytest.mark.chaos
@@ -77,16 +83,14 @@ def test_hostile_answers(tmp_path, monkeypatch, figure):
     endless = [case for case in cases if case.get("endless")]
     quick = [case for case in cases if not case.get("endless")]
     cases = quick + endless[:: len(endless) // NUM_ENDLESS][:NUM_ENDLESS]
-    check_hostile(cases, 2.0, tmp_path, monkeypatch)
-    figure("hostile answers executed, past the deadline or silently zero", 0, len(cases))
+    figure(HOSTILE, check_hostile(cases, 2.0, tmp_path, monkeypatch), len(cases))
 
 
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_endless_answers_at_full_time(tmp_path, monkeypatch, figure):
     endless = [case for case in rows("hostile.jsonl") if case.get("endless")]
-    check_hostile(endless, 4.5, tmp_path, monkeypatch)
-    figure("hostile answers executed, past the deadline or silently zero", 0, len(endless))
+    figure(HOSTILE, check_hostile(endless, 4.5, tmp_path, monkeypatch), len(endless))
 
 
 def test_normalising_and_extracting_are_linear():

@@ -5,6 +5,7 @@ Requests on stdin, answers on stdout, a JSON object a line: {"train": arguments,
 cannot fork: the child would wait for threads that it does not have.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -86,6 +87,27 @@ def hang(method, phase):
         return original(self, *args, **kwargs)
 
     setattr(trainer.Trainer, method, call)
+
+
+def hang_without_disk(method, phase):
+    def note(*args):
+        raise OSError(30, "Read-only file system")
+
+    run._note_hang = note
+    hang(method, phase)
+
+
+def hang_locked():
+    """In a call that keeps the interpreter."""
+    watchdog.LOCKED_S = 2.0
+    original = trainer.Trainer._grade
+
+    def grade(self, *args):
+        if self.state.step == 1:
+            ctypes.PyDLL(None).sleep(60)
+        return original(self, *args)
+
+    trainer.Trainer._grade = grade
 
 
 def hang_unwatched(method, phase):

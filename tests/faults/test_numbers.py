@@ -330,8 +330,24 @@ def test_memory_that_no_halving_frees_is_one_line(make_trainer, monkeypatch):
         trainer.iteration()
 
 
-def test_the_guard_of_the_step_scores_few_and_knows_the_kl(make_trainer):
-    trainer = make_trainer(eepo=OPEN)
-    _, row = trainer.iteration()
-    assert row["unlearn/resampled"] == 0 and math.isfinite(row["unlearn/kl"])
-    assert guards.KL_SAMPLES == 32
+def test_the_guard_of_the_step_scores_few_and_knows_what_is_no_number(make_trainer, make_rollouts):
+    trainer = make_trainer()
+    rollouts = make_rollouts([3] * 40)
+    scored = []
+    original = trainer.policy.score
+    trainer.policy.score = lambda chosen: scored.append(chosen) or original(chosen)
+    assert math.isfinite(guards.forgotten_kl(trainer.policy, rollouts))
+    places = [rollouts.index(r) for r in scored[0]]
+    assert len(places) == guards.KL_SAMPLES and places[-1] >= 36, "spread over all of them"
+    rollouts[0].rollout_logprobs[0] = math.nan
+    assert math.isfinite(guards.forgotten_kl(trainer.policy, rollouts)), "one is left out"
+    for r in rollouts[:21]:
+        r.rollout_logprobs[0] = math.nan
+    assert math.isnan(guards.forgotten_kl(trainer.policy, rollouts)), "most: it is the model, and the step goes back"
+
+
+def test_a_step_to_weights_that_are_no_numbers_is_taken_back(make_trainer):
+    trainer = make_trainer(eepo={**OPEN, "learning_rate": 1e20, "max_step": 1e300})
+    batch, row = trainer.iteration()
+    assert row["unlearn/resampled"] == 1 and row["reward/missing"] == 0
+    assert not any(r.weights_version.forgotten for r in batch.rollouts)
