@@ -147,7 +147,9 @@ def test_stop_tokens_limits_greedy_and_progress(one_pair):
     for r in rollouts:
         assert len(r.token_ids) == len(r.rollout_logprobs) <= 9
         assert r.finished == (r.token_ids[-1] in stops) and not set(r.token_ids[:-1]) & set(stops)
-    assert any(r.finished for r in rollouts) and seen == [(i + 1, 6) for i in range(6)]
+    assert any(r.finished for r in rollouts)
+    assert seen == sorted(seen) and seen[0][0] < 6 and seen[-1] == (6, 6) and {total for _, total in seen} == {6}
+    assert len(seen) >= max(len(r.token_ids) for r in rollouts), "a sign of life for every step, not every answer"
     greedy = engine.generate(REQUESTS, Sampling(0.0, 5, ()))
     assert gap(model, greedy, temperature=1.0) < 5e-5
     for r in greedy:
