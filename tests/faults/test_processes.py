@@ -48,8 +48,21 @@ def start(server, tmp_path):
     def run(config, patch="nothing", **options):
         path, errors = tmp_path / "config.yaml", tmp_path / "stderr"
         path.write_text(dump_config(config))
-        request = dict(train=[str(path)], patch=patch, options=options, stderr=str(errors))
+        request = dict(train=[str(path), "--resume"], patch=patch, options=options, stderr=str(errors))
         return server(**request)["pid"], errors
+
+    return run
+
+
+@pytest.fixture
+def complete(start, code_of):
+    """Start, or go on, to the end, in a process like those that are killed: what else this one has imported, such as
+    vLLM, may change the last bits. The run's folder."""
+
+    def run(config):
+        pid, errors = start(config)
+        assert code_of(pid) == 0, errors.read_text()
+        return config.run_dir
 
     return run
 
@@ -75,7 +88,7 @@ def long_run(make_run):
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(
-    start, code_of, long_run, make_run, go, outcome, name, times, figure
+    start, code_of, long_run, make_run, complete, outcome, name, times, figure
 ):
     for turn in range(times(1, 10)):
         shutil.rmtree(long_run.run_dir, ignore_errors=True)
@@ -94,7 +107,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(
         assert ending["reason"] == name and checkpoint.newest_valid(long_run.run_dir)[0].name == f"step_{step:06d}"
         assert len(outcome(long_run.run_dir)[0]) == step
     more = [f"train.iterations={step + 2}", "train.epochs=100000", "checkpoint.every=0"]
-    assert outcome(go(make_run(*more), resume=True)) == outcome(go(make_run(*more, root="whole")))
+    assert outcome(complete(make_run(*more))) == outcome(complete(make_run(*more, root="whole")))
 
 
 def test_without_listening_a_signal_loses_the_run(start, code_of, long_run):
@@ -116,9 +129,9 @@ def test_a_second_signal_leaves_at_once(start, code_of, long_run):
     assert not (long_run.run_dir / "ended.json").exists()
 
 
-def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, make_run, go, outcome, tmp_path):
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, make_run, complete, outcome, tmp_path):
     settings = ("train.iterations=3", "evaluation.every=2", "evaluation.data.held=arithmetic:3:9:8")
-    whole = outcome(go(make_run(*settings, root="whole")))
+    whole = outcome(complete(make_run(*settings, root="whole")))
     config, marker = make_run(*settings), tmp_path / "evaluating"
     pid, _ = start(config, "slow_evaluation", marker=str(marker))
     deadline = time.monotonic() + 60
@@ -128,14 +141,16 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, 
     assert code_of(pid) == 128 + signal.SIGTERM
     assert json.loads((config.run_dir / "ended.json").read_text())["step"] == 2
     assert "eval/held/greedy" not in (config.run_dir / "metrics.jsonl").read_text()
-    assert outcome(go(config, resume=True)) == whole
+    assert outcome(complete(config)) == whole
 
 
 @pytest.mark.fault(13)
-def test_a_crash_while_the_engine_is_forgetful_loses_nothing(start, code_of, make_run, go, outcome, times, figure):
+def test_a_crash_while_the_engine_is_forgetful_loses_nothing(
+    start, code_of, make_run, complete, outcome, times, figure
+):
     """No forgetful weight is saved or evaluated, and the resumed run ends in the same bits."""
     settings = ("evaluation.every=2", "evaluation.data.held=arithmetic:3:9:8")
-    whole = outcome(go(make_run(*settings, root="whole")))
+    whole = outcome(complete(make_run(*settings, root="whole")))
     generator, n, lost = random.Random(7), times(6, 50), 0
     for i in range(n):
         config, step = make_run(*settings, root=f"killed{i}"), generator.randrange(1, 5)
@@ -143,7 +158,7 @@ def test_a_crash_while_the_engine_is_forgetful_loses_nothing(start, code_of, mak
         assert code_of(pid) == -signal.SIGKILL
         newest = [folders.step_of(f) for f in folders.folders(config.run_dir)]
         assert not newest or newest[-1] in (step - 1, step, step + 1)
-        lost += outcome(go(config, resume=True)) != whole
+        lost += outcome(complete(config)) != whole
     figure("forgetful weights saved, evaluated or broadcast, over kills", lost, n)
     assert not lost
 
