@@ -73,7 +73,7 @@ def kills(make_trainer, save_checkpoint, tmp_path):
         save()
         resumable = 0
         for _ in range(n):
-            killed_while_saving(save, generator.uniform(0.01, 0.12))
+            killed_while_saving(save, generator.uniform(0.01, 0.25))
             try:
                 resumable += is_resumable(run_dir)
             except Exception:
@@ -81,7 +81,7 @@ def kills(make_trainer, save_checkpoint, tmp_path):
                 save()
             folders.clean(run_dir)
         saved = folders.step_of(folders.folders(run_dir)[-1])
-        assert saved > n // 4 or resumable < n, "the children did save"
+        assert saved > n // 12 or resumable < n, "the children did save"
         return resumable
 
     return count
