@@ -111,10 +111,6 @@ class CheckpointWriter:
         """To be shown to all ranks, and what they show given to `settle`."""
         return self._progress
 
-    @property
-    def busy(self) -> bool:
-        return self._final is not None
-
     def settle(self, everyone: Sequence[Progress]) -> str | None:
         """What to do about what the ranks have shown: nothing while one still writes; else the checkpoint is made. A
         line that says what went wrong, if anything did: then there is none, and the older ones are as they were."""
@@ -122,6 +118,7 @@ class CheckpointWriter:
             return None
         final, step, self._final = self._final, int(self._final.name.removeprefix("step_")), None
         self._thread.join()
+        self._progress = None  # said once, and not at every later meeting
         label = (lambda rank: f"rank {rank}: ") if self.world.size > 1 else (lambda rank: "")
         wrong = [f"{label(rank)}{p}" for rank, p in enumerate(everyone) if isinstance(p, str)]
         complaint = wrong[0] if wrong else None
