@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from torch.distributed import Store
 
@@ -78,7 +78,7 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             # in C: where this thread cannot run for long, as a call holds the interpreter, it ends the process
-            faulthandler.dump_traceback_later(self.timeout_s + LOCKED_S, exit=True)
+            faulthandler.dump_traceback_later(self.timeout_s + LOCKED_S, exit=True, file=_stderr())
             if self._stop.wait(min(NOTE_S, self.timeout_s / 4)):
                 return
             with suppress(RuntimeError):  # a lost store is found out when it is read
@@ -152,6 +152,15 @@ def _fewest(ranks: list[int], notes: list[Note]) -> list[int]:
     return [r for r in ranks if notes[r].count == least]
 
 
+def _stderr() -> TextIO:
+    """A file that C can write to: what a notebook or a test puts in its place may be none."""
+    try:
+        sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return sys.__stderr__
+    return sys.stderr
+
+
 def _in_communication(thread: int) -> bool:
     """Is this thread in a collective of torch's or DeepSpeed's?"""
     frame, depth = sys._current_frames().get(thread), 0
@@ -171,7 +180,7 @@ def end_process(complaint: str | None, note: Callable[[str], None], *, alone: bo
             noting.start()
             noting.join(GRACE_S)  # the disk may be what hangs
             print(f"eepo-fast: {complaint}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        faulthandler.dump_traceback(file=_stderr(), all_threads=True)
         if not alone:  # the launcher ends all ranks when one leaves, and rank 0 holds their store: let all of them look
             time.sleep(3 * GRACE_S)
     finally:

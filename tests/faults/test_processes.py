@@ -355,3 +355,17 @@ def test_a_signal_to_two_ranks_saves_the_same_iteration_and_goes_on(torchrun, ou
     assert code == 0, printed[-2000:]
     whole, code, printed, *_ = torchrun("nothing", *more, root="whole")
     assert code == 0 and outcome(config.run_dir) == outcome(whole.run_dir), "bit for bit, on two ranks"
+
+
+def test_a_stderr_without_a_file_keeps_the_watch(monkeypatch):
+    """A notebook's."""
+    import io
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    said = []
+    dog = watchdog.Watchdog(0, 1, None, 0.4, said.append)
+    deadline = time.monotonic() + 10
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dog.stop()
+    assert said == ["starting hangs: nothing has moved (run.timeout_s=0.4)"]
