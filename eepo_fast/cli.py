@@ -18,6 +18,7 @@ EVAL_EXAMPLE = "example: eepo-fast eval --model runs/demo-eepo --data test=arith
 PREPARE_EXAMPLE = "example: eepo-fast data prepare math500=HuggingFaceH4/MATH-500 --split test"
 TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
+REPORT_EXAMPLE = "example: eepo-fast report runs/demo-grpo runs/demo-eepo --out report"
 DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
 
 
@@ -147,6 +148,14 @@ def _grade(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from eepo_fast.report.command import write_report
+
+    out = Path(args.out).expanduser() if args.out else None
+    print(f"report: {write_report([Path(run).expanduser() for run in args.runs], out)}")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from eepo_fast.demo import run_demo
 
@@ -203,6 +212,10 @@ def make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--split", default="test")
     prepare.set_defaults(run=_prepare)
     _add_checkpoint(commands)
+    report = commands.add_parser("report", help="draw finished or running runs into a page", epilog=REPORT_EXAMPLE)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; runs that differ in seed alone are one")
+    report.add_argument("--out", help="folder of index.html; default with one run: RUN/report")
+    report.set_defaults(run=_report)
     demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")
     demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.decoders import DecodeStream
 
 from eepo_fast.config import DataConfig
 from eepo_fast.types import Problem, Prompt, UserError
@@ -223,6 +224,16 @@ def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[in
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return sorted(ids)
+
+
+def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
+    """The text that each token adds, special tokens included; a character cut over several tokens is the last one's."""
+    stream, texts = DecodeStream(), []
+    for token_id in token_ids:
+        texts.append(stream.step(tokenizer.backend_tokenizer, token_id))
+    if texts and texts[-1] is None:
+        texts[-1] = "\ufffd"  # cut off inside a character
+    return [text or "" for text in texts]
 
 
 def prompt_indices(iteration: int, num_prompts: int, prompts_per_iteration: int, seed: int) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 from eepo_kernels import ForgetStats, TokenStats
 
 from eepo_fast.config import Config
+from eepo_fast.data import token_texts
 from eepo_fast.distributed import World
 from eepo_fast.guards import has_finite_logprobs
 from eepo_fast.losses import GrpoTokens, log_ratio, low_variance_kl
@@ -235,6 +236,7 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
             row = {
                 "prompt_id": r.prompt.id,
                 "prompt": r.prompt.text,
+                "answer": r.prompt.problem.answer,
                 "stage": r.stage,
                 "sample_index": r.sample_index,
                 "weights_version": [r.weights_version.policy_version, r.weights_version.forgotten],
@@ -246,11 +248,15 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
                 "finished": r.finished,
             }
             if token_details:
-                row["tokens"] = tokenizer.convert_ids_to_tokens(r.token_ids)
+                row["tokens"] = token_texts(tokenizer, r.token_ids)
                 row["token_ids"] = r.token_ids
-                row["rollout_logprobs"] = r.rollout_logprobs
-                row.update(r.details)
+                row["rollout_logprobs"] = _without_nan(r.rollout_logprobs)
+                row.update({name: _without_nan(values) for name, values in r.details.items()})
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _without_nan(values: list[float]) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values]
 
 
 def cut_back(run_dir: Path, step: int) -> None:

@@ -30,7 +30,7 @@ from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, make_requests
-from eepo_fast.rollout.exchange import generate_everywhere
+from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
 from eepo_fast.unlearn import Unlearning, compute_unlearning
 
@@ -100,10 +100,15 @@ class Trainer:
             self.engine.sleep()
             unlearning, window = self._unlearn(rollouts, window)
             if unlearning.apply:
+                before = self._engine_logprobs(rollouts)
                 with self._timed("forget"):
                     forgotten = self.policy.forget(  # θ' ← θ' + η∇L
                         self.engine, unlearning.gradient, eepo, seed=self.config.run.seed, step=self.state.step
                     )
+                after = self._engine_logprobs(rollouts)
+                unlearning.change = {
+                    key: [b - a for a, b in zip(before[key], after[key], strict=True)] for key in before
+                }
             unlearning.gradient = None
             self.between()
             requests = make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())
@@ -271,6 +276,15 @@ class Trainer:
         with self._timed("ref_logprobs"):
             return self._within_memory(self.reference, lambda: self.reference.score(rows)[0])
 
+    def _engine_logprobs(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
+        """For the rollout log: what the engine itself makes of these tokens now; nothing without token_details."""
+        if not self.config.log.token_details:
+            return {}
+        with self._timed("token_details"):
+            tensor_parallel = self.config.rollout.tensor_parallel
+            scored = score_everywhere(self.engine, rollouts, world=self.world, ranks_per_engine=tensor_parallel)
+        return dict(zip(map(id, rollouts), scored, strict=True))
+
     def _add_details(self, batch: RolloutBatch, unlearning: Unlearning | None) -> None:
         """Per-token numbers at θ for the rollout log; what the unlearning pass has not seen takes a scoring pass."""
         known = unlearning.logprobs if unlearning is not None else {}
@@ -283,6 +297,7 @@ class Trainer:
                     "policy_logprobs": unlearning.logprobs[id(r)],
                     "entropy": unlearning.entropy[id(r)],
                     "gate": unlearning.gate[id(r)],
+                    **({"forget_change": unlearning.change[id(r)]} if unlearning.change else {}),
                 }
             else:
                 r.details = {"policy_logprobs": logprobs[id(r)], "entropy": entropy[id(r)]}

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Progress, Request, Sampling
@@ -193,6 +195,23 @@ class HfEngine:
         finished = torch.ones(num_rows, dtype=torch.bool, device=self.device)
         finished[rows[running]] = False
         return tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        self._check_weights()
+        results: list[list[float]] = [[] for _ in rollouts]
+        order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt.token_ids) + rollouts[i].num_tokens)
+        for start in range(0, len(order), self.max_sequences):
+            chosen = order[start : start + self.max_sequences]
+            rows = [torch.tensor(rollouts[i].prompt.token_ids + rollouts[i].token_ids) for i in chosen]
+            # padded on the right, where causal attention never looks from a token that counts
+            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
+            logits = self.model(ids, use_cache=False).logits[:, :-1]
+            logprobs = -cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+            for i, row in zip(chosen, logprobs.cpu(), strict=True):
+                first = len(rollouts[i].prompt.token_ids) - 1
+                results[i] = row[first : first + rollouts[i].num_tokens].tolist()
+        return results
 
     def sleep(self) -> None:
         """Keeps its weights: the embedded engine has no cache between stages."""

@@ -327,6 +327,21 @@ class VllmEngine:
                 engine.abort_request(list(waiting))
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
+    def score(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        self._find_weights()
+        self._check_weights()
+        room = self.llm.llm_engine.model_config.max_model_len - 1  # vLLM scores what it reads, then samples a token
+        sequences = [(r.prompt.token_ids + r.token_ids)[:room] for r in rollouts]
+        params = self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
+        results = []
+        for r, sequence, output in zip(rollouts, sequences, outputs, strict=True):
+            first = len(r.prompt.token_ids)
+            found = zip(sequence[first:], output.prompt_logprobs[first:], strict=True)
+            known = [logprobs[token].logprob for token, logprobs in found]
+            results.append(known + [math.nan] * (r.num_tokens - len(known)))
+        return results
+
     def _sampling_params(self, sampling: Sampling, seed: int):
         output_kind = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         return self._vllm.SamplingParams(

@@ -1,0 +1,229 @@
+"""index.html: the numbers as tables in the page, the curves as data that page.js draws.
+
+Everything that comes from a run goes through `escape` or, as JSON, through `script`: a completion, a name or a setting
+is shown as text, whatever is written in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from eepo_fast.evaluation.tables import NAMES, metrics_of
+from eepo_fast.report.panels import TROUBLE, Panel, late_mean, phases
+from eepo_fast.report.pictures import colour, evaluated, pass_at_k, window_for
+from eepo_fast.report.rollouts import summaries
+from eepo_fast.report.runs import Group, Run, differing
+
+ASSETS = Path(__file__).parent / "assets"
+SUMMARY = (
+    ("reward/mean", "reward", "{:.3f}"),
+    ("reward/stage1", "stage 1", "{:.3f}"),
+    ("reward/stage2", "stage 2", "{:.3f}"),
+    ("entropy/stage1", "entropy, stage 1", "{:.3f}"),
+    ("entropy/stage2", "stage 2", "{:.3f}"),
+    ("group/unique_fraction", "different answers", "{:.1%}"),
+    ("length/mean", "length", "{:.0f}"),
+    ("unlearn/active_fraction", "gate open", "{:.1%}"),
+    ("unlearn/retention", "retention", "{:.3f}"),
+    ("unlearn/kl", "KL(θ'‖θ)", "{:.4f}"),
+    ("time/iteration_s", "s an iteration", "{:.1f}"),
+    ("tokens/per_second", "tokens a second", "{:,.0f}"),
+)
+
+
+def write_page(
+    runs: Sequence[Run], groups: Sequence[Group], panels: Sequence[Panel], pictures: Sequence[Path], out: Path
+) -> Path:
+    parts = {
+        "title": escape(", ".join(group.label for group in groups)),
+        "head": head(runs),
+        "summary": summary(groups),
+        "trouble": trouble(runs),
+        "evaluations": evaluations(runs),
+        "phases": phase_table(groups),
+        "settings": settings(runs),
+        "pictures": " · ".join(f'<a href="{path.name}">{path.name}</a>' for path in pictures),
+        "data": script({"charts": charts(groups, panels), "runs": [summaries(run) for run in runs]}),
+    }
+    text = (ASSETS / "template.html").read_text(encoding="utf-8")
+    for name, part in parts.items():  # the data last: what is in it is not looked at again
+        text = text.replace(f"<!--{name}-->", part)
+    path = out / "index.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def script(value: Any) -> str:
+    """JSON that no text in it can break out of."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> str:
+    """Cells are text; the first column names its row."""
+    lines = ["".join(f"<th scope=col>{escape(cell)}</th>" for cell in header)]
+    for first, *rest in rows:
+        lines.append(f"<th scope=row>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in rest))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class=scroll><table class="{name}">{body}</table></div>'
+
+
+def head(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        total = run.ending.get("total") if run.ending else run.settings.get("train.iterations")
+        reason = run.ending["reason"] if run.ending else "running, or killed"
+        reason += f": {run.ending['message']}" if run.ending and run.ending.get("message") else ""
+        method = "EEPO" if run.settings.get("eepo.enabled") else "GRPO"
+        method += " + AEPO" if run.settings.get("aepo.enabled") else ""
+        last = run.steps[-1]
+        rows.append(
+            [
+                run.name,
+                method,
+                str(run.settings.get("model.path")),
+                str(run.settings.get("data.train")),
+                str(run.settings.get("run.seed")),
+                f"{last} of {total}" if total else str(last),
+                reason,
+            ]
+        )
+    written = time.strftime("%Y-%m-%d %H:%M")
+    names = ("run", "method", "model", "data", "seed", "iterations", "ended")
+    return table(names, rows) + f"<p class=note>Written {written}.</p>"
+
+
+def summary(groups: Sequence[Group]) -> str:
+    shown = [s for s in SUMMARY if any(late_mean(group, s[0]) is not None for group in groups)]
+    rows = []
+    for group in groups:
+        values = [late_mean(group, key) for key, _, _ in shown]
+        cells = ["" if v is None else form.format(v) for v, (_, _, form) in zip(values, shown, strict=True)]
+        rows.append([group.label, *cells])
+    return table(["mean of the last fifth", *(label for _, label, _ in shown)], rows)
+
+
+def trouble(runs: Sequence[Run]) -> str:
+    """What was left out or went wrong, counted over the whole run; nothing where nothing did."""
+    rows = []
+    for key, text in TROUBLE.items():
+        counts = [sum(v for v in run.values(key) if v is not None) for run in runs]
+        if any(counts):
+            rows.append([f"{text} ({key})", *(f"{count:.0f}" for count in counts)])
+    # a count so far, not of the iteration
+    failures = [max((v for v in run.values("checkpoint/failures") if v is not None), default=0) for run in runs]
+    if any(failures):
+        rows.append(["checkpoints that could not be written (checkpoint/failures)", *(f"{n:.0f}" for n in failures)])
+    if not rows:
+        return "<p>Nothing was left out, dropped or taken back.</p>"
+    return table(["over the whole run", *(run.name for run in runs)], rows, "wide")
+
+
+def evaluations(runs: Sequence[Run]) -> str:
+    parts = []
+    last = [(run, run.evaluations[max(run.evaluations)]) for run in runs if run.evaluations]
+    metrics = list(dict.fromkeys(metric for _, results in last for metric in metrics_of(results)))
+    for name in dict.fromkeys(name for _, results in last for name in results["sets"]):
+        rows = []
+        for run, results in last:
+            if part := results["sets"].get(name):
+                cells = [percent(part["metrics"].get(metric)) for metric in metrics]
+                rows.append([run.name, str(max(run.evaluations)), *cells, str(part["num_problems"])])
+        header = [name, "after iteration", *(NAMES.get(metric, metric) for metric in metrics), "problems"]
+        parts.append(table(header, rows))
+    if not parts:
+        return "<p>No evaluation while training: <code>evaluation.every</code> and <code>evaluation.data</code>.</p>"
+    return "".join(parts) + "<p class=note>Percent, with 95% bootstrap intervals over problems.</p>"
+
+
+def percent(cell: dict[str, float] | None) -> str:
+    return "" if cell is None else f"{100 * cell['value']:.1f} ({100 * cell['low']:.1f} to {100 * cell['high']:.1f})"
+
+
+def phase_table(groups: Sequence[Group]) -> str:
+    found = [phases(group) for group in groups]
+    names = list(dict.fromkeys(name for part in found for name in part))
+    rows = []
+    for name in names:
+        cells = []
+        for part in found:
+            seconds, total = part.get(name, 0.0), sum(part.values())
+            cells.append(f"{seconds:.3g} s, {seconds / total:.1%}" if total else "")
+        rows.append([name, *cells])
+    return table(["phase, mean of an iteration", *(group.label for group in groups)], rows)
+
+
+def settings(runs: Sequence[Run]) -> str:
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    names = [run.name for run in runs]
+
+    def rows(chosen: Sequence[str]) -> list[list[str]]:
+        return [[key, *(json.dumps(run.settings.get(key)) for run in runs)] for key in chosen]
+
+    parts = []
+    if len(runs) > 1:
+        different = differing(runs)
+        parts.append("<h3>What differs</h3>")
+        parts.append(table(["setting", *names], rows(different)) if different else "<p>Nothing but the names.</p>")
+    whole = table(["setting", *names], rows(keys))
+    return "".join(parts) + f"<details><summary>All {len(keys)} settings</summary>{whole}</details>"
+
+
+def charts(groups: Sequence[Group], panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    """What page.js draws: curves smoothed there, over a window that the reader sets."""
+    found = []
+    for panel in panels:
+        curves = []
+        for g, group in enumerate(groups):
+            for i, line in enumerate(panel.lines):
+                steps, mean, low, high = group.band(line.key)
+                band = {"low": rounded(low), "high": rounded(high)} if len(group.runs) > 1 else {}
+                name = line.label if len(groups) == 1 else f"{group.name}: {line.label}"
+                if any(v is not None for v in mean):
+                    curves.append(
+                        {"name": name, "x": steps, "y": rounded(mean), **band}
+                        | {"colour": colour(groups, g, i), "dash": line.style, "sparse": None in mean}
+                    )
+        levels = sorted({run.settings.get(panel.level) for group in groups for run in group.runs} - {None})
+        window = window_for(max(len(run.rows) for group in groups for run in group.runs))
+        found.append(
+            {"title": panel.title, "unit": panel.unit, "text": panel.text, "curves": curves, "levels": levels}
+            | {"level": panel.level, "x": "", "window": window}
+        )
+    return [*found, *(pass_at_k_chart(groups, name) for name in evaluated(groups)), phase_chart(groups)]
+
+
+def pass_at_k_chart(groups: Sequence[Group], name: str) -> dict[str, Any]:
+    curves = []
+    for g, group in enumerate(groups):
+        cells = pass_at_k(group, name)
+        value, low, high = ([100 * cell[i] for cell in cells.values()] for i in range(3))
+        curves.append(
+            {"name": group.label, "x": list(cells), "y": rounded(value), "low": rounded(low), "high": rounded(high)}
+            | {"colour": colour(groups, g, 0), "dash": "solid", "sparse": True}
+        )
+    text = "At the last evaluation. Band: 95% over problems, or from the lowest to the highest seed."
+    return {"title": f"pass@k on {name}", "unit": "percent solved", "text": text, "curves": curves, "levels": []} | {
+        "x": "k",
+        "log": True,
+        "section": "evaluation",
+    }
+
+
+def phase_chart(groups: Sequence[Group]) -> dict[str, Any]:
+    found = [phases(group) for group in groups]
+    names = dict.fromkeys(name for part in found for name in part)
+    bars = [{"name": name, "x": rounded([part.get(name, 0.0) for part in found])} for name in names]
+    return {"title": "Time by phase", "unit": "", "text": "Mean of an iteration, without the first.", "bars": bars} | {
+        "labels": [group.label for group in groups],
+        "x": "seconds an iteration",
+        "section": "time",
+    }
+
+
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if v is None else float(f"{v:.5g}") for v in values]

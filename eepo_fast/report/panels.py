@@ -1,0 +1,135 @@
+"""What a report draws, said once for the page and for its pictures: panels of curves, over the iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eepo_fast.report.runs import Group
+
+SOLID, DASHED, DOTTED = "solid", "dash", "dot"
+COLOURS = ("#1f6fb4", "#c8443f", "#2a8c5a", "#8a5cb8", "#c77a1f", "#3a9ca6", "#a8487f", "#6b6b6b")
+STAGES = (("stage1", "stage 1", SOLID), ("stage2", "stage 2", DASHED))
+
+
+@dataclass(frozen=True)
+class Line:
+    key: str
+    """Of the metric."""
+    label: str
+    style: str = SOLID
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    text: str
+    """What it says, for somebody who has not read the manual."""
+    level: str = ""
+    """A setting drawn as a horizontal line."""
+
+
+def _stages(prefix: str) -> tuple[Line, ...]:
+    return tuple(Line(f"{prefix}{stage}", label, style) for stage, label, style in STAGES)
+
+
+PANELS = (
+    Panel("Reward", "mean reward", _stages("reward/"), "Of sampled completions. Stage 2 a little below stage 1 is the "
+          "price of forgetting; far below means that the forget step is too strong."),
+    Panel("Entropy", "nats a token", (*_stages("entropy/"), Line("entropy/policy", "policy", DOTTED)),
+          "−mean log-prob of what was sampled, under the weights that sampled it; policy: exact, at the update. "
+          "Stage 2 above stage 1 is what the forget step is for.", level="eepo.alpha"),
+    Panel("Length", "tokens", _stages("length/"), "Mean length of a completion."),
+    Panel("Cut off", "share of completions", (Line("length/truncated_fraction", "cut off"),),
+          "Completions that reached rollout.max_new_tokens before they ended."),
+    Panel("Different answers", "share of a group", (
+        Line("group/unique_fraction", "different"), Line("group/all_equal_fraction", "all rewards equal", DASHED)),
+        "Different completions in a group, and groups whose rewards are all the same: those teach nothing."),
+    Panel("Gate", "share of stage-1 tokens", (Line("unlearn/active_fraction", "gate open"),),
+          "Where the policy is certain (entropy below α), its tokens are forgotten."),
+    Panel("How far the forget step went", "nats a token", (Line("unlearn/kl", "KL(θ'‖θ)"),),
+          "Estimated from stage 2. Near 0: forgetting does nothing; above eepo.max_kl it is taken back."),
+    Panel("What arrived of the forget step", "share of what was meant", (
+        Line("unlearn/retention", "retention"), Line("unlearn/noise_ratio", "rounding noise", DASHED)),
+        "Retention is 1, within sampling error, where all of the step reached the engine's weights."),
+    Panel("Clipped tokens", "share of tokens", _stages("policy/clip_fraction_"),
+          "Tokens whose ratio left the clip range in the direction that ends their gradient."),
+    Panel("Probability ratio", "mean of π_θ / π_sampled", _stages("policy/ratio_mean_"),
+          "Near 1. Far from it in stage 2: the forget step was too strong for its samples to teach θ."),
+    Panel("KL to the reference", "nats a token", (Line("policy/kl", "KL(θ‖reference)"),),
+          "How far training has moved the policy."),
+    Panel("Gradient norm of the policy", "before clipping", (Line("policy/grad_norm", "‖∇‖"),), "Mean over updates."),
+    Panel("Engine against policy", "nats", (Line("rollout/logprob_gap", "mean |log-prob gap|"),),
+          "On stage 1, where both hold the same weights: 16-bit rounding, a few hundredths. More is a fault."),
+    Panel("AEPO temperature", "", (Line("aepo/temperature", "temperature"),), "Hot below the target, cold above."),
+    Panel("AEPO's right answers", "samples", (Line("aepo/num_positive", "positive"),), "Of its extra samples."),
+    Panel("Speed", "tokens a second", (Line("tokens/per_second", "generated"),), "Over the whole iteration."),
+    Panel("Iteration", "seconds", (Line("time/iteration_s", "wall time"),), "From one iteration to the next."),
+)  # fmt: skip
+
+TROUBLE = {
+    "reward/missing": "rewards missing: a grader that timed out or failed",
+    "unlearn/skipped": "forget steps not taken: gate closed, or one of the next",
+    "unlearn/non_finite": "forget gradients that were no number",
+    "unlearn/too_long": "forget steps longer than eepo.max_step",
+    "unlearn/resampled": "forget steps taken back: KL above eepo.max_kl",
+    "policy/updates_skipped": "policy updates dropped: gradient not finite",
+    "policy/non_finite_losses": "losses that were no number",
+    "policy/out_of_memory": "micro-batches halved for memory",
+    "rollout/non_finite_logprobs": "completions whose log-probs were no number",
+}
+
+
+def panels_of(groups: Sequence[Group]) -> list[Panel]:
+    """The panels that have something to show, and one for each set of evaluation."""
+    known = {
+        key
+        for group in groups
+        for run in group.runs
+        for row in run.rows
+        for key, value in row.items()
+        if value is not None
+    }
+    found = []
+    for panel in (*PANELS, *_evaluations(known)):
+        lines = tuple(line for line in panel.lines if line.key in known)
+        if lines:
+            found.append(Panel(panel.title, panel.unit, lines, panel.text, panel.level))
+    return found
+
+
+def _evaluations(known: set[str]) -> list[Panel]:
+    names = sorted({key.split("/")[1] for key in known if key.startswith("eval/")})
+    styles = (SOLID, DASHED, DOTTED)
+    panels = []
+    for name in names:
+        metrics = sorted(
+            (k for k in known if k.startswith((f"eval/{name}/pass@", f"eval/{name}/greedy"))), key=_natural
+        )
+        lines = tuple(Line(k, k.split("/")[2], styles[i % 3]) for i, k in enumerate(metrics))
+        panels.append(Panel(f"Evaluation on {name}", "share solved", lines, "Of the policy, while it trains."))
+    return panels
+
+
+def _natural(key: str) -> tuple[int, int]:
+    metric, _, k = key.rpartition("/")[2].partition("@")
+    return (int(metric != "greedy"), int(k or 0))
+
+
+def late_mean(group: Group, key: str) -> float | None:
+    """Mean over the last fifth of the iterations, over all seeds."""
+    values = [v for run in group.runs for v in run.values(key)[-max(1, len(run.rows) // 5) :] if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def phases(group: Group) -> dict[str, float]:
+    """Mean seconds an iteration of each phase, the longest first; `other` is what no phase measured."""
+    keys = list(dict.fromkeys(key for run in group.runs for row in run.rows for key in row if key.startswith("time/")))
+    rows = [row for run in group.runs for row in (run.rows[1:] or run.rows)]  # the first iteration warms up
+    # an evaluation comes between iterations; all other phases are part of one
+    counted = [k for k in keys if k not in ("time/iteration_s", "time/evaluation_s")]
+    means = {k[5:-2]: sum(row.get(k) or 0.0 for row in rows) / len(rows) for k in counted}
+    other = sum(row["time/iteration_s"] or 0.0 for row in rows) / len(rows) - sum(means.values())
+    return dict(sorted(means.items(), key=lambda item: -item[1])) | {"other": max(0.0, other)}
