@@ -82,7 +82,7 @@ if find_nvcc() is not None:
 setup(
     packages=[*find_packages(include=["eepo_fast", "eepo_fast.*"]), "eepo_kernels", "eepo_fast.configs"],
     package_dir={"eepo_kernels": "kernels/eepo_kernels", "eepo_fast.configs": "configs"},
-    package_data={"eepo_fast.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"eepo_fast.configs": ["*.yaml", "*/*.yaml"], "eepo_fast.report": ["assets/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildLibraries},
 )

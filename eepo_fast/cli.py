@@ -19,6 +19,7 @@ PREPARE_EXAMPLE = "example: eepo-fast data prepare math500=HuggingFaceH4/MATH-50
 TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
 REPORT_EXAMPLE = "example: eepo-fast report runs/demo-grpo runs/demo-eepo --out report"
+PROFILE_EXAMPLE = "example: eepo-fast profile configs/demo.yaml --iterations 2 --out profile"
 DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
 
 
@@ -27,7 +28,7 @@ def _load_config(args: argparse.Namespace) -> Config:
 
     files = [a for a in args.config if "=" not in a]
     if not files:
-        raise UserError("train: expected a YAML config file, found none; see configs/ for examples")
+        raise UserError(f"{args.command}: expected a YAML config file, found none; see configs/ for examples")
     return load_config(files, [a for a in args.config if "=" in a])
 
 
@@ -156,6 +157,22 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    config = _load_config(args)
+    from eepo_fast.display import Display
+    from eepo_fast.distributed import start_world
+    from eepo_fast.profiling import Capture, profile
+
+    if args.iterations < 1 or args.skip < 0:
+        raise UserError(f"--iterations: expected at least 1, and --skip 0, found {args.iterations} and {args.skip}")
+    world = start_world()
+    command = [sys.executable, "-m", "eepo_fast.cli", *(args.argv or sys.argv[1:])]
+    capture = Capture(args.iterations, args.skip, Path(args.out).expanduser(), args.nsys, command)
+    profile(config, capture, world, Display() if world.is_main else Display.silent())
+    world.close()
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from eepo_fast.demo import run_demo
 
@@ -216,6 +233,7 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; runs that differ in seed alone are one")
     report.add_argument("--out", help="folder of index.html; default with one run: RUN/report")
     report.set_defaults(run=_report)
+    _add_profile(commands)
     demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")
     demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")
@@ -240,6 +258,18 @@ def _add_checkpoint(commands) -> None:
     kind.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the run computed in")
 
 
+def _add_profile(commands) -> None:
+    profile = commands.add_parser(
+        "profile", help="trace a few iterations: where time and memory go", epilog=PROFILE_EXAMPLE
+    )
+    profile.add_argument("config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="as for train")
+    profile.add_argument("--iterations", type=int, default=2, help="how many are traced")
+    profile.add_argument("--skip", type=int, default=1, help="how many before them, to warm up")
+    profile.add_argument("--out", default="profile", help="folder of the traces, one a rank")
+    profile.add_argument("--nsys", action="store_true", help="under Nsight Systems: mark the window, trace nothing")
+    profile.set_defaults(run=_profile)
+
+
 def _left(name: str) -> int:
     """A run that was told to leave has saved."""
     from eepo_fast.signals import exit_code
@@ -252,7 +282,8 @@ def _left(name: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    positional = {"train": "config", "eval": "overrides", "data": "overrides"}.get(args.command)
+    args.argv = argv
+    positional = {"train": "config", "profile": "config", "eval": "overrides", "data": "overrides"}.get(args.command)
     if positional and not any(a.startswith("-") for a in rest):
         getattr(args, positional).extend(rest)  # argparse ends a positional list at the first option
     elif rest:

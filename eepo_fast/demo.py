@@ -85,13 +85,12 @@ def run_demo(seed: int, root: str, display: Display | None = None) -> dict[str, 
     report = run_dirs["eepo"] / "report"
     report.mkdir(exist_ok=True)
     (report / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    try:
-        from eepo_fast.report.demo_figure import draw
-    except ImportError:
-        display.warn("no figure: it needs matplotlib; run `pip install 'eepo-fast[report]'`")
-    else:
-        draw(results, curves, config.eepo.alpha, report / "demo.png")
-        display.say(f"figure: {report / 'demo.png'}")
+    from eepo_fast.report.command import write_report  # matplotlib takes its time
+    from eepo_fast.report.demo_figure import draw
+
+    draw(results, curves, config.eepo.alpha, report / "demo.png")
+    display.say(f"figure: {report / 'demo.png'}")
+    display.say(f"report: {write_report(list(run_dirs.values()), report)}")
     display.say(f"{time.perf_counter() - started:.0f} s in all; runs in {root}/")
     return results
 

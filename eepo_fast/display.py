@@ -1,45 +1,154 @@
-"""What a run shows while it goes: a progress bar on a terminal, one line an iteration elsewhere."""
+"""What a run shows while it goes: one live panel on a terminal, one line an iteration elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARKS = 32  # points of a sparkline; each is the mean of its share of the iterations
+PHASE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+NUM_PHASES = len(PHASE_COLOURS)
+
+Row = dict[str, float]
 
 
-def summary(row: dict[str, float]) -> str:
+def known(row: Row, key: str) -> bool:
+    """Neither missing nor NaN."""
+    value = row.get(key)
+    return value is not None and value == value
+
+
+def summary(row: Row) -> str:
     """The iteration in one line."""
     parts = [
         f"reward {row['reward/mean']:.3f}",
         f"entropy {row['entropy/policy']:.3f}",
         f"length {row['length/mean']:.0f}",
     ]
-    if row["entropy/stage2"] == row["entropy/stage2"]:
+    if known(row, "entropy/stage2"):
         parts[1] = f"entropy {row['entropy/stage1']:.3f} | {row['entropy/stage2']:.3f}"
         parts.append(f"gate {row['unlearn/active_fraction']:.0%}")
-    if row["unlearn/retention"] == row["unlearn/retention"]:
+    if known(row, "unlearn/retention"):
         parts.append(f"retention {row['unlearn/retention']:.3f}")
     parts.append(f"{row['time/iteration_s']:.1f} s")
     return "  ".join(parts)
 
 
+def sparkline(values: list[float], width: int = SPARKS) -> str:
+    """The values, from lowest to highest block; means of neighbours where there are more than `width`."""
+    num = min(width, len(values))
+    means = []
+    for i in range(num):
+        part = values[i * len(values) // num : (i + 1) * len(values) // num]
+        means.append(sum(part) / len(part))
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        return BLOCKS[0] * num
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int((v - low) / (high - low) * len(BLOCKS)))] for v in means)
+
+
 class Training:
-    def __init__(self, display: Display, bar: Progress | None, name: str, done: int, total: int):
-        self.display, self.bar, self.name, self.total = display, bar, name, total
-        if bar is not None:
-            self.task = bar.add_task(name, total=total, completed=done, text="")
+    """What a run tells as it goes."""
+
+    def __init__(self, display: Display, name: str, done: int, total: int):
+        self.display, self.name, self.total = display, name, total
+
+    def phase(self, name: str) -> None:
+        """A phase of an iteration begins."""
 
     def completions(self, done: int, asked: int) -> None:
-        if self.bar is not None and done < asked:
-            self.bar.update(self.task, text=f"sampling {done}/{asked}")
+        """Of the stage that is being sampled."""
 
-    def iteration(self, row: dict[str, float]) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=row["step"], text=summary(row))
-        elif row["step"] == 1 or row["step"] % max(1, self.total // 20) == 0 or row["time/iteration_s"] > 5:
+    def iteration(self, row: Row) -> None:
+        if row["step"] == 1 or row["step"] % max(1, self.total // 20) == 0 or row["time/iteration_s"] > 5:
             self.display.say(f"{self.name} {row['step']}/{self.total}  {summary(row)}")
+
+
+class LivePanel(Training):
+    """Progress, both stages with sparklines, the forget step, speed, and where the last iteration's time went."""
+
+    def __init__(self, display: Display, name: str, done: int, total: int):
+        super().__init__(display, name, done, total)
+        self.rows: list[Row] = []
+        self.doing = ""
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(
+            TextColumn("iteration"), *columns, TextColumn("left"), console=display.console, expand=True
+        )
+        self.task = self.progress.add_task(name, total=total, completed=done)
+        self.live = Live(get_renderable=self.render, console=display.console, refresh_per_second=4)
+
+    def phase(self, name: str) -> None:
+        self.doing = name.replace("_", " ")
+
+    def completions(self, done: int, asked: int) -> None:
+        if done < asked:
+            self.doing = f"sampling, {done} of {asked} completions finished"
+
+    def iteration(self, row: Row) -> None:
+        self.rows.append(row)
+        self.progress.update(self.task, completed=row["step"])
+
+    def render(self) -> Panel:
+        parts = [self.progress]
+        if self.rows:
+            parts += [self._curves(), self._facts(), self._times()]
+        return Panel(Group(*parts), title=self.name, subtitle=self.doing or None, title_align="left", expand=True)
+
+    def _curves(self) -> Table:
+        table = Table(box=None, expand=True, pad_edge=False)
+        two_stages = known(self.rows[-1], "entropy/stage2")
+        table.add_column("")
+        for name in ("stage 1", "stage 2") if two_stages else ("all",):
+            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column("", no_wrap=True, ratio=1, style="cyan" if name != "stage 2" else "magenta")
+        width = max(8, min(SPARKS, (self.display.console.width - 40) // (2 if two_stages else 1)))
+        for name, form in (("reward", ".3f"), ("entropy", ".3f"), ("length", ".0f")):
+            cells = []
+            for key in (f"{name}/stage1", f"{name}/stage2") if two_stages else (f"{name}/stage1",):
+                values = [row[key] for row in self.rows if known(row, key)]
+                cells += [format(values[-1], form) if values else "", sparkline(values, width)]
+            table.add_row(name, *cells)
+        return table
+
+    def _facts(self) -> Text:
+        row = self.rows[-1]
+        shown = [
+            ("gate open", "unlearn/active_fraction", ".0%"),
+            ("retention", "unlearn/retention", ".3f"),
+            ("KL(θ'‖θ)", "unlearn/kl", ".4f"),
+            ("different answers", "group/unique_fraction", ".0%"),
+            ("cut off", "length/truncated_fraction", ".0%"),
+            ("tokens a second", "tokens/per_second", ",.0f"),
+        ]
+        facts = [f"{name} {row[key]:{form}}" for name, key, form in shown if known(row, key)]
+        evaluations = next((r for r in reversed(self.rows) if any(k.startswith("eval/") for k in r)), {})
+        facts += [f"{key[5:]} {evaluations[key]:.1%}" for key in evaluations if key.endswith(("/greedy", "/pass@1"))]
+        return Text("   ".join(facts), style="default")
+
+    def _times(self) -> Text:
+        """The last iteration's phases, the longest first, as shares of a bar."""
+        row = self.rows[-1]
+        whole = row["time/iteration_s"]
+        phases = {k[5:-2]: v for k, v in row.items() if k.startswith("time/") and k not in NOT_PHASES and v}
+        longest = sorted(phases.items(), key=lambda item: -item[1])[:NUM_PHASES]
+        bar, legend = Text(), Text(f"{whole:.1f} s: ")
+        width = max(20, self.display.console.width - 6)
+        for (name, seconds), colour in zip(longest, PHASE_COLOURS, strict=False):
+            bar.append("█" * round(width * seconds / whole), style=colour)
+            legend.append(f"{name.replace('_', ' ')} {seconds / whole:.0%}  ", style=colour)
+        return Text("\n").join([bar, legend])
+
+
+NOT_PHASES = ("time/iteration_s", "time/evaluation_s")
 
 
 class Display:
@@ -57,17 +166,14 @@ class Display:
     def warn(self, text: str) -> None:
         self.console.print(text, style="yellow", markup=False)
 
-    def _bar(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-        return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=self.console)
-
     @contextmanager
     def training(self, name: str, done: int, total: int) -> Iterator[Training]:
         if not self.console.is_terminal:
-            yield Training(self, None, name, done, total)
+            yield Training(self, name, done, total)
             return
-        with self._bar() as bar:
-            yield Training(self, bar, name, done, total)
+        panel = LivePanel(self, name, done, total)
+        with panel.live:
+            yield panel
 
     @contextmanager
     def task(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
@@ -76,6 +182,8 @@ class Display:
             self.say(name)
             yield lambda done, total, text: self.say(f"{name}: {text}") if done == total else None
             return
-        with self._bar() as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        text = TextColumn("{task.fields[text]}")
+        with Progress(*columns, TimeRemainingColumn(), text, console=self.console, transient=True) as bar:
             task = bar.add_task(name, total=None, text="")
             yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)

@@ -15,6 +15,7 @@ from eepo_fast.display import Display, Training
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import PeriodicEvaluation
 from eepo_fast.signals import Request
+from eepo_fast.trackers import Trackers
 from eepo_fast.trainer import Trainer
 from eepo_fast.types import Interrupted, UserError
 from eepo_fast.watchdog import Watchdog
@@ -66,6 +67,7 @@ class Loop:
     writer: CheckpointWriter
     meeting: Meeting
     watchdog: Watchdog
+    trackers: Trackers
     total: int
 
     def run(self, show: Training) -> None:
@@ -101,6 +103,7 @@ class Loop:
                 if config.log.rollouts:
                     metrics.write_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
                 metrics.append_metrics(config.run_dir, row)
+                self.trackers.log(row, step)
         show.iteration(row)
         if left:
             raise Interrupted
@@ -140,6 +143,7 @@ class Loop:
             values = self._evaluate(show)
             if world.is_main:
                 metrics.add_to_last(self.trainer.config.run_dir, state.step, values)
+                self.trackers.log(values, state.step)
 
     def _save_and_leave(self) -> None:
         name, state = self.meeting.who_asked(), self.trainer.state

@@ -236,6 +236,7 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
             row = {
                 "prompt_id": r.prompt.id,
                 "prompt": r.prompt.text,
+                "problem": r.prompt.problem.problem,
                 "answer": r.prompt.problem.answer,
                 "stage": r.stage,
                 "sample_index": r.sample_index,

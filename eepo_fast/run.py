@@ -35,6 +35,8 @@ from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine, import_vllm
 from eepo_fast.rollout.weights import checksums
 from eepo_fast.signals import listening
+from eepo_fast.trackers import Trackers
+from eepo_fast.trackers import chosen as chosen_trackers
 from eepo_fast.trainer import Trainer, TrainerState
 from eepo_fast.types import Interrupted, Problem, Prompt, UserError, WeightsVersion
 from eepo_fast.warmup import ensure_base
@@ -224,6 +226,7 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     with world.agree():
         check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
         check_engine_memory(config, device_memory_gib(world.size), on_gpu=torch.cuda.is_available())
+        chosen_trackers(config)
         folder = _prepare_folder(config, resume, display) if world.is_main else None
     folder, finished = world.gather(folder)[0]
     if finished:
@@ -293,7 +296,14 @@ def _run(
         display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
     writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
     writer.saved_step = state.step
-    with closing(parts.engine), closing(writer), listening() as request:
+    watched = display.training(config.run.name, state.step, total)
+    logged = Trackers(chosen_trackers(config) if world.is_main else {}, state.step, display.warn)
+    with closing(parts.engine), closing(writer), listening() as request, logged as trackers, watched as show:
+
+        def entering(phase: str) -> None:
+            watchdog.enter(f"{phase} of iteration {state.step + 1}")
+            show.phase(phase)
+
         meeting = Meeting(world, writer, request, display)
         trainer = Trainer(
             config,
@@ -305,13 +315,12 @@ def _run(
             tokenizer=parts.tokenizer,
             stop_token_ids=parts.stop_token_ids,
             state=state,
-            entering=lambda phase: watchdog.enter(f"{phase} of iteration {state.step + 1}"),
+            entering=entering,
             between=meeting,
         )
-        loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, total)
+        loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
         try:
-            with display.training(config.run.name, state.step, total) as show:
-                loop.run(show)
+            loop.run(show)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:

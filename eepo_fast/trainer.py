@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from eepo_kernels.ranges import named
 
 from eepo_fast import aepo
 from eepo_fast import metrics as M
@@ -372,7 +373,8 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
-        yield
+        with named(name):
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start

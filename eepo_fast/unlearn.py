@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from eepo_kernels.ranges import named
 from torch import Tensor
 
 from eepo_fast.config import EepoConfig
@@ -105,7 +106,8 @@ def _one_step(policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig) -
         # an empty response is counted in the mean over responses and has no token to weigh
         weights = batch.per_token([scale / r.num_tokens for r in batch.rollouts])
         part, stats = policy.loss(batch, unlearning_loss(config, batch.starts, weights))
-        gradient.add(part)
+        with named("micro-batch backward"):
+            gradient.add(part)
         loss += float(part.detach())
         is_open = _gate(batch, stats.entropy, config)
         num_open += int(is_open.sum())

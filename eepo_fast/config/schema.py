@@ -175,7 +175,10 @@ class EvaluationConfig(Section):
 
 class LogConfig(Section):
     rollouts: bool = True
-    token_details: bool = False
+    token_details: bool = Field(False, description="numbers of every token in the rollout log: a few more passes")
+    tensorboard: bool = Field(False, description="write RUN/tensorboard")
+    wandb: str = Field("", description="project of W&B to log to")
+    trackio: str = Field("", description="project of trackio to log to")
 
 
 class Config(Section):

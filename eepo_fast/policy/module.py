@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats, fused_linear_loss, linear_logprobs
+from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -98,7 +99,8 @@ class PolicyModule(nn.Module):
     def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None):
         """(loss, statistics) with a `loss_fn`, else the statistics alone."""
         device = batch.input_ids.device.type
-        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+        precision = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
+        with named("micro-batch forward"), precision:
             inputs = self._head_inputs(batch)
             if loss_fn is None:
                 return linear_logprobs(**inputs)

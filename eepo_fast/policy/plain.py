@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
+from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -101,7 +102,8 @@ class TorchPolicy:
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         loss, stats = self.loss(batch, loss_fn)
-        loss.backward()
+        with named("micro-batch backward"):
+            loss.backward()
         return loss.detach(), stats
 
     def halve_micro_batches(self) -> bool:
@@ -116,7 +118,8 @@ class TorchPolicy:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
         finite = norm == norm and norm != float("inf")
         if finite:
-            self.optimizer.step()
+            with named("optimizer step"):
+                self.optimizer.step()
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite

@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
+from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -147,7 +148,8 @@ class ZeroPolicy:
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         self.world.moved()
         loss, stats = self.deepspeed(batch, loss_fn)
-        self.deepspeed.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
+        with named("micro-batch backward"):
+            self.deepspeed.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
         return loss.detach(), stats
 
     def halve_micro_batches(self) -> bool:
@@ -156,7 +158,8 @@ class ZeroPolicy:
     def step(self) -> tuple[float, bool]:
         if self.stage == 0:
             return self._step_unsharded()
-        self.deepspeed.step()
+        with named("optimizer step"):
+            self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
         norm = float(self.deepspeed.get_global_grad_norm())
         if applied:

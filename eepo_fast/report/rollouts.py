@@ -45,7 +45,13 @@ def read_groups(log: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
                 group = groups.setdefault(
                     row["prompt_id"],
-                    {"id": row["prompt_id"], "prompt": row.get("prompt", ""), "answer": row.get("answer"), "rows": []},
+                    {
+                        "id": row["prompt_id"],
+                        "prompt": row["prompt"],
+                        "problem": row.get("problem", row["prompt"]),
+                        "answer": row.get("answer"),
+                        "rows": [],
+                    },
                 )
                 group["rows"].append(rollout(row))
             except (ValueError, KeyError, TypeError):

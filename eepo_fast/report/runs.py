@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,4 +165,4 @@ def shared_name(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     length = next((i for i, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), len(names[0]))
-    return names[0][:length].removesuffix("seed").rstrip("-_.=s") or " / ".join(names)
+    return re.sub(r"[-_.=]*(seed)?[-_.=]*\d*$", "", names[0][:length]) or " / ".join(names)

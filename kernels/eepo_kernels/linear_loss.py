@@ -24,6 +24,7 @@ from torch import Tensor
 
 from eepo_kernels import reference
 from eepo_kernels.linear_chunks import GradientPack, Head, HostRead, Options, Pending, default_chunk_bytes
+from eepo_kernels.ranges import ranged
 from eepo_kernels.reference import LossFn, TokenStats
 
 log = logging.getLogger(__name__)
@@ -317,6 +318,7 @@ def _reference_inputs(hidden, weight, bias, targets, options: Options) -> tuple[
     return tuple(None if t is None else t.to(options.dtype).to(wide) for t in (hidden, weight, bias))
 
 
+@ranged
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -347,6 +349,7 @@ def linear_logprobs(
 
 
 @torch.compiler.disable
+@ranged
 def fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eepo_kernels import native
+from eepo_kernels.ranges import ranged
 from eepo_kernels.weight_update_torch import forget_run
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def _row_strides(dst: Sequence[Tensor], row_strides: Sequence[int] | None) -> Se
     return [d.shape[-1] if d.dim() else 1 for d in dst] if row_strides is None else row_strides
 
 
+@ranged
 @torch.no_grad()
 def sync(dst: Sequence[Tensor], master: Sequence[Tensor], *, backend: str = "auto") -> None:
     """dst ← nearest(master), in place, for every pair of tensors of one shape: fp32, bf16 or fp16, rows contiguous.
@@ -122,6 +124,7 @@ def sync(dst: Sequence[Tensor], master: Sequence[Tensor], *, backend: str = "aut
         torch._foreach_copy_(list(dst), list(master))
 
 
+@ranged
 @torch.no_grad()
 def forget(
     dst: Sequence[Tensor],

@@ -91,7 +91,7 @@ const browser = (() => {
         stageOf(group, stage).forEach((row) => part.append(element("span", row.reward === null ? "?" : isRight(row) ? "●" : "○", rewardClass(row))));
         dots.append(part);
       }
-      item.append(dots, element("div", group.prompt.trim(), "prompt"));
+      item.append(dots, element("div", group.problem.trim(), "prompt"));
       item.addEventListener("click", () => choose({ group: i }));
       return item;
     }));
