@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -95,6 +96,7 @@ class LivePanel(Training):
 
     def iteration(self, row: Row) -> None:
         self.rows.append(row)
+        self.doing = ""
         self.progress.update(self.task, completed=row["step"])
 
     def render(self) -> Panel:
@@ -119,7 +121,7 @@ class LivePanel(Training):
             table.add_row(name, *cells)
         return table
 
-    def _facts(self) -> Text:
+    def _facts(self) -> Columns:
         row = self.rows[-1]
         shown = [
             ("gate open", "unlearn/active_fraction", ".0%"),
@@ -132,7 +134,7 @@ class LivePanel(Training):
         facts = [f"{name} {row[key]:{form}}" for name, key, form in shown if known(row, key)]
         evaluations = next((r for r in reversed(self.rows) if any(k.startswith("eval/") for k in r)), {})
         facts += [f"{key[5:]} {evaluations[key]:.1%}" for key in evaluations if key.endswith(("/greedy", "/pass@1"))]
-        return Text("   ".join(facts), style="default")
+        return Columns([Text(fact, no_wrap=True) for fact in facts], padding=(0, 2))
 
     def _times(self) -> Text:
         """The last iteration's phases, the longest first, as shares of a bar."""

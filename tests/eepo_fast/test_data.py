@@ -5,6 +5,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from eepo_fast.data import (
     arithmetic_problems,
@@ -16,6 +17,7 @@ from eepo_fast.data import (
     read_jsonl,
     render,
     stop_token_ids,
+    token_texts,
 )
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
 from eepo_fast.types import Problem, UserError
@@ -146,3 +148,21 @@ def test_an_epoch_uses_each_prompt_once_and_drops_the_partial_batch():
         assert len(epoch) == len(set(epoch)) == 9
     assert epochs[0] != epochs[1]
     assert prompt_indices(1, 10, 3, seed=4) == epochs[0][3:6]
+
+
+def test_texts_of_tokens_are_the_completion(tokenizer):
+    ids = tokenizer("12+3*(4)")["input_ids"]
+    assert token_texts(tokenizer, ids) == list("12+3*(4)") and token_texts(tokenizer, []) == []
+
+
+def test_a_character_over_several_tokens_is_the_last_ones():
+    """A byte-level tokenizer, for which an umlaut is two tokens and an emoji four."""
+    byte_level = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[])
+    )
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    whole = SimpleNamespace(backend_tokenizer=byte_level)
+    ids = byte_level.encode("aü 🙂!").ids
+    assert token_texts(whole, ids) == ["a", "", "ü", " ", "", "", "", "🙂", "!"]
+    assert token_texts(whole, ids[:-2]) == ["a", "", "ü", " ", "", "", "\ufffd"], "cut off inside a character"

@@ -130,3 +130,17 @@ def test_an_engine_whose_update_was_interrupted_does_not_sample(make_engine, mak
         engine.sync([dict(list(weights.items())[:2])], WeightsVersion(1, False))
     engine.sync([weights], WeightsVersion(1, False))
     assert engine.generate(requests, SAMPLING)[0].weights_version == (1, False)
+
+
+def test_scores_are_those_of_a_plain_forward_at_temperature_1(make_engine, prompts):
+    """Of completions of many lengths, in batches that pad; whatever they were sampled at."""
+    engine = make_engine(max_sequences=7)
+    rollouts = engine.generate(make_requests(prompts, 1, range(5), 0, 0), SAMPLING)
+    assert len({r.num_tokens for r in rollouts}) > 1
+    for r, scored in zip(rollouts, engine.score(rollouts), strict=True):
+        assert scored == pytest.approx(plain_logprobs(engine.model, r, 1.0), abs=2e-5)
+        assert scored != pytest.approx(r.rollout_logprobs, abs=1e-3), "those are at 0.8"
+    with torch.no_grad():
+        next(engine.model.parameters()).view(-1)[0] += 1
+    with pytest.raises(EngineError):
+        engine.score(rollouts)

@@ -311,3 +311,35 @@ def test_policy_loss_and_gradient_against_a_plain_mini_batch(make_trainer, monke
     assert row["policy/loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert row["policy/kl"] == pytest.approx(kl_sum / count, rel=1e-4) and row["policy/kl"] > 1e-3
+
+
+def test_the_log_has_what_forgetting_did_to_each_token(make_trainer):
+    """Measured in the engine: the change is that of its weights, θ' against θ, and of nothing with a closed gate."""
+    trainer = make_trainer(eepo={"learning_rate": 0.05, "alpha": 9.0}, log={"token_details": True})
+    model = copy.deepcopy(trainer.policy.model)  # θ, before the update
+    taken = {}
+    forget = trainer.engine.forget
+
+    def watched(gradient, **options):
+        taken.update({name: g.clone() for name, g in gradient.items()})
+        return forget(gradient, **options)
+
+    trainer.engine.forget = watched
+    batch, row = trainer.iteration()
+    assert row["unlearn/skipped"] == 0
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter.add_(taken[name], alpha=0.05)
+    for r in batch.stage(1):
+        ids = torch.tensor([r.prompt.token_ids + r.token_ids])
+        first = len(r.prompt.token_ids) - 1
+        before, after = (
+            m(ids).logits[0, first:-1].log_softmax(-1)[range(r.num_tokens), r.token_ids] for m in (model, moved)
+        )
+        assert r.details["forget_change"] == pytest.approx((after - before).tolist(), abs=1e-4)
+    assert min(min(r.details["forget_change"]) for r in batch.stage(1)) < -1e-3
+    assert not any("forget_change" in r.details for r in batch.stage(2))
+    closed = make_trainer(eepo={"alpha": 1e-9}, log={"token_details": True})
+    batch, row = closed.iteration()
+    assert row["unlearn/skipped"] == 1 and not any("forget_change" in r.details for r in batch.rollouts)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -416,3 +417,24 @@ def test_a_bf16_engine_forgets_the_whole_step_and_draws_the_bits_of_any_other():
     rollouts = engine.generate(REQUESTS, SAMPLING)
     assert all(math.isfinite(v) for r in rollouts for v in r.rollout_logprobs)
     engine.close()
+
+
+def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
+    """Before and after a forget step, and of a completion that fills the engine to its last position."""
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    rollouts = engine.generate(REQUESTS, SAMPLING)
+    full = replace(rollouts[0], token_ids=[5 + i % 90 for i in range(256 - len(rollouts[0].prompt.token_ids))])
+    gradient = gradient_of(model)
+    for weights in (model, moved(model, gradient, 0.5)):
+        if weights is not model:
+            forget(engine, gradient)
+        scores = engine.score([*rollouts, full])
+        assert len(scores[-1]) == full.num_tokens and math.isnan(scores[-1][-1]), "no room for one token more"
+        for r, scored in zip([*rollouts, full], scores, strict=True):
+            known = [s for s in scored if not math.isnan(s)]
+            shown = replace(r, token_ids=r.token_ids[: len(known)], rollout_logprobs=known)
+            assert gap(weights, [shown], temperature=1.0) < 5e-5
+        assert not any(map(math.isnan, scores[0]))
+    sync(engine, weights_of(model), 1)
+    assert [r.token_ids for r in engine.generate(REQUESTS, SAMPLING)] == [r.token_ids for r in rollouts]

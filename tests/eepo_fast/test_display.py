@@ -1,0 +1,82 @@
+"""The live panel, rendered to text; and the plain lines where there is no terminal."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from eepo_fast.display import BLOCKS, Display, LivePanel, sparkline
+
+
+def make_row(step, metric_keys, eepo=True):
+    row = {key: 0.5 for key in metric_keys}
+    row |= {"step": step, "time/iteration_s": 4.0, "time/update_s": 1.0, "time/rollout_stage1_s": 2.0}
+    row |= {
+        "reward/stage1": step / 10,
+        "reward/mean": step / 10,
+        "unlearn/retention": 0.987,
+        "tokens/per_second": 1234.0,
+    }
+    if not eepo:
+        row |= {key: math.nan for key in row if "stage2" in key or key.startswith("unlearn/")}
+    return row
+
+
+def make_display(width=110, terminal=True):
+    return Display(Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None))
+
+
+def rendered(panel):
+    with panel.display.console.capture() as capture:
+        panel.display.console.print(panel.render())
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [70, 110, 200])
+@pytest.mark.parametrize("eepo", [True, False])
+def test_the_panel_shows_what_goes_on(metric_keys, width, eepo):
+    panel = LivePanel(make_display(width), "my-run", 0, 40)
+    assert "0/40" in rendered(panel), "before the first iteration"
+    for step in range(1, 9):
+        panel.iteration(make_row(step, metric_keys, eepo) | ({"eval/test/greedy": 0.25} if step == 5 else {}))
+    panel.phase("rollout_stage1")
+    panel.completions(3, 16)
+    text = rendered(panel)
+    for part in ("my-run", "8/40", "reward", "0.800", "entropy", "length", "tokens a second 1,234", "stage1 50%"):
+        assert part in text, part
+    assert "sampling, 3 of 16 completions finished" in text and "test/greedy 25.0%" in text
+    assert sparkline([i / 10 for i in range(1, 9)]) in text
+    assert ("stage 2" in text) == eepo and ("retention 0.987" in text) == eepo and "nan" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_sparklines():
+    assert sparkline([]) == "" and sparkline([0.3, 0.3]) == BLOCKS[0] * 2
+    assert sparkline(list(range(8))) == BLOCKS
+    long = sparkline([i / 1000 for i in range(1000)], width=16)
+    assert len(long) == 16 and list(long) == sorted(long) and long[0] == BLOCKS[0] and long[-1] == BLOCKS[-1]
+
+
+def test_plain_lines_without_a_terminal(metric_keys):
+    display = make_display(terminal=False)
+    with display.training("r", 0, 40) as show:
+        show.phase("sync")
+        show.completions(1, 2)
+        for step in range(1, 41):
+            show.iteration(make_row(step, metric_keys) | {"time/iteration_s": 1.0})
+    lines = display.console.file.getvalue().splitlines()
+    assert len(lines) == 21 and lines[0].startswith("r 1/40  reward 0.100") and "\x1b" not in "".join(lines)
+
+
+def test_the_panel_is_live_on_a_terminal_and_other_ranks_are_silent(metric_keys):
+    display = make_display()
+    with display.training("r", 3, 40) as show:
+        assert isinstance(show, LivePanel)
+        display.warn("a warning above the panel")
+        show.iteration(make_row(4, metric_keys))
+    text = display.console.file.getvalue()
+    assert "a warning above the panel" in text and "4/40" in text
+    silent = Display.silent()
+    silent.say("nothing")
+    assert silent.console.quiet and not silent.console.is_terminal
