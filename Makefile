@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := .venv/.installed
 VLLM := .venv/.vllm
 
-.PHONY: demo test test-all lint chaos bench study clean
+.PHONY: demo test test-all lint chaos bench study docs clean
 
 $(STAMP): pyproject.toml setup.py Makefile constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -49,5 +49,9 @@ study: $(STAMP)
 	$(PY) bench/study/run.py
 	$(PY) bench/study/report.py
 
+# site/index.html, opened from disk; a broken link or a page that nothing leads to is an error.
+docs: $(STAMP)
+	$(PY) -m sphinx -W --keep-going -q -b html docs site
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -232,8 +232,9 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     if finished:
         display.say(f"run {config.run_dir} is finished")
         return config.run_dir
-    # the grader's worker processes must not outlive a refused command
-    with closing(make_grader(config.data.train, config.reward)) as grader:
+    with world.agree():
+        grader = make_grader(config.data.train, config.reward)
+    with closing(grader):  # its worker processes must not outlive a refused command
         with world.agree():
             grader.start()
         note = partial(_note_hang, config.run_dir)

@@ -27,8 +27,8 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     name: str = Field("eepo", description="the run's folder is root/name")
-    root: str = "runs"
-    seed: NonNegative = 0
+    root: str = Field("runs", description="where runs are written")
+    seed: NonNegative = Field(0, description="of the order of prompts and of every sample")
     timeout_s: PositiveFloat = Field(
         7200.0,
         description="longest a phase of an iteration may show no progress; then the run is ended, and says what hung",
@@ -47,13 +47,16 @@ class ModelConfig(Section):
 class ColumnsConfig(Section):
     """Where a hub row keeps them; dots reach into records."""
 
-    problem: str = "problem"
-    answer: str = "answer"
+    problem: str = Field("problem", description="column of a hub row; dots reach into records")
+    answer: str = Field("answer", description="column of a hub row")
 
 
 class DataConfig(Section):
     train: str = Field(description="JSON Lines file, hub data set, or the procedural task `arithmetic`")
-    template: Literal["plain", "chatml", "question_answer", "chat"] = "plain"
+    template: Literal["plain", "chatml", "question_answer", "chat"] = Field(
+        "plain",
+        description="how a problem becomes a prompt: as it is, Qwen's ChatML, plain words, or the tokenizer's own",
+    )
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are left out, and counted")
     num_rows: Positive | None = Field(None, description="rows of a procedural task, or of a hub data set for --dry-run")
     files: str | None = Field(None, description="file inside a hub data set")
@@ -64,12 +67,12 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf", "vllm"] = "hf"
+    engine: Literal["hf", "vllm"] = Field("hf", description="hf: the embedded engine; vllm: vLLM in the same process")
     dtype: Dtype = Field("bfloat16", description="dtype of the engine's own copy of the weights")
     group_size: Positive = Field(8, le=4096, description="completions a prompt; with EEPO half of them in each stage")
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFloat = Field(1.0, description="of sampling, and of every log-prob")
     top_p: float = Field(1.0, description="must stay 1: cutting the tail biases the probability ratio")
-    max_new_tokens: Positive = Field(1024, le=1_000_000)
+    max_new_tokens: Positive = Field(1024, le=1_000_000, description="longest completion")
     tensor_parallel: Positive = Field(1, description="vllm: neighbouring ranks that hold one engine together")
     max_sequences: Positive = Field(256, description="sequences decoded at once")
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
@@ -78,29 +81,43 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     mode: Literal["strict", "paper"] = Field("strict", description="how answers are graded; paper: as the recipe did")
+    function: str = Field(
+        "", description="module:name of a function (problem, completion) -> float that grades instead"
+    )
     step_seconds: PositiveFloat = Field(300.0, description="for an iteration's answers; those left are timeouts")
 
 
 class GrpoConfig(Section):
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
-    kl_coef: NonNegativeFloat = 1e-4
-    entropy_coef: NonNegativeFloat = 1e-5
+    clip_low: PositiveFloat = Field(0.2, description="ratios below 1 - clip_low are clipped")
+    clip_high: PositiveFloat = Field(0.2, description="ratios above 1 + clip_high are clipped")
+    kl_coef: NonNegativeFloat = Field(
+        1e-4, description="β, of the KL to the model that training began with; 0: no reference model"
+    )
+    entropy_coef: NonNegativeFloat = Field(1e-5, description="of the entropy bonus")
 
 
 class EepoConfig(Section):
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: GRPO, the whole group in one stage")
     alpha: PositiveFloat = Field(0.3, description="entropy threshold of the gate, in nats")
     window: Positive = Field(3, description="tokens (gate: token) or iterations (gate: iteration) averaged over")
     learning_rate: NonNegativeFloat = Field(3e-3, description="η of the forget step")
-    gate: Literal["token", "iteration", "always"] = "token"
-    loss: Literal["complementary", "nll"] = "complementary"
+    gate: Literal["token", "iteration", "always"] = Field(
+        "token",
+        description="what is gated: each token (Eq. 4), the iteration (Algorithm 1), or nothing (an ablation)",
+    )
+    loss: Literal["complementary", "nll"] = Field("complementary", description="log(1 - p), or -log p (an ablation)")
     prob_floor: NonNegativeFloat = Field(1e-4, description="ε_L; the paper gives no value, ours")
     prob_ceiling_gap: PositiveFloat = Field(1e-4, description="ε_R; the paper gives no value, ours")
-    clip_gradient: Literal["literal", "saturate"] = "literal"
-    reduction: Literal["batch_mean", "prompt_sum"] = "batch_mean"
-    num_steps: Positive = 1
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    clip_gradient: Literal["literal", "saturate"] = Field(
+        "literal", description="literal: no gradient outside the clip of p; saturate: kept above 1 - ε_R"
+    )
+    reduction: Literal["batch_mean", "prompt_sum"] = Field(
+        "batch_mean", description="the mean over the batch, or each prompt's own step"
+    )
+    num_steps: Positive = Field(1, description="forget steps in a row; more than 1 is an ablation")
+    rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic", description="of a forget step into 16-bit weights; nearest loses most of it"
+    )
     max_step: PositiveFloat = Field(
         0.02, description="longest forget step, as a share of the weights' norm; a longer one is not taken, and counted"
     )
@@ -115,42 +132,44 @@ class EepoConfig(Section):
 
 
 class AepoConfig(Section):
-    enabled: bool = False
+    enabled: bool = Field(False, description="add AEPO, to GRPO or to EEPO")
     mode: Literal["term", "replace"] = Field("term", description="an added term, or what the released code does")
     target_entropy: PositiveFloat = Field(0.5, description="nats; below it samples are drawn hot, above it cold")
-    temperature_low: PositiveFloat = 0.8
-    temperature_high: PositiveFloat = 1.2
+    temperature_low: PositiveFloat = Field(0.8, description="of the extra samples where entropy is above the target")
+    temperature_high: PositiveFloat = Field(1.2, description="of the extra samples where entropy is below the target")
     num_samples: Positive = Field(60, description="extra samples an iteration; replace: at most so many are used")
     coef: NonNegativeFloat = Field(0.1, description="of the term")
 
 
 class OptimizerConfig(Section):
-    learning_rate: NonNegativeFloat = 5e-7
-    weight_decay: NonNegativeFloat = 0.0
+    learning_rate: NonNegativeFloat = Field(5e-7, description="of AdamW")
+    weight_decay: NonNegativeFloat = Field(0.0, description="of AdamW")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="of AdamW")
     eps: PositiveFloat = Field(1e-8, description="of AdamW")
-    grad_clip: PositiveFloat = 1.0
-    warmup_steps: NonNegative = 0
+    grad_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+    warmup_steps: NonNegative = Field(0, description="updates over which the learning rate rises")
 
 
 class TrainConfig(Section):
     iterations: Positive | None = Field(None, description="caps epochs")
-    epochs: Positive = 1
-    prompts_per_iteration: Positive = 128
-    prompts_per_update: Positive = 64
+    epochs: Positive = Field(1, description="times over the data")
+    prompts_per_iteration: Positive = Field(128, description="prompts that are sampled before the policy is updated")
+    prompts_per_update: Positive = Field(64, description="of these, prompts in one update")
     micro_batch_tokens: Positive = Field(16384, description="tokens of one forward and backward of a rank")
     packing: bool = Field(True, description="sequences end to end without padding; false: padded to the longest")
     engine: Literal["torch", "deepspeed"] = Field("torch", description="torch: one device; deepspeed: ZeRO, any number")
     zero_stage: NonNegative = Field(2, le=3, description="deepspeed: what is cut over the ranks")
     offload_optimizer: bool = Field(False, description="deepspeed: masters and moments in host memory")
     offload_parameters: bool = Field(False, description="deepspeed with zero_stage 3: weights in host memory")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, a third more time"
+    )
     liger: bool = Field(True, description="Liger's RMSNorm, RoPE and SwiGLU kernels, on a GPU")
 
 
 class CheckpointConfig(Section):
     every: NonNegative = Field(50, description="iterations between checkpoints; 0: only the last one")
-    keep: Positive = 2
+    keep: Positive = Field(2, description="the last so many are kept")
     best: str = Field(
         "",
         description="a metric of evaluation, such as eval/test/pass@1: the checkpoint with the most of it is kept, too",
@@ -174,7 +193,7 @@ class EvaluationConfig(Section):
 
 
 class LogConfig(Section):
-    rollouts: bool = True
+    rollouts: bool = Field(True, description="every completion, in RUN/rollouts")
     token_details: bool = Field(False, description="numbers of every token in the rollout log: a few more passes")
     tensorboard: bool = Field(False, description="write RUN/tensorboard")
     wandb: str = Field("", description="project of W&B to log to")

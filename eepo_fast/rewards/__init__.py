@@ -7,6 +7,7 @@ from typing import Protocol
 
 from eepo_fast.config import RewardConfig
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
+from eepo_fast.rewards.function import FunctionGrader
 from eepo_fast.rewards.math import MathGrader
 from eepo_fast.types import Grade, Problem, UserError
 
@@ -27,7 +28,10 @@ class Grader(Protocol):
 
 
 def make_grader(task: str, settings: RewardConfig) -> Grader:
-    """The grader of `data.train`: the procedural task has its own verifier, all else an exact mathematical answer."""
+    """The grader of `data.train`: the procedural task has its own verifier, all else an exact mathematical answer,
+    unless `reward.function` names another. UserError where that cannot be imported."""
+    if settings.function:
+        return FunctionGrader(settings.function)
     if task == "arithmetic":
         return ArithmeticGrader()
     return MathGrader(settings.mode, step_seconds=settings.step_seconds)

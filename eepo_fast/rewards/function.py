@@ -1,0 +1,68 @@
+"""A reward of one's own: `reward.function: module:name`, a function of (problem: Problem, completion: str) -> float.
+
+It is called in the training process, one completion after the other; with several ranks each grades its share. What it
+raises, or returns that is no finite number, is a missing reward, counted; the first of them is shown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from eepo_fast.types import Grade, Problem, UserError
+
+log = logging.getLogger(__name__)
+
+
+class FunctionGrader:
+    def __init__(self, name: str):
+        """name: module:function, looked for in the working directory, too."""
+        self.name = name
+        self.function = find_function(name)
+        self._complained = False
+
+    def start(self) -> None: ...
+
+    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
+        return [self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)]
+
+    def _grade(self, problem: Problem, completion: str) -> Grade:
+        started = time.perf_counter()
+        try:
+            reward = float(self.function(problem, completion))
+            complaint = "" if math.isfinite(reward) else f"returned {reward}"
+        except Exception as error:
+            reward, complaint = 0.0, f"{type(error).__name__}: {error}"
+        if complaint and not self._complained:
+            self._complained = True
+            log.warning("reward.function: %s, on %s: %s; counted as a missing reward", self.name, problem.id, complaint)
+        return Grade(0.0 if complaint else reward, "error" if complaint else "ok", time.perf_counter() - started)
+
+    def unreadable(self, golds: Sequence[str]) -> list[int]:
+        """What an answer has to look like is the function's own affair."""
+        return []
+
+    def close(self) -> None: ...
+
+
+def find_function(name: str) -> Callable[[Problem, str], float]:
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise UserError(f"reward.function: expected module:function, such as my_rewards:grade, found {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"reward.function: {name} cannot be imported ({error}); start in the folder of {module}.py, or put it on "
+            "PYTHONPATH"
+        ) from None
+    if not callable(function):
+        raise UserError(f"reward.function: expected a function, found that {name} is a {type(function).__name__}")
+    return function
