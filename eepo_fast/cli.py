@@ -219,8 +219,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", required=True, help="folder of completions and tables; a second call goes on")
     evaluate.set_defaults(run=_eval)
-    data = commands.add_parser("data", help="prepare data").add_subparsers(dest="what", required=True)
-    prepare = data.add_parser("prepare", help="fetch and pin a hub data set", epilog=PREPARE_EXAMPLE)
+    data = commands.add_parser("data", help="prepare data", epilog=PREPARE_EXAMPLE)
+    kinds = data.add_subparsers(dest="what", required=True)
+    prepare = kinds.add_parser("prepare", help="fetch and pin a hub data set", epilog=PREPARE_EXAMPLE)
     prepare.add_argument("source", metavar="NAME=HUB_NAME")
     prepare.add_argument("overrides", nargs="*", metavar="data.key=value", help="data.columns, files, answer_marker")
     prepare.add_argument("--out", default="data", help="folder; `eepo-fast eval` looks into data/")
@@ -242,9 +243,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_checkpoint(commands) -> None:
-    kinds = commands.add_parser("checkpoint", help="look at a run's checkpoints, or export one").add_subparsers(
-        dest="what", required=True
-    )
+    example = "example: eepo-fast checkpoint list runs/demo-eepo"
+    parser = commands.add_parser("checkpoint", help="look at a run's checkpoints, or export one", epilog=example)
+    kinds = parser.add_subparsers(dest="what", required=True)
     for name, text in (
         ("list", "what there is"),
         ("verify", "check every file against the manifest; exit code 1 where one is damaged"),
