@@ -135,14 +135,17 @@ def costs(out: Path, path: Path) -> None:
 
 def targets(out: Path, path: Path) -> None:
     """AEPO's Figure 1: the policy's entropy over training, by target."""
-    runs = load_runs(out, "targets")
-    figure, (axis,) = _axes(1)
-    values = sorted(float(name.rpartition("-")[2]) for name in runs)
-    shades = plt.cm.viridis(np.linspace(0.1, 0.85, len(values)))
-    for value, colour in zip(values, shades, strict=True):
-        _curve(axis, runs[f"aepo-{value:g}"], "entropy/policy", f"target {value:g}", colour)
-    axis.set(xlabel="iteration", ylabel="nats a token", title="AEPO: entropy of the policy")
-    axis.legend(frameon=False, fontsize=8)
+    kinds = {"targets": "coefficient as tuned", "targets_strong": "a strong term"}
+    found = {phase: load_runs(out, phase) for phase in kinds}
+    figure, axes = _axes(len(kinds))
+    for axis, (phase, title) in zip(axes, kinds.items(), strict=True):
+        values = sorted(float(name.rpartition("-")[2]) for name in found[phase])
+        shades = plt.cm.viridis(np.linspace(0.1, 0.85, len(values)))
+        for value, colour in zip(values, shades, strict=True):
+            _curve(axis, found[phase][f"aepo-{value:g}"], "entropy/policy", f"target {value:g}", colour)
+        axis.set(xlabel="iteration", ylabel="nats a token", title=f"AEPO: entropy of the policy, {title}")
+        if values:
+            axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures
 from methods import METHODS, TARGET_ENTROPY, TUNING_SEEDS
 from numbers_of import Run, ending, interval, load_runs, paired, score, text
-from run import SMALLEST_RATIO, best_value, stage_ratio
+from run import SMALLEST_RATIO, STRONG, best_value, stage_ratio
 
 COLUMNS = [(place, metric) for place in ("in", "larger", "more") for metric in ("greedy", "pass@1", "pass@16")]
 MATTERS = 3.0  # points: a loss smaller than this is called none
@@ -150,7 +150,7 @@ def target_table(runs: dict[str, dict[int, Run]]) -> list[str]:
 
 
 def page(out: Path) -> str:
-    final, targets = load_runs(out, "final"), load_runs(out, "targets")
+    final, targets, strong = (load_runs(out, phase) for phase in ("final", "targets", "targets_strong"))
     final = {name: final[name] for name in METHODS if name in final}
     parts = [(Path(__file__).parent / "preface.md").read_text()]
     missing = [
@@ -197,8 +197,20 @@ def page(out: Path) -> str:
         parts += [
             "",
             f"## AEPO's target (elsewhere {TARGET_ENTROPY})",
+            "With the coefficient that its sweep chose, and the paper's temperatures:",
+            "",
             *target_table(targets),
             "",
+            *(
+                [
+                    f"With a term strong enough to hold entropy up ({', '.join(f'`{s}`' for s in STRONG)}):",
+                    "",
+                    *target_table(strong),
+                    "",
+                ]
+                if strong
+                else []
+            ),
             "![targets](aepo_targets.png)",
         ]
     return "\n".join(parts) + "\n"

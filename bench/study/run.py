@@ -42,8 +42,9 @@ WATCHED = [  # while training, in the final runs
 SMALLEST_RATIO = 0.95
 FORGET_STEP = "eepo.learning_rate"
 EVERY = 5  # iterations averaged into one point of a curve
-PHASES = ["tune", "mass", "final", "targets"]
-TARGETS = (0.15, 0.25, 0.35, 0.45, 0.55)
+PHASES = ["tune", "mass", "final", "targets", "targets_strong"]
+TARGETS = {"targets": (0.15, 0.25, 0.35, 0.45, 0.55), "targets_strong": (0.16, 0.2, 0.24, 0.28)}
+STRONG = ["aepo.coef=3", "aepo.temperature_high=1.6"]  # a term that can hold entropy up where training takes it down
 
 
 def choose(out: Path, name: str) -> list[str]:
@@ -87,8 +88,8 @@ def plan(out: Path, phase: str, names: list[str]) -> list[tuple[str, float | Non
     """(method, value, seed) of the runs of a phase, those that decide most first."""
     if phase == "tune":
         return [(n, v, s) for n in names for s in TUNING_SEEDS for v in METHODS[n].values]
-    if phase == "targets":
-        return [("aepo", target, seed) for seed in (0, 1, 2) for target in TARGETS]
+    if phase in TARGETS:
+        return [("aepo", target, seed) for seed in (0, 1, 2) for target in TARGETS[phase]]
     most = max(METHODS[n].num_seeds for n in names)
     return [(n, None, seed) for seed in range(most) for n in names if seed < METHODS[n].num_seeds]
 
@@ -96,8 +97,9 @@ def plan(out: Path, phase: str, names: list[str]) -> list[tuple[str, float | Non
 def overrides_of(out: Path, phase: str, name: str, value: float | None) -> list[str]:
     if phase == "final":
         return choose(out, name)
-    if phase == "targets":
-        return [*choose(out, name), f"aepo.target_entropy={value}"]
+    if phase in TARGETS:
+        strong = STRONG if phase == "targets_strong" else []
+        return [*choose(out, name), *strong, f"aepo.target_entropy={value}"]
     return [*(inherited(out, name) if name != SHARED else []), f"{METHODS[name].key}={value}"]
 
 

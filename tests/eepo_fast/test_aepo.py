@@ -11,7 +11,8 @@ import torch
 from eepo_fast import aepo
 from eepo_fast.advantages import group_advantages
 from eepo_fast.config import load_config
-from eepo_fast.types import UserError
+from eepo_fast.rewards.arithmetic import ArithmeticGrader
+from eepo_fast.types import Grade, UserError
 
 ROOT = Path(__file__).parents[2]
 ONE_UPDATE = {"prompts_per_update": 4}
@@ -217,3 +218,27 @@ def test_a_random_direction_is_as_long_as_the_gradient(make_policy, make_rollout
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert float(one.norm()) == pytest.approx(norm, rel=1e-4) == pytest.approx(float(true.norm()), rel=1e-4)
     assert abs(float(torch.nn.functional.cosine_similarity(one, true, dim=0))) < 4 / math.sqrt(len(one))
+
+
+class RightGrader(ArithmeticGrader):
+    """Everything is right, so that GRPO has no gradient and the term acts alone."""
+
+    def grade(self, problems, completions):
+        return [Grade(1.0, "ok", 0.0) for _ in completions]
+
+
+def late_entropy(make_trainer, target, **changes):
+    """Of the policy over the second half of 40 iterations, from where the last call has left the model."""
+    values = settings(target_entropy=target, num_samples=24, coef=1.0, temperature_low=0.6, temperature_high=1.6)
+    config = {"optimizer": {"learning_rate": 7e-4}, "aepo": {**values, **changes}}
+    trainer = make(make_trainer, grader=RightGrader(), **config)
+    found = [trainer.iteration()[1]["entropy/policy"] for _ in range(40)]
+    return sum(found[20:]) / 20
+
+
+def test_entropy_follows_the_target(make_trainer):
+    """Four targets on both sides of where the model is; without the term it stays there."""
+    assert late_entropy(make_trainer, 0.9, coef=0.0) == pytest.approx(1.7, abs=0.2)
+    targets = (1.3, 1.6, 1.9, 2.2)
+    found = [late_entropy(make_trainer, target) for target in targets]
+    assert found == sorted(found) and found == pytest.approx(targets, abs=0.2)
