@@ -21,7 +21,7 @@ from eepo_fast.config import Config, DataConfig, load_config
 ROOT = Path(__file__).parents[2]
 BASE = ("train.prompts_per_update=16", "log.token_details=false", "log.rollouts=false")
 TARGET_ENTROPY = 0.3  # between what GRPO ends with and what the base has
-ETAS = (1e-3, 3e-3, 5e-3, 1e-2)
+ETAS = (3e-3, 5e-3, 7e-3, 1e-2)
 SHARED = "grpo"  # what it chooses for its own key, all methods take
 
 

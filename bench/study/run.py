@@ -39,7 +39,7 @@ WATCHED = [  # while training, in the final runs
     "evaluation.every=15", "evaluation.k=[1,8]", "evaluation.data.in=arithmetic:3:9:125",
     "evaluation.data.more=arithmetic:4:9:125",
 ]  # fmt: skip
-SMALLEST_RATIO = 0.95
+SMALLEST_RATIO = 0.9
 FORGET_STEP = "eepo.learning_rate"
 EVERY = 5  # iterations averaged into one point of a curve
 PHASES = ["tune", "mass", "final", "targets", "targets_strong"]
