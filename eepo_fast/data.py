@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers.decoders import DecodeStream
 
 from eepo_fast.config import DataConfig
 from eepo_fast.types import Problem, Prompt, UserError
@@ -228,12 +227,16 @@ def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[in
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
     """The text that each token adds, special tokens included; a character cut over several tokens is the last one's."""
-    stream, texts = DecodeStream(), []
-    for token_id in token_ids:
-        texts.append(stream.step(tokenizer.backend_tokenizer, token_id))
-    if texts and texts[-1] is None:
-        texts[-1] = "\ufffd"  # cut off inside a character
-    return [text or "" for text in texts]
+    texts = []
+    start = read = 0  # decoded together, so that what a tokenizer does at the beginning of a text is not seen here
+    for end in range(1, len(token_ids) + 1):
+        before, now = (tokenizer.decode(token_ids[start:stop]) for stop in (read, end))
+        if now.endswith("\ufffd") and end < len(token_ids):  # inside a character
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, read = read, end
+    return texts
 
 
 def prompt_indices(iteration: int, num_prompts: int, prompts_per_iteration: int, seed: int) -> list[int]:

@@ -22,7 +22,7 @@ from eepo_fast.evaluation.pass_at_k import scores
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import HELD_OUT, load_set
 from eepo_fast.models import load_model
-from eepo_fast.rewards import make_grader
+from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rollout.engine import Sampling
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run import train
@@ -55,7 +55,7 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
     engine = HfEngine(model, dtype=torch.float32, max_sequences=1024, pad_id=tokenizer.pad_token_id)
     stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
     sampler = Sampler(engine, tokenizer, Sampling(1.0, config.rollout.max_new_tokens, stops), seed=0)
-    rows = sample_set(sampler, make_grader(data.train, config.reward), prompts, NUM_SAMPLES)
+    rows = sample_set(sampler, make_answer_grader(data.train, config.reward), prompts, NUM_SAMPLES)
     return {name: statistics.fmean(values) for name, values in scores(rows, KS).items()}
 
 

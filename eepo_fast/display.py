@@ -17,6 +17,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKS = 32  # points of a sparkline; each is the mean of its share of the iterations
 PHASE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 NUM_PHASES = len(PHASE_COLOURS)
+NARROW = 66  # columns, below which there is no room for sparklines and times
+SPEED_PERIOD_S = 24 * 3600.0  # over which iterations, which take minutes, are averaged for the time left
 
 Row = dict[str, float]
 
@@ -80,10 +82,10 @@ class LivePanel(Training):
         super().__init__(display, name, done, total)
         self.rows: list[Row] = []
         self.doing = ""
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(
-            TextColumn("iteration"), *columns, TextColumn("left"), console=display.console, expand=True
-        )
+        columns = [TextColumn("iteration"), BarColumn(bar_width=None), MofNCompleteColumn()]
+        if display.console.width >= NARROW:
+            columns += [TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left")]
+        self.progress = Progress(*columns, console=display.console, expand=True, speed_estimate_period=SPEED_PERIOD_S)
         self.task = self.progress.add_task(name, total=total, completed=done)
         self.live = Live(get_renderable=self.render, console=display.console, refresh_per_second=4)
 
@@ -107,17 +109,18 @@ class LivePanel(Training):
 
     def _curves(self) -> Table:
         table = Table(box=None, expand=True, pad_edge=False)
-        two_stages = known(self.rows[-1], "entropy/stage2")
+        two_stages, narrow = known(self.rows[-1], "entropy/stage2"), self.display.console.width < NARROW
         table.add_column("")
         for name in ("stage 1", "stage 2") if two_stages else ("all",):
             table.add_column(name, justify="right", no_wrap=True)
-            table.add_column("", no_wrap=True, ratio=1, style="cyan" if name != "stage 2" else "magenta")
-        width = max(8, min(SPARKS, (self.display.console.width - 40) // (2 if two_stages else 1)))
+            if not narrow:
+                table.add_column("", no_wrap=True, ratio=1, style="cyan" if name != "stage 2" else "magenta")
+        width = min(SPARKS, (self.display.console.width - 40) // (2 if two_stages else 1))
         for name, form in (("reward", ".3f"), ("entropy", ".3f"), ("length", ".0f")):
             cells = []
             for key in (f"{name}/stage1", f"{name}/stage2") if two_stages else (f"{name}/stage1",):
                 values = [row[key] for row in self.rows if known(row, key)]
-                cells += [format(values[-1], form) if values else "", sparkline(values, width)]
+                cells += [format(values[-1], form) if values else "", *([] if narrow else [sparkline(values, width)])]
             table.add_row(name, *cells)
         return table
 
@@ -162,6 +165,11 @@ class Display:
         """For every rank but the first."""
         return cls(Console(quiet=True))
 
+    @property
+    def is_live(self) -> bool:
+        """On a terminal that can move its cursor. A quiet console is none: what it redirects would be lost."""
+        return self.console.is_interactive and self.console.file.isatty() and not self.console.quiet
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
@@ -170,7 +178,7 @@ class Display:
 
     @contextmanager
     def training(self, name: str, done: int, total: int) -> Iterator[Training]:
-        if not self.console.is_terminal:
+        if not self.is_live:
             yield Training(self, name, done, total)
             return
         panel = LivePanel(self, name, done, total)
@@ -180,7 +188,7 @@ class Display:
     @contextmanager
     def task(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
         """Progress of one long step: the function it yields takes (done, total, text)."""
-        if not self.console.is_terminal:
+        if not self.is_live:
             self.say(name)
             yield lambda done, total, text: self.say(f"{name}: {text}") if done == total else None
             return

@@ -6,6 +6,7 @@ pay for compilation, allocation and caches.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
     if nsys and not torch.cuda.is_available():
         raise UserError("--nsys: expected a CUDA device, found none; without --nsys torch's profiler traces a CPU, too")
     with world.agree():
-        check_world(config, world.size, world.size)
+        check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
         if world.is_main:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -84,8 +85,11 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
                 raise UserError(f"--out: {out} cannot be written: {error.strerror}; choose another") from None
     peaks, rows = Peaks(), []
     ranges.enable(True)
-    with closing(make_grader(config.data.train, config.reward)) as grader:
-        grader.start()
+    with world.agree():
+        grader = make_grader(config.data.train, config.reward)
+    with closing(grader):
+        with world.agree():
+            grader.start()
         parts = load_parts(config, grader, world, display)
         with closing(parts.engine):
             trainer = Trainer(

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -35,7 +36,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # a resumed run writes what came after its checkpoint again
-        self.writer = SummaryWriter(config.run_dir / "tensorboard", purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(config.run_dir / "tensorboard", purge_step=step + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -87,7 +88,8 @@ def chosen(config: Config) -> dict[str, Callable[[int], Tracker]]:
         if project:
             found[module] = partial(Hosted, config, module=module, project=project)
     for module in found:
-        if importlib.util.find_spec(module) is None:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:  # a folder of that name, such as W&B leaves, is no package
             raise UserError(f"log.{module}: the package {module} is not installed; pip install {module}, or unset it")
     return found
 
@@ -110,7 +112,6 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:
             for thread in self._threads:
-                thread.send(None)
                 stack.callback(thread.join)
 
 
@@ -118,12 +119,15 @@ class _Thread:
     def __init__(self, name: str, start: Callable[[], Tracker], warn: Callable[[str], None]):
         self.name, self.warn = name, warn
         self.rows: queue.Queue = queue.Queue(BEHIND)
+        self.num_dropped, self.failed = 0, False
         self.thread = threading.Thread(target=self._work, args=(start,), name=f"tracker-{name}", daemon=True)
         self.thread.start()
 
-    def send(self, row: tuple[dict[str, float], int] | None) -> None:
-        with suppress(queue.Full):  # it hangs: said at the end
+    def send(self, row: tuple[dict[str, float], int]) -> None:
+        try:
             self.rows.put_nowait(row)
+        except queue.Full:
+            self.num_dropped += 1
 
     def _work(self, start: Callable[[], Tracker]) -> None:
         try:
@@ -133,9 +137,15 @@ class _Thread:
             tracker.close()
         except BaseException as error:  # some leave with SystemExit where they have no login
             reason = " ".join(str(error).split())[:300]
+            self.failed = True
             self.warn(f"{self.name}: {type(error).__name__}: {reason}; the run goes on without it")
 
     def join(self) -> None:
-        self.thread.join(LAST_WORDS_S)
+        deadline = time.monotonic() + LAST_WORDS_S
+        with suppress(queue.Full):
+            self.rows.put(None, timeout=LAST_WORDS_S)
+        self.thread.join(max(0.0, deadline - time.monotonic()))
         if self.thread.is_alive():
             self.warn(f"{self.name} still hangs after {LAST_WORDS_S:.0f} s; the run ends without it")
+        elif self.num_dropped and not self.failed:
+            self.warn(f"{self.name} was too slow: {self.num_dropped} iterations were not sent to it")

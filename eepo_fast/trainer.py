@@ -278,13 +278,14 @@ class Trainer:
             return self._within_memory(self.reference, lambda: self.reference.score(rows)[0])
 
     def _engine_logprobs(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
-        """For the rollout log: what the engine itself makes of these tokens now; nothing without token_details."""
+        """For the rollout log: what the engine itself makes of these tokens now; nothing without token_details, nor
+        where it cannot say."""
         if not self.config.log.token_details:
             return {}
         with self._timed("token_details"):
-            tensor_parallel = self.config.rollout.tensor_parallel
-            scored = score_everywhere(self.engine, rollouts, world=self.world, ranks_per_engine=tensor_parallel)
-        return dict(zip(map(id, rollouts), scored, strict=True))
+            shared = dict(world=self.world, ranks_per_engine=self.config.rollout.tensor_parallel)
+            scored = score_everywhere(self.engine, rollouts, self.sampling.temperature, **shared)
+        return {} if scored is None else dict(zip(map(id, rollouts), scored, strict=True))
 
     def _add_details(self, batch: RolloutBatch, unlearning: Unlearning | None) -> None:
         """Per-token numbers at θ for the rollout log; what the unlearning pass has not seen takes a scoring pass."""

@@ -56,7 +56,7 @@ class Unlearning:
     entropy: dict[int, list[float]] = field(default_factory=dict)
     gate: dict[int, list[float]] = field(default_factory=dict)
     change: dict[int, list[float]] = field(default_factory=dict)
-    """What the forget step did to a token's log-prob in the engine, at temperature 1; with `log.token_details`."""
+    """What the forget step did to a token's log-prob in the engine; with `log.token_details`."""
 
 
 def compute_unlearning(

@@ -27,7 +27,7 @@ from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
 from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
 from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
-from eepo_fast.rewards import make_grader
+from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rollout.engine import Sampling
 from eepo_fast.types import UserError, WeightsVersion
 
@@ -144,7 +144,10 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         sampling = Sampling(options.temperature, config.rollout.max_new_tokens, stops)
         sampler = Sampler(engine, tokenizer, sampling, options.seed, world)
         for eval_set in sets:
-            with closing(make_grader(eval_set.task, config.reward)) as grader, display.task(eval_set.name) as update:
+            with (
+                closing(make_answer_grader(eval_set.task, config.reward)) as grader,
+                display.task(eval_set.name) as update,
+            ):
                 rows[eval_set.name] = sample_set(
                     sampler, grader, prompts[eval_set.name], num_samples,
                     file=options.out / "completions" / f"{eval_set.name}.jsonl",
@@ -209,7 +212,7 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
     reward = RewardConfig(mode=mode, step_seconds=UNLIMITED)
     for eval_set in sets:
         pairs = [(p, k, r) for p in eval_set.problems for k, r in enumerate(responses[p.id])]
-        with closing(make_grader(eval_set.task, reward)) as grader:
+        with closing(make_answer_grader(eval_set.task, reward)) as grader:
             grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
         rows[eval_set.name] = [
             {"id": p.id, "sample": k, "completion": r, "num_tokens": None,

@@ -22,7 +22,7 @@ from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import EvalSet, load_set
 from eepo_fast.evaluation.tables import make_results, write_results
 from eepo_fast.policy.module import Policy
-from eepo_fast.rewards import check_golds, make_grader
+from eepo_fast.rewards import check_golds, make_answer_grader
 from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling
 from eepo_fast.types import Prompt, UserError, WeightsVersion
 
@@ -35,7 +35,7 @@ def load_sets(config: Config) -> list[EvalSet]:
 def check_sets(sets: Sequence[EvalSet], reward: RewardConfig) -> None:
     """UserError where an answer of theirs cannot be read."""
     for eval_set in sets:
-        with closing(make_grader(eval_set.task, reward)) as grader:
+        with closing(make_answer_grader(eval_set.task, reward)) as grader:
             check_golds(grader, eval_set.problems, f"evaluation data {eval_set.name}")
 
 
@@ -89,7 +89,7 @@ class PeriodicEvaluation:
         rows = {}
         for eval_set, prompts in self.sets:
             file = folder / f"{eval_set.name}.jsonl"
-            with closing(make_grader(eval_set.task, self.config.reward)) as grader:
+            with closing(make_answer_grader(eval_set.task, self.config.reward)) as grader:
                 rows[eval_set.name] = sample_set(sampler, grader, prompts, evaluation.samples, file=file)
         results = make_results(f"{self.config.run.name}, step {step}", {"step": step}, rows, evaluation.k)
         if policy.world.is_main:

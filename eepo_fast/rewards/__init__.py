@@ -11,7 +11,7 @@ from eepo_fast.rewards.function import FunctionGrader
 from eepo_fast.rewards.math import MathGrader
 from eepo_fast.types import Grade, Problem, UserError
 
-__all__ = ["ArithmeticGrader", "Grader", "MathGrader", "check_golds", "make_grader"]
+__all__ = ["ArithmeticGrader", "Grader", "MathGrader", "check_golds", "make_answer_grader", "make_grader"]
 
 
 class Grader(Protocol):
@@ -28,10 +28,12 @@ class Grader(Protocol):
 
 
 def make_grader(task: str, settings: RewardConfig) -> Grader:
-    """The grader of `data.train`: the procedural task has its own verifier, all else an exact mathematical answer,
-    unless `reward.function` names another. UserError where that cannot be imported."""
-    if settings.function:
-        return FunctionGrader(settings.function)
+    """What training rewards: `reward.function`, or right answers. UserError where it cannot be imported."""
+    return FunctionGrader(settings.function) if settings.function else make_answer_grader(task, settings)
+
+
+def make_answer_grader(task: str, settings: RewardConfig) -> Grader:
+    """Is the answer right? The procedural task has its own verifier, all else an exact mathematical answer."""
     if task == "arithmetic":
         return ArithmeticGrader()
     return MathGrader(settings.mode, step_seconds=settings.step_seconds)

@@ -58,9 +58,10 @@ def find_function(name: str) -> Callable[[Problem, str], float]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does when it is read
+        reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"reward.function: {name} cannot be imported ({error}); start in the folder of {module}.py, or put it on "
+            f"reward.function: {name} cannot be imported ({reason}); start in the folder of {module}.py, or put it on "
             "PYTHONPATH"
         ) from None
     if not callable(function):

@@ -50,9 +50,9 @@ class RolloutEngine(Protocol):
         """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
         what is sampled beside it."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """Log-prob of each completion token under the engine's weights as they are now, in nats, at temperature 1,
-        whatever it was sampled at; NaN for a last token that the engine has no room for."""
+    def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
+        """Log-prob of each completion token under the engine's weights as they are now, in nats; NaN for a last token
+        that the engine has no room for. None where the engine cannot say at this temperature."""
 
     def sleep(self) -> None:
         """Give memory back until the next update or generation, if this engine was told to."""

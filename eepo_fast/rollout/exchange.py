@@ -50,12 +50,15 @@ def generate_everywhere(
 
 
 def score_everywhere(
-    engine: RolloutEngine, rollouts: Sequence[Rollout], *, world: World, ranks_per_engine: int
-) -> list[list[float]]:
+    engine: RolloutEngine, rollouts: Sequence[Rollout], temperature: float, *, world: World, ranks_per_engine: int
+) -> list[list[float]] | None:
     """`engine.score` of all rollouts, which every rank has, shared out over the ranks' engines, on every rank."""
     costs = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
     share = deal(costs, world.size // ranks_per_engine)[world.rank // ranks_per_engine]
-    found = dict(zip(share, engine.score([rollouts[i] for i in share]), strict=True))
+    scored = engine.score([rollouts[i] for i in share], temperature)
+    if scored is None:  # on every rank alike
+        return None
+    found = dict(zip(share, scored, strict=True))
     everything = {place: values for part in world.gather(found) for place, values in part.items()}
     return [everything[i] for i in range(len(rollouts))]
 

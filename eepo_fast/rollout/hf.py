@@ -11,15 +11,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from eepo_kernels import ForgetStats, forget, sync, tensor_key
+from eepo_kernels import ForgetStats, forget, linear_logprobs, sync, tensor_key
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Progress, Request, Sampling
 from eepo_fast.rollout.weights import checksums, rounded_checksums
 from eepo_fast.types import EngineError, Rollout, WeightsVersion
+
+SCORE_TOKENS = 8192  # scored at once
 
 
 class HfEngine:
@@ -197,21 +198,35 @@ class HfEngine:
         return tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+    def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]]:
         self._check_weights()
         results: list[list[float]] = [[] for _ in rollouts]
-        order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt.token_ids) + rollouts[i].num_tokens)
-        for start in range(0, len(order), self.max_sequences):
-            chosen = order[start : start + self.max_sequences]
+        head = self.model.get_output_embeddings()
+        for chosen in self._score_batches(rollouts):
             rows = [torch.tensor(rollouts[i].prompt.token_ids + rollouts[i].token_ids) for i in chosen]
             # padded on the right, where causal attention never looks from a token that counts
             ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
-            logits = self.model(ids, use_cache=False).logits[:, :-1]
-            logprobs = -cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-            for i, row in zip(chosen, logprobs.cpu(), strict=True):
-                first = len(rollouts[i].prompt.token_ids) - 1
-                results[i] = row[first : first + rollouts[i].num_tokens].tolist()
+            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            starts = [len(rollouts[i].prompt.token_ids) - 1 for i in chosen]
+            spans = [slice(start, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
+            states = torch.cat([hidden[k, span] for k, span in enumerate(spans)])
+            targets = torch.cat([ids[k, 1:][span] for k, span in enumerate(spans)])
+            found = linear_logprobs(states, head.weight, targets, bias=head.bias, temperature=temperature).logprobs
+            for i, part in zip(chosen, found.cpu().split([s.stop - s.start for s in spans]), strict=True):
+                results[i] = part.tolist()
         return results
+
+    def _score_batches(self, rollouts: Sequence[Rollout]) -> Iterator[list[int]]:
+        """Indices in batches of at most `SCORE_TOKENS`, padding included, or one."""
+        lengths = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
+        batch: list[int] = []
+        for i in sorted(range(len(rollouts)), key=lambda i: lengths[i]):
+            if batch and (len(batch) + 1) * lengths[i] > SCORE_TOKENS:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
 
     def sleep(self) -> None:
         """Keeps its weights: the embedded engine has no cache between stages."""

@@ -327,7 +327,9 @@ class VllmEngine:
                 engine.abort_request(list(waiting))
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+    def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
+        if temperature != 1:
+            return None  # vLLM scores at 1 only
         self._find_weights()
         self._check_weights()
         room = self.llm.llm_engine.model_config.max_model_len - 1  # vLLM scores what it reads, then samples a token

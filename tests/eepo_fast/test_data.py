@@ -162,7 +162,26 @@ def test_a_character_over_several_tokens_is_the_last_ones():
     )
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
-    whole = SimpleNamespace(backend_tokenizer=byte_level)
+    whole = SimpleNamespace(decode=byte_level.decode)
     ids = byte_level.encode("aü 🙂!").ids
     assert token_texts(whole, ids) == ["a", "", "ü", " ", "", "", "", "🙂", "!"]
     assert token_texts(whole, ids[:-2]) == ["a", "", "ü", " ", "", "", "\ufffd"], "cut off inside a character"
+
+
+def test_texts_of_a_byte_fallback_vocabulary_are_the_completion():
+    """Llama's and Gemma's kind: bytes in the vocabulary, a leading space that decoding takes away; any sequence."""
+    bytes_of = [f"<0x{i:02X}>" for i in range(256)]
+    vocab = {token: i for i, token in enumerate(["<unk>", *bytes_of, "▁", "a", "▁the", "ü", "🙂"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    whole = SimpleNamespace(decode=tokenizer.decode)
+    assert token_texts(whole, [vocab[t] for t in ("▁the", "<0xC3>", "<0xBC>", "▁the")]) == ["the", "", "ü", " the"]
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = token_texts(whole, [rng.randrange(len(vocab)) for _ in range(12)])
+        assert len(texts) == 12
+    valid = [vocab[t] for t in ("a", "▁the", "ü", "🙂", "<0x0A>", "▁")]
+    for _ in range(200):
+        ids = [rng.choice(valid) for _ in range(12)]
+        assert "".join(token_texts(whole, ids)) == tokenizer.decode(ids)

@@ -132,15 +132,19 @@ def test_an_engine_whose_update_was_interrupted_does_not_sample(make_engine, mak
     assert engine.generate(requests, SAMPLING)[0].weights_version == (1, False)
 
 
-def test_scores_are_those_of_a_plain_forward_at_temperature_1(make_engine, prompts):
-    """Of completions of many lengths, in batches that pad; whatever they were sampled at."""
-    engine = make_engine(max_sequences=7)
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
+def test_scores_are_those_of_a_plain_forward(make_engine, prompts, monkeypatch, temperature):
+    """Of completions of many lengths, in batches that pad."""
+    monkeypatch.setattr("eepo_fast.rollout.hf.SCORE_TOKENS", 60)
+    engine = make_engine()
     rollouts = engine.generate(make_requests(prompts, 1, range(5), 0, 0), SAMPLING)
     assert len({r.num_tokens for r in rollouts}) > 1
-    for r, scored in zip(rollouts, engine.score(rollouts), strict=True):
-        assert scored == pytest.approx(plain_logprobs(engine.model, r, 1.0), abs=2e-5)
-        assert scored != pytest.approx(r.rollout_logprobs, abs=1e-3), "those are at 0.8"
+    assert len(list(engine._score_batches(rollouts))) > 3
+    for r, scored in zip(rollouts, engine.score(rollouts, temperature), strict=True):
+        assert scored == pytest.approx(plain_logprobs(engine.model, r, temperature), abs=2e-5)
+    same = scored == pytest.approx(r.rollout_logprobs, abs=1e-3)
+    assert same == (temperature == 0.8), "what it was sampled at"
     with torch.no_grad():
         next(engine.model.parameters()).view(-1)[0] += 1
     with pytest.raises(EngineError):
-        engine.score(rollouts)
+        engine.score(rollouts, 1.0)

@@ -315,7 +315,8 @@ def test_policy_loss_and_gradient_against_a_plain_mini_batch(make_trainer, monke
 
 def test_the_log_has_what_forgetting_did_to_each_token(make_trainer):
     """Measured in the engine: the change is that of its weights, θ' against θ, and of nothing with a closed gate."""
-    trainer = make_trainer(eepo={"learning_rate": 0.05, "alpha": 9.0}, log={"token_details": True})
+    sampled_at = {"rollout": {"temperature": 0.8}}
+    trainer = make_trainer(eepo={"learning_rate": 0.05, "alpha": 9.0}, log={"token_details": True}, **sampled_at)
     model = copy.deepcopy(trainer.policy.model)  # θ, before the update
     taken = {}
     forget = trainer.engine.forget
@@ -335,7 +336,7 @@ def test_the_log_has_what_forgetting_did_to_each_token(make_trainer):
         ids = torch.tensor([r.prompt.token_ids + r.token_ids])
         first = len(r.prompt.token_ids) - 1
         before, after = (
-            m(ids).logits[0, first:-1].log_softmax(-1)[range(r.num_tokens), r.token_ids] for m in (model, moved)
+            (m(ids).logits[0, first:-1] / 0.8).log_softmax(-1)[range(r.num_tokens), r.token_ids] for m in (model, moved)
         )
         assert r.details["forget_change"] == pytest.approx((after - before).tolist(), abs=1e-4)
     assert min(min(r.details["forget_change"]) for r in batch.stage(1)) < -1e-3
@@ -343,3 +344,6 @@ def test_the_log_has_what_forgetting_did_to_each_token(make_trainer):
     closed = make_trainer(eepo={"alpha": 1e-9}, log={"token_details": True})
     batch, row = closed.iteration()
     assert row["unlearn/skipped"] == 1 and not any("forget_change" in r.details for r in batch.rollouts)
+    dumb = make_trainer(eepo={"alpha": 9.0}, log={"token_details": True})
+    dumb.engine.score = lambda rollouts, temperature: None  # vLLM's, at a temperature other than 1
+    assert not any("forget_change" in r.details for r in dumb.iteration()[0].rollouts)

@@ -429,12 +429,13 @@ def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
     for weights in (model, moved(model, gradient, 0.5)):
         if weights is not model:
             forget(engine, gradient)
-        scores = engine.score([*rollouts, full])
+        scores = engine.score([*rollouts, full], 1.0)
         assert len(scores[-1]) == full.num_tokens and math.isnan(scores[-1][-1]), "no room for one token more"
         for r, scored in zip([*rollouts, full], scores, strict=True):
             known = [s for s in scored if not math.isnan(s)]
             shown = replace(r, token_ids=r.token_ids[: len(known)], rollout_logprobs=known)
             assert gap(weights, [shown], temperature=1.0) < 5e-5
         assert not any(map(math.isnan, scores[0]))
+    assert engine.score(rollouts, 0.7) is None, "vLLM scores at 1 only"
     sync(engine, weights_of(model), 1)
     assert [r.token_ids for r in engine.generate(REQUESTS, SAMPLING)] == [r.token_ids for r in rollouts]
