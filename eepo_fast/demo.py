@@ -83,14 +83,14 @@ def run_demo(seed: int, root: str, display: Display | None = None) -> dict[str, 
     curves = {method: read_metrics(run_dir) for method, run_dir in run_dirs.items()}
     display.console.print(make_table(results, curves))
     report = run_dirs["eepo"] / "report"
-    report.mkdir(exist_ok=True)
-    (report / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     from eepo_fast.report.command import write_report  # matplotlib takes its time
     from eepo_fast.report.demo_figure import draw
 
+    page = write_report(list(run_dirs.values()), report)
+    (report / "demo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw(results, curves, config.eepo.alpha, report / "demo.png")
     display.say(f"figure: {report / 'demo.png'}")
-    display.say(f"report: {write_report(list(run_dirs.values()), report)}")
+    display.say(f"report: {page}")
     display.say(f"{time.perf_counter() - started:.0f} s in all; runs in {root}/")
     return results
 

@@ -231,7 +231,8 @@ def add_to_last(run_dir: Path, step: int, values: dict[str, float]) -> None:
 def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: bool, tokenizer) -> None:
     folder = run_dir / "rollouts"
     folder.mkdir(exist_ok=True)
-    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+    path = folder / f"step_{step:06d}.jsonl"
+    with path.with_suffix(".tmp").open("w", encoding="utf-8", errors="replace") as file:
         for r in (*batch.rollouts, *batch.extra):
             row = {
                 "prompt_id": r.prompt.id,
@@ -254,6 +255,7 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
                 row["rollout_logprobs"] = _without_nan(r.rollout_logprobs)
                 row.update({name: _without_nan(values) for name, values in r.details.items()})
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    path.with_suffix(".tmp").replace(path)  # a report may be reading
 
 
 def _without_nan(values: list[float]) -> list[float | None]:

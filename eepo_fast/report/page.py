@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eepo_fast.evaluation.tables import NAMES, metrics_of
-from eepo_fast.report.panels import TROUBLE, Panel, late_mean, phases
+from eepo_fast.report.panels import TROUBLE, Panel, late_mean, levels_of, phases
 from eepo_fast.report.pictures import colour, evaluated, pass_at_k, window_for
 from eepo_fast.report.rollouts import summaries
 from eepo_fast.report.runs import Group, Run, differing
@@ -40,7 +40,8 @@ def write_page(
     runs: Sequence[Run], groups: Sequence[Group], panels: Sequence[Panel], pictures: Sequence[Path], out: Path
 ) -> Path:
     parts = {
-        "title": escape(", ".join(group.label for group in groups)),
+        "title": escape(title(groups)),
+        "key": colour_key(groups),
         "head": head(runs),
         "summary": summary(groups),
         "trouble": trouble(runs),
@@ -56,6 +57,22 @@ def write_page(
     path = out / "index.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def title(groups: Sequence[Group]) -> str:
+    """The groups' names, or how many they are where that is too long for a heading."""
+    names = ", ".join(group.label for group in groups)
+    return names if len(names) <= 60 else f"{sum(len(group.runs) for group in groups)} runs"
+
+
+def colour_key(groups: Sequence[Group]) -> str:
+    """Which colour is whose; of one group the lines are told apart, and each chart says how."""
+    if len(groups) == 1:
+        return ""
+    items = []
+    for g, group in enumerate(groups):
+        items.append(f'<span><i style="background:{colour(groups, g, 0)}"></i>{escape(group.label)}</span>')
+    return f'<p class="key">{"".join(items)}</p>'
 
 
 def script(value: Any) -> str:
@@ -75,9 +92,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") 
 def head(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        total = run.ending.get("total") if run.ending else run.settings.get("train.iterations")
+        total = run.ending["total"] if run.ending else run.settings.get("train.iterations")
         reason = run.ending["reason"] if run.ending else "running, or killed"
-        reason += f": {run.ending['message']}" if run.ending and run.ending.get("message") else ""
+        reason += f": {run.ending['message']}" if run.ending and run.ending["message"] else ""
         method = "EEPO" if run.settings.get("eepo.enabled") else "GRPO"
         method += " + AEPO" if run.settings.get("aepo.enabled") else ""
         last = run.steps[-1]
@@ -188,7 +205,7 @@ def charts(groups: Sequence[Group], panels: Sequence[Panel]) -> list[dict[str, A
                         {"name": name, "x": steps, "y": rounded(mean), **band}
                         | {"colour": colour(groups, g, i), "dash": line.style, "sparse": None in mean}
                     )
-        levels = sorted({run.settings.get(panel.level) for group in groups for run in group.runs} - {None})
+        levels = levels_of(panel, groups)
         window = window_for(max(len(run.rows) for group in groups for run in group.runs))
         found.append(
             {"title": panel.title, "unit": panel.unit, "text": panel.text, "curves": curves, "levels": levels}

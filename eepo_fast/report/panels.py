@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from eepo_fast.report.runs import Group
 
 SOLID, DASHED, DOTTED = "solid", "dash", "dot"
-COLOURS = ("#1f6fb4", "#c8443f", "#2a8c5a", "#8a5cb8", "#c77a1f", "#3a9ca6", "#a8487f", "#6b6b6b")
+COLOURS = (
+    "#1f6fb4", "#c8443f", "#2a8c5a", "#8a5cb8", "#c77a1f", "#3a9ca6", "#a8487f", "#6b6b6b",
+    "#7fb2e0", "#e79a97", "#86c9a6", "#c3a8de", "#e6bb85", "#94cfd6", "#d79abf", "#adadad",
+)  # fmt: skip
 STAGES = (("stage1", "stage 1", SOLID), ("stage2", "stage 2", DASHED))
 
 
@@ -113,6 +116,17 @@ def _evaluations(known: set[str]) -> list[Panel]:
     return panels
 
 
+def levels_of(panel: Panel, groups: Sequence[Group]) -> list[float]:
+    """Where the panel's horizontal lines are: the setting of those runs that use it."""
+    used = {
+        run.settings.get(panel.level)
+        for group in groups
+        for run in group.runs
+        if run.settings.get(f"{panel.level.partition('.')[0]}.enabled")
+    }
+    return sorted(used - {None})
+
+
 def _natural(key: str) -> tuple[int, int]:
     metric, _, k = key.rpartition("/")[2].partition("@")
     return (int(metric != "greedy"), int(k or 0))
@@ -131,5 +145,5 @@ def phases(group: Group) -> dict[str, float]:
     # an evaluation comes between iterations; all other phases are part of one
     counted = [k for k in keys if k not in ("time/iteration_s", "time/evaluation_s")]
     means = {k[5:-2]: sum(row.get(k) or 0.0 for row in rows) / len(rows) for k in counted}
-    other = sum(row["time/iteration_s"] or 0.0 for row in rows) / len(rows) - sum(means.values())
+    other = sum(row.get("time/iteration_s") or 0.0 for row in rows) / len(rows) - sum(means.values())
     return dict(sorted(means.items(), key=lambda item: -item[1])) | {"other": max(0.0, other)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,21 +13,28 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from eepo_fast.report.panels import COLOURS, Panel, phases
+from eepo_fast.report.panels import COLOURS, Panel, levels_of, phases
 from eepo_fast.report.runs import Group, Values
 
+PICTURES = ("curves.png", "time.png", "pass_at_k.png")
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 COLUMNS = 3
 
 
 def draw_all(groups: Sequence[Group], panels: Sequence[Panel], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "curves.png", folder / "time.png"]
-    draw_curves(groups, panels, paths[0])
-    draw_phases(groups, paths[1])
-    if sets := evaluated(groups):
-        paths.append(folder / "pass_at_k.png")
-        draw_pass_at_k(groups, sets, paths[2])
+    curves, times, pass_at_ks = (folder / name for name in PICTURES)
+    paths = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that no font here has
+        if panels:
+            draw_curves(groups, panels, curves)
+            paths.append(curves)
+        draw_phases(groups, times)
+        paths.append(times)
+        if sets := evaluated(groups):
+            draw_pass_at_k(groups, sets, pass_at_ks)
+            paths.append(pass_at_ks)
     return paths
 
 
@@ -41,7 +49,8 @@ def smooth(values: Values, window: int) -> np.ndarray:
 
 
 def window_for(num_iterations: int) -> int:
-    return max(1, num_iterations // 20)
+    """Odd: as many iterations before as after."""
+    return 2 * (num_iterations // 40) + 1
 
 
 def colour(groups: Sequence[Group], group: int, line: int) -> str:
@@ -61,7 +70,7 @@ def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) ->
                 if not any(v is not None for v in mean):
                     continue
                 window, shade = window_for(len(steps)), colour(groups, g, i)
-                label = line.label if len(groups) == 1 else f"{group.name}: {line.label}"
+                label = line.label if len(groups) == 1 else (line.label if g == 0 and len(panel.lines) > 1 else None)
                 known = [k for k, v in enumerate(mean) if v is not None]
                 if len(known) < len(steps):  # evaluated now and then
                     at, points = [steps[k] for k in known], [mean[k] for k in known]
@@ -70,15 +79,23 @@ def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) ->
                 axis.plot(steps, smooth(mean, window), DASHES[line.style], color=shade, label=label)
                 if len(group.runs) > 1:
                     axis.fill_between(steps, smooth(low, window), smooth(high, window), color=shade, alpha=0.15, lw=0)
-        for level in {run.settings.get(panel.level) for group in groups for run in group.runs} - {None}:
+        for level in levels_of(panel, groups):
             axis.axhline(level, color="black", linewidth=0.6, linestyle=":")
         axis.set(title=panel.title, xlabel="iteration", ylabel=panel.unit)
-        axis.legend(frameon=False, fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
+    if len(groups) > 1:  # one key for all panels: a colour a group
+        handles = [plt.Line2D([], [], color=colour(groups, g, 0)) for g in range(len(groups))]
+        figure.legend(handles, [named(group) for group in groups], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def named(group: Group) -> str:
+    return f" {group.label}"  # matplotlib leaves labels out that begin with an underscore
 
 
 def draw_phases(groups: Sequence[Group], path: Path) -> None:
@@ -88,7 +105,7 @@ def draw_phases(groups: Sequence[Group], path: Path) -> None:
     left = np.zeros(len(groups))
     for i, name in enumerate(names):
         widths = np.array([part.get(name, 0.0) for part in found])
-        axis.barh([g.label for g in groups], widths, left=left, label=name, color=plt.get_cmap("tab20")(i % 20))
+        axis.barh([named(g) for g in groups], widths, left=left, label=name, color=plt.get_cmap("tab20")(i % 20))
         left += widths
     axis.set(xlabel="seconds an iteration, without the first")
     axis.invert_yaxis()
@@ -137,7 +154,7 @@ def draw_pass_at_k(groups: Sequence[Group], sets: Sequence[str], path: Path) -> 
             if not (found := pass_at_k(group, name)):
                 continue
             value, low, high = ([100 * cell[i] for cell in found.values()] for i in range(3))
-            axis.plot(list(found), value, marker="o", markersize=3, color=COLOURS[g % len(COLOURS)], label=group.label)
+            axis.plot(list(found), value, marker="o", markersize=3, color=COLOURS[g % len(COLOURS)], label=named(group))
             axis.fill_between(list(found), low, high, color=COLOURS[g % len(COLOURS)], alpha=0.15, lw=0)
         axis.set_xscale("log", base=2)
         axis.set(title=f"pass@k on {name}, last evaluation", xlabel="k", ylabel="percent solved")

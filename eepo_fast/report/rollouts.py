@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-import statistics
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,38 @@ SCALE, MISSING = 1000, -32768
 LIMIT = 32_000  # thousandths: log-probs below -32 are as good as -32
 
 
+def key_of(run: Run) -> str:
+    """The folder of a run's scripts: the same in every report."""
+    return f"{run.name}-{zlib.crc32(str(run.folder.resolve()).encode()):08x}"
+
+
 def write_rollouts(runs: list[Run], folder: Path) -> None:
-    """folder/run-0/step_000012.js and so on. Those newer than their log are kept."""
-    for place, run in enumerate(runs):
-        target = folder / f"run-{place}"
+    """folder/KEY/step_000012.js and so on; what an earlier report has left of other runs is removed, and what is newer
+    than its log is kept."""
+    keys = [key_of(run) for run in runs]
+    for old in folder.glob("*"):
+        if old.name not in keys:
+            shutil.rmtree(old)
+    for key, run in zip(keys, runs, strict=True):
+        target = folder / key
         target.mkdir(parents=True, exist_ok=True)
-        wanted = {f"step_{step:06d}.js" for step in run.rollouts}
+        scripts = {target / f"step_{step:06d}.js": step for step in run.rollouts}
         for old in target.glob("step_*.js"):
-            if old.name not in wanted:
+            if old not in scripts:
                 old.unlink()
-        for step, log in run.rollouts.items():
-            groups = read_groups(log)
-            text = json.dumps(groups, ensure_ascii=False, separators=(",", ":"))
-            (target / f"step_{step:06d}.js").write_text(f"rollouts({place},{step},{text})\n", encoding="utf-8")
+        for script, step in scripts.items():
+            log = run.rollouts[step]
+            if script.exists() and script.stat().st_mtime_ns > log.stat().st_mtime_ns:
+                continue
+            text = json.dumps(read_groups(log), ensure_ascii=False, separators=(",", ":"))
+            # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark
+            script.write_bytes(f"rollouts({json.dumps(key)},{step},{text})\n".encode(errors="replace"))
 
 
 def read_groups(log: Path) -> list[dict[str, Any]]:
     """A rollout log's groups, in the order of their prompts; AEPO's extra samples are with their prompt's group."""
     groups: dict[str, dict[str, Any]] = {}
-    with log.open(encoding="utf-8") as file:
+    with log.open(encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
@@ -85,7 +99,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
         "entropy": row.get("entropy"),
         "change": change,
     }
-    found["tokens"] = row["tokens"]
+    found["tokens"] = [token or "" for token in row["tokens"]]
     found |= {name: pack(values) for name, values in columns.items() if values is not None}
     if "gate" in row:
         found["gate"] = "".join("1" if g else "0" for g in row["gate"])
@@ -103,10 +117,10 @@ def summaries(run: Run) -> dict[str, Any]:
     """What the page needs to list a run's iterations without loading them."""
     known = dict(zip(run.steps, run.values("reward/mean"), strict=True))
     return {
+        "key": key_of(run),
         "name": run.name,
         "steps": list(run.rollouts),
         "rewards": [known.get(step) for step in run.rollouts],
         "alpha": run.settings.get("eepo.alpha") if run.settings.get("eepo.enabled") else None,
         "details": bool(run.settings.get("log.token_details")),
-        "entropy": statistics.fmean([v for v in run.values("entropy/policy") if v is not None] or [0.0]),
     }

@@ -83,27 +83,46 @@ def read_run(folder: Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         raise UserError(f"report: no iteration is logged in {folder / 'metrics.jsonl'} yet; try again after the first")
-    ending = folder / "ended.json"
+    last = rows[-1]["step"]  # later ones belong to an iteration that is still being logged
     return Run(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
         settings=settings,
         rows=rows,
         evaluations={
-            step: json.loads((path / "results.json").read_text(encoding="utf-8"))
+            step: read_results(path / "results.json")
             for step, path in by_step(folder / "evaluations", "").items()
-            if (path / "results.json").is_file()
+            if step <= last and (path / "results.json").is_file()
         },
-        rollouts=by_step(folder / "rollouts", ".jsonl"),
-        ending=json.loads(ending.read_text(encoding="utf-8")) if ending.is_file() else None,
+        rollouts={step: path for step, path in by_step(folder / "rollouts", ".jsonl").items() if step <= last},
+        ending=read_ending(folder / "ended.json"),
     )
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for part in results["sets"].values():
+            part["metrics"].items(), part["num_problems"]
+        return results
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"report: {path} is not an evaluation's results; remove {path.parent}") from None
+
+
+def read_ending(path: Path) -> dict[str, Any] | None:
+    """Why the run ended; None where it goes on, was killed, or is just writing it."""
+    try:
+        ending = json.loads(path.read_text(encoding="utf-8"))
+        return {"message": "", "total": None, **ending} if "reason" in ending else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows in their order; a last line that is still being written is left for the next time."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for place, line in enumerate(lines, 1):
         try:

@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from eepo_fast.cli import main
 from eepo_fast.report.panels import late_mean, panels_of, phases
-from eepo_fast.report.rollouts import pack, read_groups, rollout
+from eepo_fast.report.rollouts import key_of, pack, read_groups, rollout
 from eepo_fast.report.runs import group_runs, read_run, shared_name
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,8 +33,12 @@ def report(*runs, out=None):
     return main(["report", *map(str, runs), *([] if out is None else ["--out", str(out)])])
 
 
+def page_text(folder):
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
 def page_data(folder):
-    text = (folder / "index.html").read_text(encoding="utf-8")
+    text = page_text(folder)
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1))
 
 
@@ -44,7 +49,7 @@ def test_everything_is_written(runs, tmp_path, capsys):
     assert {"index.html", "page.js", "page.css", "rollouts.js", "plotly.min.js", "rollouts"} <= names
     for picture in ("curves.png", "time.png", "pass_at_k.png"):
         assert (tmp_path / "page" / picture).read_bytes().startswith(b"\x89PNG")
-    scripts = sorted(p.name for p in (tmp_path / "page/rollouts/run-0").iterdir())
+    scripts = sorted(p.name for p in (tmp_path / "page/rollouts" / key_of(read_run(runs[0]))).iterdir())
     assert scripts == [f"step_{i:06d}.js" for i in range(1, 7)]
     data = page_data(tmp_path / "page")
     titles = [chart["title"] for chart in data["charts"]]
@@ -122,10 +127,62 @@ def test_a_run_that_goes_on_can_be_drawn(runs, tmp_path):
     assert report(runs[0]) == 0
     text = (runs[0] / "report/index.html").read_text(encoding="utf-8")
     assert "running, or killed" in text
+    log = runs[0] / "rollouts/step_000007.jsonl"
+    log.write_text('{"prompt_id": "p0", "prom')
+    (runs[0] / "ended.json").write_text('{"reason": "fini')
+    with (runs[0] / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe")
     (runs[0] / "rollouts/step_000002.jsonl").unlink()
     assert report(runs[0]) == 0, "and drawn again"
-    assert not (runs[0] / "report/rollouts/run-0/step_000002.js").exists()
+    assert not list((runs[0] / "report").rglob("step_000002.js"))
     assert page_data(runs[0] / "report")["runs"][0]["steps"] == [1, 3, 4, 5, 6]
+
+
+def test_a_report_is_written_over_and_nothing_else(runs, tmp_path):
+    out = tmp_path / "page"
+    assert report(*runs, out=out) == 0 and (out / "pass_at_k.png").exists()
+    kept = next((out / "rollouts").glob("eepo-seed0-*/step_000001.js"))
+    stamp = kept.stat().st_mtime_ns
+    for folder in (runs[0] / "evaluations",):
+        shutil.rmtree(folder)
+    assert report(runs[0], runs[0], out=out) == 0, "the same run twice is one run"
+    assert [r["name"] for r in page_data(out)["runs"]] == ["eepo-seed0"] and "2 seeds" not in page_text(out)
+    assert [p.name for p in (out / "rollouts").iterdir()] == [kept.parent.name] and not (out / "pass_at_k.png").exists()
+    assert kept.stat().st_mtime_ns == stamp, "newer than its log: kept"
+    log = runs[0] / "rollouts/step_000001.jsonl"
+    log.write_text(log.read_text())
+    assert report(runs[0], out=out) == 0 and kept.stat().st_mtime_ns > stamp
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/index.html").write_text("my own page")
+    assert report(runs[0], out=tmp_path / "mine") == 2 and (tmp_path / "mine/index.html").read_text() == "my own page"
+
+
+def test_runs_as_bare_or_as_odd_as_they_come(tmp_path, metric_keys):
+    """One iteration with nothing in it; no text in UTF-8; surrogates; tokens without a text; many runs, odd names."""
+    bare = make_run(tmp_path / "bare", steps=1, metric_keys=())
+    (bare / "metrics.jsonl").write_text('{"step": 1}\n')
+    row = json.loads((bare / "rollouts/step_000001.jsonl").read_text().split("\n")[0])
+    row |= {"completion": "\ud800", "tokens": [None, *row["tokens"][1:]]}
+    (bare / "rollouts/step_000001.jsonl").write_bytes(json.dumps(row).encode() + b"\n")
+    assert report(bare) == 0
+    names = ["_test", "訓練", *(f"lr{i}" for i in range(14))]
+    many = [make_run(tmp_path / n, steps=2, groups=1, metric_keys=sorted(metric_keys)) for n in names]
+    for i, run in enumerate(many):
+        settings = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(settings.replace("alpha: 0.3", f"alpha: {0.3 + i / 10}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert report(*many, out=tmp_path / "page") == 0
+    text = page_text(tmp_path / "page")
+    assert "<h1>16 runs</h1>" in text and text.count("<span><i style=") == 16
+    assert len({c["colour"] for c in page_data(tmp_path / "page")["charts"][0]["curves"]}) == 16
+
+
+def test_alpha_is_drawn_where_it_is_used(runs, tmp_path):
+    for run, levels in ((runs[0], [0.3]), (runs[2], [])):
+        assert report(run) == 0
+        (entropy,) = (c for c in page_data(run / "report")["charts"] if c["title"] == "Entropy")
+        assert entropy["levels"] == levels
 
 
 def test_trouble_is_shown(runs, tmp_path):
@@ -149,6 +206,10 @@ def spoil_rollout(runs):
     path.write_text('{"prompt_id": 1}\n' + path.read_text())
 
 
+def spoil_results(runs):
+    (runs[0] / "evaluations/step_000003/results.json").write_text('{"sets": {"te')
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
@@ -158,14 +219,16 @@ def spoil_rollout(runs):
         (spoil_line, [0, "out"], "metrics.jsonl, line 2: expected an iteration's metrics"),
         (spoil_rollout, [0, "out"], "step_000002.jsonl, line 1: expected a rollout"),
         (lambda runs: None, [0, 1], "expected --out DIR with several runs"),
-        (lambda runs: None, [0, "run"], "is a run's folder"),
+        (lambda runs: None, [0, "run"], "expected a new folder or an earlier report"),
+        (lambda runs: None, [0, "root"], "expected a new folder or an earlier report"),
+        (spoil_results, [0, "out"], "results.json is not an evaluation's results"),
         (lambda runs: None, [0, "file"], "expected a folder, found the file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(runs, tmp_path, capsys, spoil, arguments, message):
     spoil(runs)
     (tmp_path / "file").write_text("")
-    places = {"out": tmp_path / "page", "run": runs[1], "file": tmp_path / "file"}
+    places = {"out": tmp_path / "page", "run": runs[1], "root": runs[0].parent, "file": tmp_path / "file"}
     chosen = [runs[a] for a in arguments if isinstance(a, int)]
     out = next((places[a] for a in arguments if isinstance(a, str)), None)
     assert report(*chosen, out=out) == 2
@@ -225,7 +288,7 @@ COLOURS_OF_TOKENS = "return [...document.querySelectorAll('.tokens span')].map(s
 
 def test_the_browser_steps_through_iterations_and_groups(opened):
     state = (
-        "[byId('step').value, document.querySelectorAll('#groups [aria-current=true] .prompt')[0].textContent].join()"
+        "[byId('step').value, document.querySelectorAll('#groups [aria-selected=true] .prompt')[0].textContent].join()"
     )
     wait(opened, state, "6,Question 0?")
     press(opened, "j", "j")
@@ -269,6 +332,25 @@ def test_colours_change_with_what_is_asked(opened):
     assert "probability" in shown and "gate open" in shown and "forgetting −0.500 nats, × 0.61" in shown
 
 
+def test_tokens_can_be_reached_with_the_keyboard(opened):
+    opened.execute_script("byId('groups').focus()")
+    press(opened, "\ue015", "\ue015")  # down
+    wait(opened, "document.querySelector('#groups [aria-selected=true] .prompt').textContent", "Question 2?")
+    press(opened, "\ue004", "\ue014", "\ue014")  # tab, right, right
+    wait(opened, "byId('token').hidden", False)
+    assert "gate open" in opened.find_element("id", "token").text
+    assert opened.execute_script("return byId('step').value") == "6", "the iteration stays"
+
+
+def test_a_missing_reward_is_no_zero(opened):
+    press(opened, "j")
+    head = "document.querySelector('.stages .note').textContent"
+    wait(opened, f"{head}.includes('1 without a reward')")
+    assert opened.execute_script(f"return {head}").startswith("mean reward")
+    dots = opened.execute_script("return document.querySelector('#groups [aria-selected=true] .dots').textContent")
+    assert dots.startswith("?")
+
+
 def test_a_script_in_a_completion_is_text(opened):
     assert HOSTILE.split("\u2028")[0].strip() in opened.find_element("css selector", ".tokens").text
     assert opened.execute_script("return document.querySelectorAll('#rollouts script, #rollouts img').length") == 0
@@ -279,9 +361,9 @@ def test_filters_and_search(opened):
         opened.execute_script(f"byId('filter').value='{name}'; byId('filter').dispatchEvent(new Event('change'))")
         dots = "[...g.querySelectorAll('.dots span span')].map(d => d.className)"
         for classes in opened.execute_script(f"return [...byId('groups').children].map(g => {dots})"):
-            right = [c == "right" for c in classes]
-            expected = {"mixed": any(right) and not all(right), "right": all(right), "wrong": not any(right)}
-            assert expected.get(name, True)
+            known = {c for c in classes if c != "missing"}
+            expected = {"mixed": {"right", "wrong"}, "right": {"right"}, "wrong": {"wrong"}}
+            assert known == expected.get(name, known)
     opened.execute_script("byId('filter').value='all'; byId('filter').dispatchEvent(new Event('change'))")
     search = opened.find_element("id", "search")
     search.send_keys("question 3")
@@ -319,7 +401,7 @@ def test_a_narrow_screen(opened):
 
 def test_a_missing_script_is_said(browser, runs, tmp_path):
     assert report(runs[0], out=tmp_path / "page") == 0
-    (tmp_path / "page/rollouts/run-0/step_000006.js").unlink()
+    next((tmp_path / "page").rglob("step_000006.js")).unlink()
     browser.get((tmp_path / "page/index.html").as_uri() + "#rollouts")
     browser.execute_script("byId('rollouts').scrollIntoView()")
     wait(browser, "byId('group').textContent.includes('step_000006.js is not there')")

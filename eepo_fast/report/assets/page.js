@@ -61,10 +61,10 @@ const charts = (() => {
       xaxis: { ...axis, title: { text: chart.x, standoff: 4 }, ...(chart.log ? { type: "log", dtick: Math.log10(2) } : {}) },
       yaxis: { ...axis, title: { text: chart.unit }, rangemode: "nonnegative", ...(chart.bars ? { autorange: "reversed", type: "category" } : {}) },
       legend: { orientation: "h", x: 0, y: chart.bars ? 1.02 : chart.x ? -0.28 : -0.14, yanchor: chart.bars ? "bottom" : "top" },
-      hovermode: chart.bars ? "closest" : "x unified", showlegend: true,
+      hovermode: chart.bars ? "closest" : "x unified", showlegend: chart.bars || chart.curves.length <= 8,
       shapes: (chart.levels ?? []).map((y) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y,
         line: { width: 1, dash: "dot", color: style("--soft") } })),
-      annotations: (chart.levels ?? []).map((y) => ({ xref: "paper", x: 1, y, text: `${chart.level} ${y}`,
+      annotations: (chart.levels ?? []).map((y) => ({ xref: "paper", x: 1, y, text: `${chart.level} ${Number(y.toPrecision(6))}`,
         showarrow: false, xanchor: "right", yanchor: "bottom", font: { size: 10, color: style("--soft") } })),
     };
     Plotly.react(place, traces, layout, { responsive: true, displayModeBar: false });
@@ -96,8 +96,10 @@ const charts = (() => {
       observer.observe(place);
     }
     const slider = byId("window");
-    slider.value = DATA.charts.find((chart) => chart.window)?.window ?? 1;
-    const show = () => { byId("window-text").textContent = slider.value < 2 ? "single iterations" : `${slider.value} iterations.`; };
+    const own = DATA.charts.find((chart) => chart.window)?.window ?? 1;
+    slider.max = Math.max(51, own);
+    slider.value = own;
+    const show = () => { byId("window-text").textContent = slider.value < 3 ? "single iterations." : `${slider.value} iterations.`; };
     slider.addEventListener("input", () => { chosenWindow = Number(slider.value); show(); redraw(); });
     show();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

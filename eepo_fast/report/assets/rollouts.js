@@ -65,30 +65,36 @@ const browser = (() => {
 
   // -- what is shown
 
-  const rewardClass = (row) => (row.reward === null ? "missing" : row.reward > 0 ? "right" : "wrong");
-  const isRight = (row) => row.reward !== null && row.reward > 0;
+  // A reward that is missing is neither right nor wrong; one between 0 and 1 is a part.
+  const KINDS = { missing: "?", right: "●", part: "◐", wrong: "○" };
+  const kindOf = (row) => (row.reward === null ? "missing" : row.reward >= 1 ? "right" : row.reward > 0 ? "part" : "wrong");
+  const isRight = (row) => kindOf(row) === "right";
   const stageOf = (group, stage) => group.rows.filter((row) => row.stage === stage);
+  const rewardsOf = (rows) => rows.map((row) => row.reward).filter((reward) => reward !== null);
+  const allAre = (rows, kind) => rewardsOf(rows).length > 0 && rows.every((row) => ["missing", kind].includes(kindOf(row)));
 
   const FILTERS = {
     all: () => true,
-    mixed: (g) => g.rows.some(isRight) && !g.rows.every(isRight),
-    right: (g) => g.rows.every(isRight),
-    wrong: (g) => !g.rows.some(isRight),
-    differ: (g) => mean(stageOf(g, 1).map(isRight)) !== mean(stageOf(g, 2).map(isRight)) && stageOf(g, 2).length > 0,
+    mixed: (g) => new Set(rewardsOf(g.rows)).size > 1,
+    right: (g) => allAre(g.rows, "right"),
+    wrong: (g) => allAre(g.rows, "wrong"),
+    differ: (g) => Math.abs(mean(rewardsOf(stageOf(g, 1))) - mean(rewardsOf(stageOf(g, 2)))) > 1e-9,
   };
 
   function listGroups() {
-    const all = loaded.get(`${state.run}/${state.step}`) ?? [];
+    const all = loaded.get(keyOf(state)) ?? [];
     const text = byId("search").value.toLowerCase();
     const contains = (g) => !text || g.prompt.toLowerCase().includes(text) || g.rows.some((r) => r.text.toLowerCase().includes(text));
     shown = all.filter((g) => FILTERS[byId("filter").value](g) && contains(g));
     state.group = Math.max(0, Math.min(state.group, shown.length - 1));
     byId("groups").replaceChildren(...shown.map((group, i) => {
       const item = element("li");
+      item.setAttribute("role", "option");
+      item.id = `group-${i}`;
       const dots = element("div", undefined, "dots");
       for (const stage of [1, 2]) {
         const part = element("span", undefined, "stage");
-        stageOf(group, stage).forEach((row) => part.append(element("span", row.reward === null ? "?" : isRight(row) ? "●" : "○", rewardClass(row))));
+        stageOf(group, stage).forEach((row) => part.append(element("span", KINDS[kindOf(row)], kindOf(row))));
         dots.append(part);
       }
       item.append(dots, element("div", group.problem.trim(), "prompt"));
@@ -100,13 +106,15 @@ const browser = (() => {
 
   function showGroup() {
     [...byId("groups").children].forEach((item, i) => {
-      item.setAttribute("aria-current", i === state.group);
+      item.setAttribute("aria-selected", i === state.group);
       if (i === state.group) {
         const list = byId("groups");
         const over = item.offsetTop - list.offsetTop - list.scrollTop;
         if (over < 0 || over > list.clientHeight - item.offsetHeight) list.scrollTop += over - list.clientHeight / 2;
       }
     });
+    byId("groups").setAttribute("aria-activedescendant", `group-${state.group}`);
+    byId("token").hidden = true;
     const place = byId("group");
     const group = shown[state.group];
     if (!group) {
@@ -128,8 +136,9 @@ const browser = (() => {
   function column(rows, group, name, scale) {
     const box = element("div");
     const different = new Set(rows.map((r) => r.text)).size;
-    const known = rows.filter((r) => r.reward !== null);
-    const lines = [`${known.filter(isRight).length} of ${rows.length} right, ${different} different`];
+    const rewards = rewardsOf(rows);
+    const lines = [`mean reward ${rewards.length ? mean(rewards).toFixed(2) : "unknown"}, ${different} different answers of ${rows.length}`];
+    if (rewards.length < rows.length) lines.push(`${rows.length - rewards.length} without a reward`);
     if (rows[0].change && rows[0].stage === 1) {
       const pairs = rows.flatMap((r) => (r.change ?? []).map((c, i) => [r.gate?.[i] === "1", c])).filter(([, c]) => c !== null);
       const gated = pairs.filter(([open]) => open).map(([, c]) => c);
@@ -147,7 +156,7 @@ const browser = (() => {
     const box = element("article", undefined, "card");
     const head = element("header");
     head.append(element("b", `#${place + 1}`));
-    head.append(element("span", row.reward === null ? `no reward: ${row.status}` : `reward ${row.reward}`, rewardClass(row)));
+    head.append(element("span", row.reward === null ? `no reward: ${row.status}` : `reward ${Number(row.reward.toPrecision(4))}`, kindOf(row)));
     head.append(element("span", `advantage ${signed(row.advantage)}`), element("span", `${row.length} tokens`));
     if (row.reward !== null && row.status !== "ok") head.append(element("span", row.status));
     if (!row.finished) head.append(element("span", "cut off", "missing"));
@@ -157,6 +166,7 @@ const browser = (() => {
       head.append(element("span", `${factor(total)} as likely ${row.stage === 1 ? "after forgetting" : "as for the policy"}`));
     }
     const text = element("div", row.tokens ? undefined : row.text, "tokens");
+    if (row.tokens) { text.tabIndex = 0; text.setAttribute("aria-label", `completion ${place + 1}, token by token`); }
     (row.tokens ?? []).forEach((token, i) => {
       const span = element("span");
       span.row = row;
@@ -200,13 +210,12 @@ const browser = (() => {
   // -- choosing
 
   function load() {
-    const key = `${state.run}/${state.step}`;
-    if (loaded.has(key)) {
+    if (loaded.has(keyOf(state))) {
       listGroups();
       return;
     }
     byId("group").replaceChildren(element("p", "loading …", "note"));
-    const file = `rollouts/run-${state.run}/step_${String(state.step).padStart(6, "0")}.js`;
+    const file = `rollouts/${encodeURIComponent(DATA.runs[state.run].key)}/step_${String(state.step).padStart(6, "0")}.js`;
     const script = document.createElement("script");
     script.src = file;
     script.onerror = () => byId("group").replaceChildren(element("p", `${file} is not there; write the report again.`, "missing"));
@@ -214,10 +223,12 @@ const browser = (() => {
     document.head.append(script);
   }
 
-  function receive(run, step, groups) {
-    loaded.set(`${run}/${step}`, groups);
+  const keyOf = ({ run, step }) => `${DATA.runs[run].key}/${step}`;
+
+  function receive(key, step, groups) {
+    loaded.set(`${key}/${step}`, groups);
     if (loaded.size > KEPT) loaded.delete(loaded.keys().next().value);
-    if (run === state.run && step === state.step) listGroups();
+    if (`${key}/${step}` === keyOf(state)) listGroups();
   }
 
   function choose(change) {
@@ -234,7 +245,7 @@ const browser = (() => {
     [...byId("colours").children].forEach((button) => button.setAttribute("aria-pressed", button.dataset.colour === state.colour));
     byId("explanation").textContent = DATA.runs[state.run].details ? COLOURS[state.colour][1]
       : "This run logged no numbers of single tokens: log.token_details=true gives the colours.";
-    if (state.run !== before.run || state.step !== before.step || !loaded.has(`${state.run}/${state.step}`)) load();
+    if (state.run !== before.run || state.step !== before.step || !loaded.has(keyOf(state))) load();
     else showGroup();
   }
 
@@ -253,10 +264,11 @@ const browser = (() => {
     choose({ step: steps[place] });
   }
 
+  const nextGroup = () => choose({ group: Math.min(shown.length - 1, state.group + 1) });
+  const lastGroup = () => choose({ group: Math.max(0, state.group - 1) });
   const KEYS = {
     ArrowLeft: () => move(-1), ArrowRight: () => move(1),
-    j: () => choose({ group: Math.min(shown.length - 1, state.group + 1) }),
-    k: () => choose({ group: Math.max(0, state.group - 1) }),
+    j: nextGroup, k: lastGroup,
     ...Object.fromEntries(Object.keys(COLOURS).map((name, i) => [String(i + 1), () => choose({ colour: name })])),
   };
 
@@ -265,8 +277,20 @@ const browser = (() => {
     return top < innerHeight * 0.7 && bottom > innerHeight * 0.2;
   }
 
-  function pointAt(event) {
-    const span = event.target.closest?.("#group .tokens > span");
+  // Through a completion that has the focus, token by token.
+  function walk(text, by) {
+    const tokens = [...text.children];
+    const here = tokens.findIndex((span) => span.classList.contains("here"));
+    tokens[here]?.classList.remove("here");
+    const span = tokens[Math.max(0, Math.min(tokens.length - 1, here + by))];
+    span.classList.add("here");
+    span.scrollIntoView({ block: "nearest" });
+    tell(span);
+  }
+
+  const pointAt = (event) => tell(event.target.closest?.("#group .tokens > span"));
+
+  function tell(span) {
     const box = byId("token");
     box.hidden = !span;
     if (!span) return;
@@ -290,6 +314,13 @@ const browser = (() => {
     document.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || !isVisible()) return;
       if (["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName)) return;
+      const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (event.target.matches?.(".tokens") && way) { event.preventDefault(); walk(event.target, way); return; }
+      if (event.target.id === "groups" && ["ArrowDown", "ArrowUp"].includes(event.key)) {
+        event.preventDefault();
+        (event.key === "ArrowDown" ? nextGroup : lastGroup)();
+        return;
+      }
       if (KEYS[event.key]) { event.preventDefault(); KEYS[event.key](); }
     });
   }
@@ -340,6 +371,6 @@ const browser = (() => {
   return { build, receive };
 })();
 
-function rollouts(run, step, groups) { browser.receive(run, step, groups); }
+function rollouts(key, step, groups) { browser.receive(key, step, groups); }
 
 browser.build();
