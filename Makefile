@@ -51,6 +51,7 @@ study: $(STAMP)
 
 # site/index.html, opened from disk; a broken link or a page that nothing leads to is an error.
 docs: $(STAMP)
+	$(PY) docs/configuration.py
 	$(PY) -m sphinx -W --keep-going -q -b html docs site
 
 clean:

@@ -1,102 +1,13 @@
-"""How `make docs` builds the pages: strictly, and with nothing loaded from elsewhere.
-
-Three pages are made from other files, into docs/generated/: the configuration from its schema, the study, and the
-changelog.
-"""
-
-import shutil
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-from pydantic_core import PydanticUndefined
-
-from eepo_fast.config import Config
-from eepo_fast.config.schema import Section
+"""How `make docs` builds the pages: strictly, and with nothing loaded from elsewhere."""
 
 project = "eepo-fast"
 html_title = "eepo-fast"
 html_theme = "furo"
 html_copy_source = False
+html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings quote code with single backticks
 autodoc_typehints = "none"
 smartquotes = False
-html_show_copyright = False
 nitpicky = True
-exclude_patterns = []
-
-ROOT = Path(__file__).parents[1]
-STUDY = ROOT / "bench/results/study"
-GENERATED = Path(__file__).parent / "generated"
-INTRODUCTION = """# Configuration
-
-Every key, made from the schema. A config file is YAML with these sections; several files may be given, later ones win,
-and `key.sub=value` on the command line wins over all. Unknown keys are refused, with the nearest name. `eepo-fast train
-CONFIG.yaml --dry-run` prints the resolved config; a run keeps it as `config.yaml`.
-
-`configs/` has the paper's three models, the demo and SmolLM2; `configs/methods/` an overlay a method;
-`configs/machines/` an overlay a machine.
-"""
-
-
-def write_generated(app) -> None:
-    GENERATED.mkdir(exist_ok=True)
-    (GENERATED / "configuration.md").write_text(configuration(), encoding="utf-8")
-    shutil.copyfile(ROOT / "CHANGELOG.md", GENERATED / "changelog.md")
-    shutil.copyfile(STUDY / "README.md", GENERATED / "study.md")
-    for picture in STUDY.glob("*.png"):
-        shutil.copyfile(picture, GENERATED / picture.name)
-
-
-def setup(app) -> None:
-    app.connect("builder-inited", write_generated)
-
-
-def configuration() -> str:
-    parts = [INTRODUCTION]
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        parts.append(f"## {name}\n")
-        if section.__doc__ and "Usage docs" not in section.__doc__:
-            parts.append(section.__doc__.strip() + "\n")
-        lines = ["| key | default | takes | |", "| --- | --- | --- | --- |"]
-        lines += [row(f"{name}.{key}", f) for key, f in fields(section)]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def fields(section: type[Section], prefix: str = ""):
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def row(key: str, field: Any) -> str:
-    default = "needed" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
-    text = (field.description or "").replace("|", "\\|")
-    return f"| `{key}` | {default} | {takes(field.annotation)} | {text} |"
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return f'"{value}"' if value == "" else str(value)
-
-
-def takes(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{a}`" for a in arguments)
-    if type(None) in arguments:
-        return ", ".join(takes(a) for a in arguments if a is not type(None)) + " or null"
-    if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):
-        return takes(annotation.__origin__)
-    if get_origin(annotation) is dict:
-        return "names and values"
-    if get_origin(annotation) is list:
-        return "a list"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(annotation, str(annotation).replace("typing.", "").replace("|", "or"))

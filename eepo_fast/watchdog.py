@@ -20,6 +20,8 @@ from typing import NamedTuple, TextIO
 
 from torch.distributed import Store
 
+from eepo_fast.signals import leave
+
 EXIT_CODE = 70  # EX_SOFTWARE
 GRACE_S = 2.5  # for a store to answer, and for the other ranks to look
 NOTE_S = 1.0
@@ -184,7 +186,7 @@ def end_process(complaint: str | None, note: Callable[[str], None], *, alone: bo
         if not alone:  # the launcher ends all ranks when one leaves, and rank 0 holds their store: let all of them look
             time.sleep(3 * GRACE_S)
     finally:
-        os._exit(EXIT_CODE)
+        leave(EXIT_CODE)
 
 
 @contextmanager
