@@ -365,7 +365,9 @@ const browser = (() => {
     const begin = () => { if (!started) { started = true; choose(start); } };
     // the first iteration is loaded when somebody comes near, not with the page
     new IntersectionObserver((entries) => { if (entries.some((e) => e.isIntersecting)) begin(); }, { rootMargin: "600px" }).observe(byId("rollouts"));
-    if (linked) { begin(); byId("rollouts").scrollIntoView(); }
+    if (!linked) return;
+    begin();
+    addEventListener("load", () => byId("rollouts").scrollIntoView()); // once what is above has its height
   }
 
   return { build, receive };
