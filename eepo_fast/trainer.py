@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from eepo_kernels.ranges import named
 
-from eepo_fast import aepo
+from eepo_fast import aepo, details
 from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import Config
@@ -31,9 +31,9 @@ from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, make_requests
-from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
+from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
-from eepo_fast.unlearn import Unlearning, compute_unlearning
+from eepo_fast.unlearn import StreamedUnlearning, Unlearning, compute_unlearning
 
 MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
 
@@ -92,14 +92,16 @@ class Trainer:
         with self._timed("sync"):
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
-        rollouts = self._generate(make_requests(prompts, 1, first_half, *self._seed()), "stage1", progress)
+        streamed = self._stream(len(first_half) * len(prompts), len(prompts)) if eepo.enabled else None
+        requests = make_requests(prompts, 1, first_half, *self._seed())
+        rollouts = self._generate(requests, "stage1", progress, finished=streamed.take if streamed else None)
         # from θ: nothing is forgotten yet
         extra = self._extra_samples(prompts, progress) if self.config.aepo.enabled else None
         self.between()
         unlearning, forgotten = None, None
         if eepo.enabled:
             self.engine.sleep()
-            unlearning, window = self._unlearn(rollouts, window)
+            unlearning, window = self._unlearn(rollouts, window, streamed)
             if unlearning.apply:
                 before = self._engine_logprobs(rollouts)
                 with self._timed("forget"):
@@ -107,9 +109,7 @@ class Trainer:
                         self.engine, unlearning.gradient, eepo, seed=self.config.run.seed, step=self.state.step
                     )
                 after = self._engine_logprobs(rollouts)
-                unlearning.change = {
-                    key: [b - a for a, b in zip(before[key], after[key], strict=True)] for key in before
-                }
+                unlearning.change = details.change(before, after)
             unlearning.gradient = None
             self.between()
             requests = make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())
@@ -166,6 +166,7 @@ class Trainer:
         lengths: Mapping[str, float] | None = None,
         temperature: float | None = None,
         forgotten: bool = False,
+        finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
         """lengths: expected, of an answer, by prompt; without them prompts are dealt out by their own length.
         forgotten: whether the engine's weights must be the forgetful ones."""
@@ -183,21 +184,37 @@ class Trainer:
                 ranks_per_engine=self.config.rollout.tensor_parallel,
                 decode=self._decode,
                 progress=progress,
+                finished=finished,
             )
         expected = WeightsVersion(self.state.policy_version, forgotten)
         check_version(rollouts, expected, requests[0].stage)
         return rollouts
 
-    def _unlearn(self, stage1: Sequence[Rollout], window: list[float]) -> tuple[Unlearning, list[float]]:
+    def _stream(self, num_completions: int, num_prompts: int) -> StreamedUnlearning | None:
+        """Unlearning that begins while stage 1 is sampled, where the policy may do so."""
+        if self.policy.stream_tokens is None:
+            return None
+        sizes = (num_completions, num_prompts)
+        return StreamedUnlearning(self.policy, self.config.eepo, *sizes, threaded=torch.cuda.is_available())
+
+    def _unlearn(
+        self, stage1: Sequence[Rollout], window: list[float], streamed: StreamedUnlearning | None
+    ) -> tuple[Unlearning, list[float]]:
         """What the unlearning pass found, and the entropy window with this iteration in it."""
+        if streamed is not None and streamed.pool is None:  # it was not hidden, but done in between
+            self.times["rollout_stage1"] -= streamed.seconds
+            self.times["unlearn"] = streamed.seconds
 
         def compute() -> tuple[Unlearning, list[float]]:
             entropies = list(window)
             seed = "|".join(map(str, self._seed()))
-            return compute_unlearning(self.policy, stage1, self.config.eepo, entropies, seed), entropies
+            return compute_unlearning(self.policy, stage1, self.config.eepo, entropies, seed, streamed), entropies
 
         with self._timed("unlearn"):
-            return self._within_memory(self.policy, compute)
+            found = self._within_memory(self.policy, compute)
+        if streamed is not None and streamed.pool is not None:
+            self.times["unlearn_hidden"] = streamed.seconds
+        return found
 
     def _went_too_far(self, unlearning: Unlearning, stage2: Sequence[Rollout]) -> bool:
         with self._timed("kl_guard"):
@@ -278,31 +295,18 @@ class Trainer:
             return self._within_memory(self.reference, lambda: self.reference.score(rows)[0])
 
     def _engine_logprobs(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
-        """For the rollout log: what the engine itself makes of these tokens now; nothing without token_details, nor
-        where it cannot say."""
+        """Nothing without token_details."""
         if not self.config.log.token_details:
             return {}
+        shared = dict(world=self.world, ranks_per_engine=self.config.rollout.tensor_parallel)
         with self._timed("token_details"):
-            shared = dict(world=self.world, ranks_per_engine=self.config.rollout.tensor_parallel)
-            scored = score_everywhere(self.engine, rollouts, self.sampling.temperature, **shared)
-        return {} if scored is None else dict(zip(map(id, rollouts), scored, strict=True))
+            return details.engine_logprobs(self.engine, rollouts, self.sampling.temperature, **shared)
 
     def _add_details(self, batch: RolloutBatch, unlearning: Unlearning | None) -> None:
-        """Per-token numbers at θ for the rollout log; what the unlearning pass has not seen takes a scoring pass."""
-        known = unlearning.logprobs if unlearning is not None else {}
         with self._timed("token_details"):
-            rest = [r for r in batch.rollouts if id(r) not in known]
-            logprobs, entropy = self._within_memory(self.policy, lambda: self.policy.score(rest))
-        for r in batch.rollouts:
-            if id(r) in known:
-                r.details = {
-                    "policy_logprobs": unlearning.logprobs[id(r)],
-                    "entropy": unlearning.entropy[id(r)],
-                    "gate": unlearning.gate[id(r)],
-                    **({"forget_change": unlearning.change[id(r)]} if unlearning.change else {}),
-                }
-            else:
-                r.details = {"policy_logprobs": logprobs[id(r)], "entropy": entropy[id(r)]}
+            rest = details.unseen(batch.rollouts, unlearning)
+            scored = self._within_memory(self.policy, lambda: self.policy.score(rest))
+        details.add_details(batch.rollouts, unlearning, scored)
 
     def _update(self, rows: Sequence[Rollout], old: dict, ref: dict, extra: aepo.ExtraSamples | None) -> M.UpdateStats:
         """Policy updates over mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from eepo_fast.config import EepoConfig
 from eepo_fast.losses import gate_open, unlearning_loss
-from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.policy.micro_batches import MicroBatch, input_length
 from eepo_fast.policy.module import Gradient, Policy, gather_columns
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Rollout
@@ -60,11 +62,17 @@ class Unlearning:
 
 
 def compute_unlearning(
-    policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig, entropy_window: list[float], seed: str = ""
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    config: EepoConfig,
+    entropy_window: list[float],
+    seed: str = "",
+    streamed: StreamedUnlearning | None = None,
 ) -> Unlearning:
     """∇L over stage 1 and what the pass learned on the way. `entropy_window`: mean entropies of earlier iterations'
-    first stages, for `gate: iteration`; this iteration's is appended. seed: of `direction: random`, for this step."""
-    result = _one_step(policy, rollouts, config)
+    first stages, for `gate: iteration`; this iteration's is appended. seed: of `direction: random`, for this step.
+    streamed: what was begun while they were sampled."""
+    result = (streamed.finish(rollouts) if streamed else None) or _one_step(policy, rollouts, config)
     entropy_window.append(result.mean_entropy)
     del entropy_window[: -config.window]
     if config.gate == "iteration":
@@ -96,38 +104,108 @@ def _randomise(tensors: dict[str, Tensor], seed: str) -> None:
         tensor *= length / drawn
 
 
+class GradientPass:
+    """∇L over completions that come in parts: the same terms, summed in another order. Its result needs all of them."""
+
+    def __init__(self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int):
+        self.policy, self.config = policy, config
+        self.scale = (num_prompts if config.reduction == "prompt_sum" else 1) / max(1, num_completions)
+        self.gradient = policy.gradient()
+        self.loss, self.num_open, self.num_tokens, self.entropy_sum = 0.0, 0, 0, 0.0
+        self.columns: tuple[dict[int, list[float]], ...] = ({}, {}, {})
+
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        for batch in self.policy.micro_batches(rollouts):
+            # an empty response is counted in the mean over responses and has no token to weigh
+            weights = batch.per_token([self.scale / r.num_tokens for r in batch.rollouts])
+            part, stats = self.policy.loss(batch, unlearning_loss(self.config, batch.starts, weights))
+            with named("micro-batch backward"):
+                self.gradient.add(part)
+            self.loss += float(part.detach())
+            is_open = _gate(batch, stats.entropy, self.config)
+            self.num_open += int(is_open.sum())
+            self.num_tokens += is_open.numel()
+            self.entropy_sum += float(stats.entropy.sum(dtype=torch.float64))
+            for column, values in zip(self.columns, (stats.logprobs, stats.entropy, is_open.float()), strict=True):
+                column.update(zip(map(id, batch.rollouts), batch.split(values), strict=True))
+
+    def result(self, rollouts: Sequence[Rollout]) -> Unlearning:
+        """rollouts: all of them."""
+        sums = [self.loss, self.num_open, self.num_tokens, self.entropy_sum]
+        loss, num_open, num_tokens, entropy_sum = self.policy.world.total(sums)
+        logprobs, entropy, gate = gather_columns(self.policy.world, rollouts, self.columns)
+        return Unlearning(
+            gradient=self.gradient,
+            loss=loss,
+            grad_norm=self.gradient.norm(),
+            active_fraction=num_open / max(1, num_tokens),
+            mean_entropy=entropy_sum / max(1, num_tokens),
+            apply=False,
+            logprobs=logprobs,
+            entropy=entropy,
+            gate=gate,
+        )
+
+
 def _one_step(policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig) -> Unlearning:
-    num_prompts = len({r.prompt.id for r in rollouts})
-    scale = (num_prompts if config.reduction == "prompt_sum" else 1) / max(1, len(rollouts))
-    gradient = policy.gradient()
-    loss, num_open, num_tokens, entropy_sum = 0.0, 0, 0, 0.0
-    columns: tuple[dict[int, list[float]], ...] = ({}, {}, {})
-    for batch in policy.micro_batches(rollouts):
-        # an empty response is counted in the mean over responses and has no token to weigh
-        weights = batch.per_token([scale / r.num_tokens for r in batch.rollouts])
-        part, stats = policy.loss(batch, unlearning_loss(config, batch.starts, weights))
-        with named("micro-batch backward"):
-            gradient.add(part)
-        loss += float(part.detach())
-        is_open = _gate(batch, stats.entropy, config)
-        num_open += int(is_open.sum())
-        num_tokens += is_open.numel()
-        entropy_sum += float(stats.entropy.sum(dtype=torch.float64))
-        for column, values in zip(columns, (stats.logprobs, stats.entropy, is_open.float()), strict=True):
-            column.update(zip(map(id, batch.rollouts), batch.split(values), strict=True))
-    loss, num_open, num_tokens, entropy_sum = policy.world.total([loss, num_open, num_tokens, entropy_sum])
-    logprobs, entropy, gate = gather_columns(policy.world, rollouts, columns)
-    return Unlearning(
-        gradient=gradient,
-        loss=loss,
-        grad_norm=gradient.norm(),
-        active_fraction=num_open / max(1, num_tokens),
-        mean_entropy=entropy_sum / max(1, num_tokens),
-        apply=False,
-        logprobs=logprobs,
-        entropy=entropy,
-        gate=gate,
-    )
+    whole = GradientPass(policy, config, len(rollouts), len({r.prompt.id for r in rollouts}))
+    whole.add(rollouts)
+    return whole.result(rollouts)
+
+
+class StreamedUnlearning:
+    """∇L of completions that have finished, computed while others are still being sampled: between two steps of the
+    engine on a CPU, on a thread and a CUDA stream of its own on a GPU. Where memory does not suffice for both, it gives
+    up, and the pass is made after the stage."""
+
+    def __init__(self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int, *, threaded: bool):
+        assert policy.stream_tokens is not None
+        self.policy = policy
+        self.whole: GradientPass | None = GradientPass(policy, config, num_completions, num_prompts)
+        self.waiting: list[Rollout] = []
+        self.waiting_tokens = 0
+        self.seconds = 0.0
+        """Spent on it while sampling went on."""
+        self.pool = ThreadPoolExecutor(1, "unlearn") if threaded else None
+        self.pending: list[Future] = []
+        self.stream = torch.cuda.Stream() if threaded and torch.cuda.is_available() else None
+
+    def take(self, rollout: Rollout) -> None:
+        """A completion that has finished; a micro-batch of them is worked on at once."""
+        if self.whole is None or not rollout.num_tokens:
+            return
+        if self.waiting and self.waiting_tokens + input_length(rollout) > self.policy.stream_tokens:
+            batch, self.waiting, self.waiting_tokens = self.waiting, [], 0
+            if self.pool is None:
+                self._work(batch)
+            else:
+                self.pending.append(self.pool.submit(self._work, batch))
+        self.waiting.append(rollout)
+        self.waiting_tokens += input_length(rollout)
+
+    def _work(self, batch: list[Rollout]) -> None:
+        started = time.perf_counter()
+        try:
+            if self.whole is not None:
+                with torch.enable_grad(), torch.cuda.stream(self.stream):  # engines sample without
+                    self.whole.add(batch)
+                if self.stream is not None:
+                    self.stream.synchronize()
+        except torch.OutOfMemoryError:
+            self.whole = None
+        self.seconds += time.perf_counter() - started
+
+    def finish(self, rollouts: Sequence[Rollout]) -> Unlearning | None:
+        """What the pass found over all of stage 1, the rest of it worked on now; None where it has given up."""
+        for future in self.pending:
+            future.result()
+        if self.pool is not None:
+            self.pool.shutdown()
+        whole, self.whole = self.whole, None  # a call after an error begins anew
+        if whole is None:
+            return None
+        whole.add([r for r in rollouts if id(r) not in whole.columns[0]])
+        return whole.result(rollouts)
 
 
 def _gate(batch: MicroBatch, entropy: Tensor, config: EepoConfig) -> Tensor:

@@ -47,6 +47,10 @@ class Policy(Protocol):
     """Of all weights together, as they were loaded."""
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
+    @property
+    def stream_tokens(self) -> int | None:
+        """Tokens of a micro-batch that may be worked on while the engine samples; None where it has to wait."""
+
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
 

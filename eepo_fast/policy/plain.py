@@ -78,6 +78,10 @@ class TorchPolicy:
     def shapes(self) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in self.model.named_parameters()}
 
+    @property
+    def stream_tokens(self) -> int | None:
+        return self.batching["max_tokens"] if self.world.size == 1 else None
+
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
         """The same computation on another model of the same kind, without an optimizer."""
         other = copy.copy(self)

@@ -133,6 +133,10 @@ class ZeroPolicy:
     def model(self) -> PreTrainedModel:
         return self.module.model
 
+    @property
+    def stream_tokens(self) -> int | None:
+        return None  # its ranks meet in every backward pass, and would have to agree on what has finished
+
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return my_micro_batches(rollouts, self.world, **self.batching)
 

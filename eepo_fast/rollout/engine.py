@@ -45,10 +45,14 @@ class RolloutEngine(Protocol):
         """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
         """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
-        what is sampled beside it."""
+        what is sampled beside it. finished: told of each that has ended while others are still being sampled."""
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
         """Log-prob of each completion token under the engine's weights as they are now, in nats; NaN for a last token

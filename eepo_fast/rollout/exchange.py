@@ -21,6 +21,7 @@ def generate_everywhere(
     ranks_per_engine: int,
     decode: Callable[[Rollout], str],
     progress: Progress | None = None,
+    finished: Callable[[Rollout], None] | None = None,
 ) -> list[Rollout]:
     """All samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and answers,
     by which requests are dealt out; ranks of one engine take the same. decode: sets each completion where it was
@@ -28,7 +29,7 @@ def generate_everywhere(
     hands = deal(expected_tokens, world.size // ranks_per_engine)
     share = sorted(hands[world.rank // ranks_per_engine])
     try:
-        rollouts = engine.generate([requests[i] for i in share], sampling, progress)
+        rollouts = engine.generate([requests[i] for i in share], sampling, progress, finished)
     except Interrupted:
         if world.size > 1:
             world.gather(None)  # the others wait for what was sampled here

@@ -96,7 +96,11 @@ class HfEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
         self._check_weights()
         total = sum(len(r.seeds) for r in requests)
@@ -105,7 +109,7 @@ class HfEngine:
         results: dict[tuple[int, int], Rollout] = {}
         for rows in self._batches(requests, order):
             tick = partial(progress, len(results), total) if progress else None
-            results.update(self._generate_batch(requests, rows, sampling, tick))
+            results.update(self._generate_batch(requests, rows, sampling, tick, finished))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
@@ -122,24 +126,29 @@ class HfEngine:
         rows: list[tuple[int, int]],
         sampling: Sampling,
         tick: Callable[[], None] | None,
+        finished: Callable[[Rollout], None] | None,
     ) -> dict[tuple[int, int], Rollout]:
         distinct = list(dict.fromkeys(i for i, _ in rows))
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         uniforms = np.stack([_uniforms(requests[i].seeds[k], sampling.max_new_tokens) for i, k in rows])
-        tokens, logprobs, lengths, finished = self._decode(prompts, expand, uniforms, sampling, tick)
-        results = {}
-        for row, (i, k) in enumerate(rows):
-            request, n = requests[i], int(lengths[row])
+        results: dict[tuple[int, int], Rollout] = {}
+
+        def take(row: int, tokens: list[int], logprobs: list[float], ended: bool) -> None:
+            i, k = rows[row]
             results[i, k] = Rollout(
-                prompt=request.prompt,
-                stage=request.stage,
-                sample_index=request.sample_indices[k],
-                token_ids=tokens[row, :n].tolist(),
-                rollout_logprobs=logprobs[row, :n].tolist(),
+                prompt=requests[i].prompt,
+                stage=requests[i].stage,
+                sample_index=requests[i].sample_indices[k],
+                token_ids=tokens,
+                rollout_logprobs=logprobs,
                 weights_version=self.weights_version,
-                finished=bool(finished[row]),
+                finished=ended,
             )
+            if finished:
+                finished(results[i, k])
+
+        self._decode(prompts, expand, uniforms, sampling, tick, take)
         return results
 
     def _decode(
@@ -149,8 +158,10 @@ class HfEngine:
         uniforms: np.ndarray,
         sampling: Sampling,
         tick: Callable[[], None] | None,
-    ):
-        """tokens [B, T], logprobs [B, T], lengths [B], finished [B], all on the CPU. tick: called after each token."""
+        take: Callable[[int, list[int], list[float], bool], None],
+    ) -> None:
+        """tick: called after each token. take: given a sequence's row, tokens, log-probs and whether it has ended, as
+        soon as it does; the others at the limit."""
         num_rows, limit = uniforms.shape
         length = max(map(len, prompts))
         padded = [[self.pad_id] * (length - len(p)) + p for p in prompts]
@@ -166,16 +177,16 @@ class HfEngine:
         stops = torch.tensor(sampling.stop_token_ids, device=self.device)
         tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(num_rows, limit, device=self.device)
-        lengths = torch.full((num_rows,), limit, device=self.device)
         rows = torch.arange(num_rows, device=self.device)  # which sequence each row of the running batch is
         running = torch.ones(num_rows, dtype=torch.bool, device=self.device)
         for t in range(limit):
             token, logprob = sample(logits, sampling.temperature, uniforms[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
             ended = torch.isin(token, stops) & running
-            lengths[rows[ended]] = t + 1
             running &= ~ended
             num_running = int(running.sum())
+            for row in rows[ended].tolist():
+                take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), True)
             if tick:
                 tick()
             if num_running == 0 or t + 1 == limit:
@@ -193,9 +204,8 @@ class HfEngine:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        finished = torch.ones(num_rows, dtype=torch.bool, device=self.device)
-        finished[rows[running]] = False
-        return tokens.cpu(), logprobs.cpu(), lengths.cpu(), finished.cpu()
+        for row in rows[running].tolist():
+            take(row, tokens[row].tolist(), logprobs[row].tolist(), False)
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]]:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -301,7 +301,11 @@ class VllmEngine:
     # -- sampling
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        progress: Progress | None = None,
+        finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
         self._find_weights()
         self._check_weights()
@@ -320,6 +324,8 @@ class VllmEngine:
                     if output.finished:
                         i, k = waiting.pop(output.request_id)
                         results[i, k] = self._rollout(requests[i], k, output.outputs[0])
+                        if finished:
+                            finished(results[i, k])
                 if progress:
                     progress(len(results), len(results) + len(waiting))
         finally:

@@ -148,3 +148,12 @@ def test_scores_are_those_of_a_plain_forward(make_engine, prompts, monkeypatch, 
         next(engine.model.parameters()).view(-1)[0] += 1
     with pytest.raises(EngineError):
         engine.score(rollouts, 1.0)
+
+
+def test_completions_are_handed_over_as_they_end(make_engine, prompts):
+    """Each once, the very objects that are returned, the short ones before the long ones."""
+    engine, seen = make_engine(), []
+    rollouts = engine.generate(make_requests(prompts, 1, range(5), 0, 0), SAMPLING, None, seen.append)
+    assert sorted(map(id, seen)) == sorted(map(id, rollouts))
+    lengths = [r.num_tokens for r in seen]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]

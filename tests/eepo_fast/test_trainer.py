@@ -257,10 +257,10 @@ def test_a_crash_while_the_engine_is_forgetful_touches_nothing_else(make_trainer
     trainer = make_trainer(eepo=OPEN)
     before, real = weights_of(trainer), trainer.engine.generate
 
-    def crash(requests, sampling, progress=None):
+    def crash(requests, sampling, *more):
         if requests[0].stage == 2:
             raise RuntimeError("the engine died")
-        return real(requests, sampling, progress)
+        return real(requests, sampling, *more)
 
     monkeypatch.setattr(trainer.engine, "generate", crash)
     with pytest.raises(RuntimeError):

@@ -8,7 +8,7 @@ import torch
 
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.types import WeightsVersion
-from eepo_fast.unlearn import compute_unlearning
+from eepo_fast.unlearn import StreamedUnlearning, compute_unlearning
 
 
 def plain_objective(model, rollouts, config, open_gates=None):
@@ -205,3 +205,88 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(make_policy, make
     assert len(calls) == 2, "once forward, once again in the backward pass"
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def stream(policy, rollouts, config, *, threaded=False, untaken=()):
+    prompts = len({r.prompt.id for r in rollouts})
+    streamed = StreamedUnlearning(policy, config, len(rollouts), prompts, threaded=threaded)
+    for r in reversed(rollouts):  # not in the order of the batch
+        if id(r) not in untaken:
+            streamed.take(r)
+    return streamed
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"reduction": "prompt_sum"}, {"gate": "iteration"}])
+def test_unlearning_that_streams_is_the_same(make_policy, make_engine, prompts, test_config, changes, threaded):
+    """While others are sampled, in the order in which they end, some only at the end: the same sum in another order."""
+    config = test_config(eepo={"alpha": 1.0, **changes}).eepo
+    policy = make_policy(micro_batch_tokens=40)
+    rollouts = sampled(make_engine(), prompts)
+    rollouts[1].token_ids, rollouts[1].rollout_logprobs = [], []
+    after = compute_unlearning(policy, rollouts, config, [])
+    streamed = stream(policy, rollouts, config, threaded=threaded, untaken={id(rollouts[0]), id(rollouts[5])})
+    for future in streamed.pending:
+        future.result()
+    assert len(streamed.whole.columns[0]) >= len(rollouts) / 2, "most of it is done before the stage ends"
+    assert streamed.seconds > 0
+    found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
+    assert found.loss == pytest.approx(after.loss, rel=1e-5) and found.active_fraction == after.active_fraction
+    assert found.mean_entropy == pytest.approx(after.mean_entropy, rel=1e-5)
+    assert found.logprobs.keys() == after.logprobs.keys() and len(found.logprobs) == len(rollouts) - 1
+    for key, values in after.logprobs.items():
+        assert found.logprobs[key] == pytest.approx(values, abs=1e-5) and found.gate[key] == after.gate[key]
+    pairs = [(found.gradient.tensors[k].double(), after.gradient.tensors[k].double()) for k in after.gradient.tensors]
+    distance = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+    assert distance < 1e-5 * after.grad_norm
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_a_stream_that_runs_out_of_memory_is_made_after_the_stage(make_policy, make_engine, prompts, test_config):
+    config = test_config(eepo={"alpha": 1.0}).eepo
+    policy = make_policy(micro_batch_tokens=40)
+    rollouts = sampled(make_engine(), prompts)
+    expected = compute_unlearning(policy, rollouts, config, [])
+    loss, calls = policy.loss, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(*arguments)
+
+    policy.loss = failing
+    streamed = stream(policy, rollouts, config)
+    assert len(calls) == 2 and streamed.whole is None, "and it does not try again"
+    found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
+    assert found.loss == expected.loss and found.grad_norm == expected.grad_norm
+
+
+def test_an_iteration_streams(make_trainer):
+    """The policy's passes begin before the stage ends; with ranks that would have to agree, after it."""
+    trainer = make_trainer(eepo={"alpha": 3.0}, train={"micro_batch_tokens": 30})
+    seen, sampling = [], [False]
+    generate, loss = trainer.engine.generate, trainer.policy.loss
+
+    def generating(*arguments):
+        sampling[0] = True
+        try:
+            return generate(*arguments)
+        finally:
+            sampling[0] = False
+
+    def watched(*arguments):
+        seen.append(sampling[0])
+        return loss(*arguments)
+
+    trainer.engine.generate, trainer.policy.loss = generating, watched
+    _, row = trainer.iteration()
+    assert seen.index(False) > 1, "several micro-batches during the stage, the rest behind it"
+    assert row["time/unlearn_s"] > 0 and row["time/rollout_stage1_s"] > 0
+    type(trainer.policy).stream_tokens, whole = property(lambda policy: None), type(trainer.policy).stream_tokens
+    try:
+        seen.clear()
+        trainer.iteration()
+    finally:
+        type(trainer.policy).stream_tokens = whole
+    assert seen[0] is False

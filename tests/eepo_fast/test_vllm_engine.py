@@ -439,3 +439,13 @@ def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
     assert engine.score(rollouts, 0.7) is None, "vLLM scores at 1 only"
     sync(engine, weights_of(model), 1)
     assert [r.token_ids for r in engine.generate(REQUESTS, SAMPLING)] == [r.token_ids for r in rollouts]
+
+
+def test_completions_are_handed_over_as_they_end(one_pair):
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    seen = []
+    rollouts = engine.generate(REQUESTS, SAMPLING, None, seen.append)
+    assert sorted(map(id, seen)) == sorted(map(id, rollouts))
+    lengths = [r.num_tokens for r in seen]
+    assert lengths == sorted(lengths)

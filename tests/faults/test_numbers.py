@@ -124,8 +124,8 @@ def test_empty_and_cut_off_completions(make_trainer, monkeypatch):
     trainer = make_trainer(eepo=OPEN)
     original = trainer.engine.generate
 
-    def generate(requests, sampling, progress=None):
-        rollouts = original(requests, sampling, progress)
+    def generate(requests, sampling, *more):
+        rollouts = original(requests, sampling, *more)
         for r in rollouts[::3]:
             r.token_ids, r.rollout_logprobs = [], []
         return rollouts
@@ -198,12 +198,12 @@ def test_an_engine_that_is_not_what_it_was_made_refuses_to_sample(make_trainer, 
     trainer = make_trainer(eepo=OPEN)
     original, calls = trainer.engine.generate, []
 
-    def generate(requests, sampling, progress=None):
+    def generate(requests, sampling, *more):
         if len(calls) == (when == "after forget"):
             with torch.no_grad():
                 next(iter(trainer.engine.weights.values())).view(-1)[3] += 1e-3
         calls.append(1)
-        return original(requests, sampling, progress)
+        return original(requests, sampling, *more)
 
     monkeypatch.setattr(trainer.engine, "generate", generate)
     before = weights_of(trainer)
@@ -233,8 +233,8 @@ def test_a_rollout_of_other_weights_is_refused(make_trainer, monkeypatch, wrong)
     trainer_ = make_trainer(eepo=OPEN)
     original = trainer_.engine.generate
 
-    def generate(requests, sampling, progress=None):
-        rollouts = original(requests, sampling, progress)
+    def generate(requests, sampling, *more):
+        rollouts = original(requests, sampling, *more)
         last, version = rollouts[-1], rollouts[-1].weights_version
         if wrong == "stage":
             last.stage = 2
@@ -257,8 +257,8 @@ def test_a_logprob_that_is_none_leaves_its_completion_out(make_trainer, monkeypa
     trainer = make_trainer(eepo=OPEN, grader=Grader([Grade(1.0, "ok", 0.0), Grade(0.0, "ok", 0.0)]))
     original = trainer.engine.generate
 
-    def generate(requests, sampling, progress=None):
-        rollouts = original(requests, sampling, progress)
+    def generate(requests, sampling, *more):
+        rollouts = original(requests, sampling, *more)
         rollouts[1].rollout_logprobs[0] = value
         return rollouts
 
