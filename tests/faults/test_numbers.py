@@ -19,15 +19,15 @@ def weights_of(trainer):
 
 def poisoned(monkeypatch):
     """The unlearning gradient has a NaN in it."""
-    original = unlearn._one_step
+    original = unlearn.GradientPass.result
 
-    def one_step(policy, rollouts, config):
-        result = original(policy, rollouts, config)
-        next(iter(result.gradient.tensors.values())).view(-1)[0] = math.nan
-        result.grad_norm = result.gradient.norm()
-        return result
+    def result(self, rollouts):
+        found = original(self, rollouts)
+        next(iter(found.gradient.tensors.values())).view(-1)[0] = math.nan
+        found.grad_norm = found.gradient.norm()
+        return found
 
-    monkeypatch.setattr(unlearn, "_one_step", one_step)
+    monkeypatch.setattr(unlearn.GradientPass, "result", result)
 
 
 @pytest.mark.fault(9)
@@ -125,7 +125,7 @@ def test_empty_and_cut_off_completions(make_trainer, monkeypatch):
     original = trainer.engine.generate
 
     def generate(requests, sampling, *more):
-        rollouts = original(requests, sampling, *more)
+        rollouts = original(requests, sampling)  # nothing is handed over before it is what it is
         for r in rollouts[::3]:
             r.token_ids, r.rollout_logprobs = [], []
         return rollouts
