@@ -23,10 +23,10 @@ KL_SAMPLES = 16  # completions of stage 2 that are scored at θ to see how far t
 Result = TypeVar("Result")
 
 
-def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stage: int) -> None:
-    """EngineError where a rollout was sampled with other weights than the trainer believes: its ratio would divide by
-    the wrong model."""
-    for r in rollouts:
+def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stages: Sequence[int]) -> None:
+    """EngineError where a rollout was sampled with other weights, or for another stage, than the trainer believes: its
+    ratio would divide by the wrong model. stages: of each."""
+    for r, stage in zip(rollouts, stages, strict=True):
         if r.weights_version != expected or r.stage != stage:
             raise EngineError(
                 f"expected completions of stage {stage} from weights {tuple(expected)}, found one of {r.prompt.id} of "

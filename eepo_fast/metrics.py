@@ -80,7 +80,7 @@ class UpdateStats:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs)[kept])
         if first_update:  # the weights are still θ, so these compare θ with the engine
             sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
-            forgotten = micro.per_token([float(r.weights_version.forgotten) for r in micro.rollouts]).bool()
+            forgotten = micro.concatenate([r.forgotten for r in micro.rollouts]).bool()
             self._add("unlearn/kl", (sampled - stats.logprobs)[forgotten])
             # AEPO's samples, stage 3, carry log-probs at their own temperature
             self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten & (stage < 3)].abs())
@@ -142,6 +142,7 @@ def iteration_metrics(
         "entropy/policy": update.mean("entropy/policy"),
         "entropy/stage1": _sampled_entropy(stages[1]),
         "entropy/stage2": _sampled_entropy(stages[2]),
+        "unlearn/stragglers": _mean(r.num_before > 0 for r in stages[1]),
         "length/mean": _mean(r.num_tokens for r in rollouts),
         "length/stage1": _mean(r.num_tokens for r in stages[1]),
         "length/stage2": _mean(r.num_tokens for r in stages[2]),
@@ -193,12 +194,16 @@ def _logprob_gap(stage1: list[Rollout], unlearning: Unlearning | None, update: U
     if unlearning is None:
         return update.mean("rollout/logprob_gap")
     return _mean(
-        abs(a - b) for r in stage1 for a, b in zip(r.rollout_logprobs, unlearning.logprobs.get(id(r), []), strict=True)
+        abs(a - b)
+        for r in stage1
+        if id(r) in unlearning.logprobs
+        for a, b in zip(r.rollout_logprobs, unlearning.logprobs[id(r)], strict=True)
     )
 
 
 def _sampled_entropy(rollouts: list[Rollout]) -> float:
-    return -_mean(value for r in rollouts for value in r.rollout_logprobs)
+    """Of what was sampled before a completion went on under other weights."""
+    return -_mean(value for r in rollouts for value in r.rollout_logprobs[: r.num_before or None])
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -248,6 +253,7 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
                 "advantage": r.advantage,
                 "num_tokens": r.num_tokens,
                 "finished": r.finished,
+                "num_before": r.num_before,
             }
             if token_details:
                 row["tokens"] = token_texts(tokenizer, r.token_ids)

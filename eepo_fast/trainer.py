@@ -30,8 +30,8 @@ from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, make_requests
-from eepo_fast.rollout.exchange import generate_everywhere
+from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, continuation, make_requests
+from eepo_fast.rollout.exchange import generate_everywhere, mean_lengths
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
 from eepo_fast.unlearn import StreamedUnlearning, Unlearning, compute_unlearning
 
@@ -94,7 +94,9 @@ class Trainer:
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         streamed = self._stream(len(first_half) * len(prompts), len(prompts)) if eepo.enabled else None
         requests = make_requests(prompts, 1, first_half, *self._seed())
-        rollouts = self._generate(requests, "stage1", progress, finished=streamed.take if streamed else None)
+        taking = dict(finished=streamed.take) if streamed else {}
+        sampled = self._generate(requests, "stage1", progress, quorum=eepo.quorum, **taking)
+        rollouts, stragglers = [r for r in sampled if not r.preempted], [r for r in sampled if r.preempted]
         # from θ: nothing is forgotten yet
         extra = self._extra_samples(prompts, progress) if self.config.aepo.enabled else None
         self.between()
@@ -112,15 +114,19 @@ class Trainer:
                 unlearning.change = details.change(before, after)
             unlearning.gradient = None
             self.between()
-            requests = make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())
-            lengths = mean_lengths(rollouts)
-            stage2 = self._generate(requests, "stage2", progress, lengths=lengths, forgotten=unlearning.apply)
-            if unlearning.apply and self._went_too_far(unlearning, stage2):
+            rest = continuation(stragglers, self.sampling.max_new_tokens, *self._seed())
+            requests = [*rest, *make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())]
+            lengths = mean_lengths(sampled)
+            sampled = self._generate(requests, "stage2", progress, lengths=lengths, forgotten=unlearning.apply)
+            if unlearning.apply and self._went_too_far(unlearning, sampled[len(rest) :]):
                 with self._timed("sync"):
                     self.engine.sync(self.policy.weights(), WeightsVersion(version, False))
-                stage2 = self._generate(requests, "stage2", progress, lengths=lengths)
-            rollouts += stage2
-        batch = RolloutBatch(_by_group(rollouts, prompts), group_size, extra.rollouts if extra else [])
+                sampled = self._generate(requests, "stage2", progress, lengths=lengths)
+            for first, last in zip(stragglers, sampled, strict=False):
+                rollouts.append(first.continued(last))
+                rollouts[-1].completion = self._decode(rollouts[-1])
+            rollouts += sampled[len(rest) :]
+        batch = RolloutBatch.of(rollouts, prompts, group_size, extra.rollouts if extra else [])
         self.engine.sleep()
 
         self._grade([*batch.rollouts, *batch.extra])
@@ -167,6 +173,7 @@ class Trainer:
         temperature: float | None = None,
         forgotten: bool = False,
         finished: Callable[[Rollout], None] | None = None,
+        quorum: float = 1.0,
     ) -> list[Rollout]:
         """lengths: expected, of an answer, by prompt; without them prompts are dealt out by their own length.
         forgotten: whether the engine's weights must be the forgetful ones."""
@@ -185,9 +192,10 @@ class Trainer:
                 decode=self._decode,
                 progress=progress,
                 finished=finished,
+                quorum=quorum,
             )
         expected = WeightsVersion(self.state.policy_version, forgotten)
-        check_version(rollouts, expected, requests[0].stage)
+        check_version(rollouts, expected, [r.stage for r in requests for _ in r.seeds])
         return rollouts
 
     def _stream(self, num_completions: int, num_prompts: int) -> StreamedUnlearning | None:
@@ -278,14 +286,19 @@ class Trainer:
         Tokens that θ' sampled: what the engine reported. Tokens that θ sampled: recomputed at θ: by the unlearning pass
         already; else by the update's own forward where that is the first, and by a scoring pass where it is not.
         """
-        old = {id(r): r.rollout_logprobs for r in rows if r.weights_version.forgotten and has_finite_logprobs(r)}
+        forgotten = [r for r in rows if r.weights_version.forgotten and has_finite_logprobs(r)]
+        old = {id(r): r.rollout_logprobs for r in forgotten if not r.num_before}
         if unlearning is not None:
             old.update(unlearning.logprobs)
         first_update = self.config.train.prompts_per_update * self.config.rollout.group_size
-        missing = [r for r in rows[first_update:] if id(r) not in old]
+        switched = [r for r in forgotten if r.num_before]  # each token by whose weights sampled it
+        later = [r for r in rows[first_update:] if id(r) not in old]
+        missing = list({id(r): r for r in (*switched, *later)}.values())
         if missing:
             with self._timed("old_logprobs"):
                 old.update(self._within_memory(self.policy, lambda: self.policy.score(missing)[0]))
+        for r in switched:
+            old[id(r)] = old[id(r)][: r.num_before] + r.rollout_logprobs[r.num_before :]
         return old
 
     def _ref_logprobs(self, rows: Sequence[Rollout]) -> dict[int, list[float]]:
@@ -383,17 +396,3 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
-
-
-def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean number of tokens of each prompt's completions."""
-    lengths: dict[str, list[int]] = {}
-    for r in rollouts:
-        lengths.setdefault(r.prompt.id, []).append(r.num_tokens)
-    return {prompt: sum(values) / len(values) for prompt, values in lengths.items()}
-
-
-def _by_group(rollouts: list[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """A prompt's group side by side, stage 1 first."""
-    order = {p.id: i for i, p in enumerate(prompts)}
-    return sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index))

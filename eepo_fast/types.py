@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -69,12 +70,34 @@ class Rollout:
     """None where grading timed out or failed: a missing reward, not a zero."""
     status: str = ""
     advantage: float = 0.0
+    preempted: bool = False
+    """Stopped half-way, so that the others need not wait; it goes on under other weights."""
+    num_before: int = 0
+    """Of a completion that was preempted: its first tokens, sampled before the forget step, from the policy."""
     details: dict[str, list[float]] = field(default_factory=dict)
     """Further per-token numbers for the rollout log."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def forgotten(self) -> list[bool]:
+        """Of each token: was it sampled from forgetful weights?"""
+        last = self.weights_version.forgotten
+        return [False] * self.num_before + [last] * (self.num_tokens - self.num_before)
+
+    def continued(self, rest: Rollout) -> Rollout:
+        """This completion, preempted, and what was sampled after it."""
+        return replace(
+            self,
+            token_ids=self.token_ids + rest.token_ids,
+            rollout_logprobs=self.rollout_logprobs + rest.rollout_logprobs,
+            weights_version=rest.weights_version,
+            finished=rest.finished,
+            preempted=rest.preempted,
+            num_before=self.num_tokens,
+        )
 
 
 @dataclass
@@ -85,6 +108,13 @@ class RolloutBatch:
     group_size: int
     extra: list[Rollout] = field(default_factory=list)
     """AEPO's, drawn at another temperature, stage 3; in no group."""
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, extra: list[Rollout]):
+        """Rollouts in any order."""
+        order = {p.id: i for i, p in enumerate(prompts)}
+        grouped = sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index))
+        return cls(grouped, group_size, extra)
 
     def groups(self) -> list[list[Rollout]]:
         return [self.rollouts[i : i + self.group_size] for i in range(0, len(self.rollouts), self.group_size)]

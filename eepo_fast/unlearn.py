@@ -109,10 +109,21 @@ class GradientPass:
 
     def __init__(self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int):
         self.policy, self.config = policy, config
-        self.scale = (num_prompts if config.reduction == "prompt_sum" else 1) / max(1, num_completions)
+        self.scale = self._scale(num_completions, num_prompts)
         self.gradient = policy.gradient()
         self.loss, self.num_open, self.num_tokens, self.entropy_sum = 0.0, 0, 0, 0.0
         self.columns: tuple[dict[int, list[float]], ...] = ({}, {}, {})
+
+    def _scale(self, num_completions: int, num_prompts: int) -> float:
+        return (num_prompts if self.config.reduction == "prompt_sum" else 1) / max(1, num_completions)
+
+    def rescale(self, num_completions: int, num_prompts: int) -> None:
+        """As many of them have come as these, and not as many as were expected."""
+        factor = self._scale(num_completions, num_prompts) / self.scale
+        if factor != 1:
+            self.loss *= factor
+            for tensor in self.gradient.tensors.values():
+                tensor *= factor
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         for batch in self.policy.micro_batches(rollouts):
@@ -205,6 +216,7 @@ class StreamedUnlearning:
         if whole is None:
             return None
         whole.add([r for r in rollouts if id(r) not in whole.columns[0]])
+        whole.rescale(len(rollouts), len({r.prompt.id for r in rollouts}))
         return whole.result(rollouts)
 
 

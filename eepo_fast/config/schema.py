@@ -126,6 +126,12 @@ class EepoConfig(Section):
         description="nats a token: where stage 2 shows that the step moved the model further, it is sampled again from "
         "the policy, and counted",
     )
+    quorum: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of stage 1 that is waited for; its stragglers go on under the forgetful weights",
+    )
     direction: Literal["gradient", "random"] = Field(
         "gradient", description="of the forget step; random: a control, any direction, as long as the gradient"
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from eepo_kernels import ForgetStats
@@ -24,6 +25,11 @@ class Request:
     stage: int
     sample_indices: tuple[int, ...]
     seeds: tuple[int, ...]
+    limits: tuple[int, ...] = ()
+    """Most tokens of each sample, where that is less than the sampling's `max_new_tokens`."""
+
+    def limit(self, k: int, sampling: Sampling) -> int:
+        return min(self.limits[k], sampling.max_new_tokens) if self.limits else sampling.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,11 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         progress: Progress | None = None,
         finished: Callable[[Rollout], None] | None = None,
+        quorum: float = 1.0,
     ) -> list[Rollout]:
         """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
-        what is sampled beside it. finished: told of each that has ended while others are still being sampled."""
+        what is sampled beside it. finished: told of each that has ended while others are still being sampled. quorum:
+        when this share of them has ended, the others are preempted, and returned as they are."""
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
         """Log-prob of each completion token under the engine's weights as they are now, in nats; NaN for a last token
@@ -62,6 +70,22 @@ class RolloutEngine(Protocol):
         """Give memory back until the next update or generation, if this engine was told to."""
 
     def close(self) -> None: ...
+
+
+def needed(requests: Sequence[Request], quorum: float) -> int:
+    """How many samples must have ended."""
+    return math.ceil(quorum * sum(len(r.seeds) for r in requests) - 1e-9)
+
+
+def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int, step: int) -> list[Request]:
+    """Requests for the rest of completions that were preempted: what they have said so far is read as a prompt."""
+    requests = []
+    for r in rollouts:
+        prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids)
+        seed = sample_seed(run_seed, step, f"{r.prompt.id}|{r.num_tokens}", r.stage, r.sample_index)
+        left = (max_new_tokens - r.num_tokens,)
+        requests.append(Request(prompt, r.stage, (r.sample_index,), (seed,), left))
+    return requests
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, stage: int, sample_index: int) -> int:

@@ -22,14 +22,16 @@ def generate_everywhere(
     decode: Callable[[Rollout], str],
     progress: Progress | None = None,
     finished: Callable[[Rollout], None] | None = None,
+    quorum: float = 1.0,
 ) -> list[Rollout]:
     """All samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and answers,
     by which requests are dealt out; ranks of one engine take the same. decode: sets each completion where it was
-    sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call."""
+    sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call. quorum: each
+    engine waits for its own."""
     hands = deal(expected_tokens, world.size // ranks_per_engine)
     share = sorted(hands[world.rank // ranks_per_engine])
     try:
-        rollouts = engine.generate([requests[i] for i in share], sampling, progress, finished)
+        rollouts = engine.generate([requests[i] for i in share], sampling, progress, finished, quorum)
     except Interrupted:
         if world.size > 1:
             world.gather(None)  # the others wait for what was sampled here
@@ -50,6 +52,14 @@ def generate_everywhere(
     ]
 
 
+def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean number of tokens of each prompt's completions."""
+    lengths: dict[str, list[int]] = {}
+    for r in rollouts:
+        lengths.setdefault(r.prompt.id, []).append(r.num_tokens)
+    return {prompt: sum(values) / len(values) for prompt, values in lengths.items()}
+
+
 def score_everywhere(
     engine: RolloutEngine, rollouts: Sequence[Rollout], temperature: float, *, world: World, ranks_per_engine: int
 ) -> list[list[float]] | None:
@@ -67,11 +77,12 @@ def score_everywhere(
 def _pack(r: Rollout) -> tuple:
     """What other ranks cannot know; log-probs are fp32 numbers."""
     logprobs = np.asarray(r.rollout_logprobs, np.float32)
-    return np.asarray(r.token_ids, np.int32), logprobs, r.stage, tuple(r.weights_version), r.finished, r.completion
+    state = (r.stage, tuple(r.weights_version), r.finished, r.preempted)
+    return np.asarray(r.token_ids, np.int32), logprobs, state, r.completion
 
 
 def _unpack(packed: tuple, request: Request, k: int) -> Rollout:
-    token_ids, logprobs, stage, version, finished, completion = packed
+    token_ids, logprobs, (stage, version, finished, preempted), completion = packed
     return Rollout(
         prompt=request.prompt,
         stage=stage,
@@ -80,5 +91,6 @@ def _unpack(packed: tuple, request: Request, k: int) -> Rollout:
         rollout_logprobs=logprobs.tolist(),
         weights_version=WeightsVersion(*version),
         finished=finished,
+        preempted=preempted,
         completion=completion,
     )

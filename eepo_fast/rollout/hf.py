@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling
+from eepo_fast.rollout.engine import Progress, Request, Sampling, needed
 from eepo_fast.rollout.weights import checksums, rounded_checksums
 from eepo_fast.types import EngineError, Rollout, WeightsVersion
 
@@ -101,15 +101,18 @@ class HfEngine:
         sampling: Sampling,
         progress: Progress | None = None,
         finished: Callable[[Rollout], None] | None = None,
+        quorum: float = 1.0,
     ) -> list[Rollout]:
         self._check_weights()
         total = sum(len(r.seeds) for r in requests)
         # similar lengths side by side, to pad little; the result keeps the order of the requests
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         results: dict[tuple[int, int], Rollout] = {}
+        may_wait = total - needed(requests, quorum)
         for rows in self._batches(requests, order):
             tick = partial(progress, len(results), total) if progress else None
-            results.update(self._generate_batch(requests, rows, sampling, tick, finished))
+            is_last = len(results) + len(rows) == total  # earlier batches are over before anybody can be waited for
+            results.update(self._generate_batch(requests, rows, sampling, tick, finished, may_wait if is_last else 0))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
@@ -127,15 +130,19 @@ class HfEngine:
         sampling: Sampling,
         tick: Callable[[], None] | None,
         finished: Callable[[Rollout], None] | None,
+        may_wait: int,
     ) -> dict[tuple[int, int], Rollout]:
+        """may_wait: so many are not waited for."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
-        uniforms = np.stack([_uniforms(requests[i].seeds[k], sampling.max_new_tokens) for i, k in rows])
+        limits = [requests[i].limit(k, sampling) for i, k in rows]
+        uniforms = np.stack([_uniforms(requests[i].seeds[k], max(limits)) for i, k in rows])
         results: dict[tuple[int, int], Rollout] = {}
 
         def take(row: int, tokens: list[int], logprobs: list[float], ended: bool) -> None:
             i, k = rows[row]
+            preempted = not ended and len(tokens) < limits[row]
             results[i, k] = Rollout(
                 prompt=requests[i].prompt,
                 stage=requests[i].stage,
@@ -144,11 +151,12 @@ class HfEngine:
                 rollout_logprobs=logprobs,
                 weights_version=self.weights_version,
                 finished=ended,
+                preempted=preempted,
             )
-            if finished:
+            if finished and not preempted:
                 finished(results[i, k])
 
-        self._decode(prompts, expand, uniforms, sampling, tick, take)
+        self._decode(prompts, expand, uniforms, limits, sampling, tick, take, may_wait)
         return results
 
     def _decode(
@@ -156,9 +164,11 @@ class HfEngine:
         prompts: list[list[int]],
         expand: Tensor,
         uniforms: np.ndarray,
+        limits: list[int],
         sampling: Sampling,
         tick: Callable[[], None] | None,
         take: Callable[[int, list[int], list[float], bool], None],
+        may_wait: int,
     ) -> None:
         """tick: called after each token. take: given a sequence's row, tokens, log-probs and whether it has ended, as
         soon as it does; the others at the limit."""
@@ -177,19 +187,21 @@ class HfEngine:
         stops = torch.tensor(sampling.stop_token_ids, device=self.device)
         tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(num_rows, limit, device=self.device)
+        most = torch.tensor(limits, device=self.device)
         rows = torch.arange(num_rows, device=self.device)  # which sequence each row of the running batch is
         running = torch.ones(num_rows, dtype=torch.bool, device=self.device)
         for t in range(limit):
             token, logprob = sample(logits, sampling.temperature, uniforms[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
-            ended = torch.isin(token, stops) & running
+            stopped = torch.isin(token, stops)
+            ended = (stopped | (most[rows] <= t + 1)) & running
             running &= ~ended
             num_running = int(running.sum())
-            for row in rows[ended].tolist():
-                take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), True)
+            for row, by_itself in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+                take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), by_itself)
             if tick:
                 tick()
-            if num_running == 0 or t + 1 == limit:
+            if num_running <= may_wait:
                 break
             if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more
                 keep = running.nonzero().squeeze(1)
@@ -205,7 +217,7 @@ class HfEngine:
                 use_cache=True,
             ).logits[:, -1]
         for row in rows[running].tolist():
-            take(row, tokens[row].tolist(), logprobs[row].tolist(), False)
+            take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), False)
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]]:

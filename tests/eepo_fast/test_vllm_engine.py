@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout import weights as plan_module
-from eepo_fast.rollout.engine import Request, Sampling
+from eepo_fast.rollout.engine import Request, Sampling, continuation
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import EngineError, Problem, Prompt, WeightsVersion
 
@@ -163,6 +163,73 @@ LONG = requests_for([(7 * i) % V for i in range(2, 200)])  # longer than a block
 
 
 @pytest.mark.fault(16)
+def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
+    """Before and after a forget step, and of a completion that fills the engine to its last position."""
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    rollouts = engine.generate(REQUESTS, SAMPLING)
+    full = replace(rollouts[0], token_ids=[5 + i % 90 for i in range(256 - len(rollouts[0].prompt.token_ids))])
+    gradient = gradient_of(model)
+    for weights in (model, moved(model, gradient, 0.5)):
+        if weights is not model:
+            forget(engine, gradient)
+        scores = engine.score([*rollouts, full], 1.0)
+        assert len(scores[-1]) == full.num_tokens and math.isnan(scores[-1][-1]), "no room for one token more"
+        for r, scored in zip([*rollouts, full], scores, strict=True):
+            known = [s for s in scored if not math.isnan(s)]
+            shown = replace(r, token_ids=r.token_ids[: len(known)], rollout_logprobs=known)
+            assert gap(weights, [shown], temperature=1.0) < 5e-5
+        assert not any(map(math.isnan, scores[0]))
+    assert engine.score(rollouts, 0.7) is None, "vLLM scores at 1 only"
+    sync(engine, weights_of(model), 1)
+    assert [r.token_ids for r in engine.generate(REQUESTS, SAMPLING)] == [r.token_ids for r in rollouts]
+
+
+def test_completions_are_handed_over_as_they_end(one_pair):
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    seen = []
+    rollouts = engine.generate(REQUESTS, SAMPLING, None, seen.append)
+    assert sorted(map(id, seen)) == sorted(map(id, rollouts))
+    lengths = [r.num_tokens for r in seen]
+    assert lengths == sorted(lengths)
+
+
+def test_the_engine_stops_at_the_quorum_and_goes_on(one_pair):
+    """The stragglers are preempted, the weights moved, and their keys and values computed again under them."""
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    sampling = Sampling(0.7, 60, tuple(range(7, V, 16)))  # an end now and then
+    requests = requests_for([3, 4, 5, 9], [8, 2], [11, 12, 13], samples=4)
+    whole = engine.generate(requests, sampling)
+    seen = []
+    rollouts = engine.generate(requests, sampling, None, seen.append, 0.25)
+    cut = [r for r in rollouts if r.preempted]
+    assert 3 <= len(rollouts) - len(cut) < 12 and len(seen) == len(rollouts) - len(cut)
+    for r, expected in zip(rollouts, whole, strict=True):
+        assert r.token_ids == expected.token_ids[: r.num_tokens] and len(r.rollout_logprobs) == r.num_tokens
+    gradient = gradient_of(model)
+    forget(engine, gradient)
+    rest = engine.generate(continuation(cut, 60, 0, 0), sampling)
+    merged = [first.continued(last) for first, last in zip(cut, rest, strict=True)]
+    assert max(r.num_tokens for r in merged) <= 60
+    for r in merged:
+        before = replace(r, token_ids=r.token_ids[: r.num_before], rollout_logprobs=r.rollout_logprobs[: r.num_before])
+        prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids[: r.num_before])
+        after = replace(r, prompt=prompt, token_ids=r.token_ids[r.num_before :])
+        after.rollout_logprobs = r.rollout_logprobs[r.num_before :]
+        assert gap(model, [before]) < 5e-5 and gap(moved(model, gradient, 0.5), [after]) < 5e-5
+    assert max(gap(model, [replace(r, num_before=0)]) for r in merged) > 0.01
+    sync(engine, weights_of(model), 1)
+
+
+def test_limits_of_single_samples(one_pair):
+    model, engine = one_pair
+    sync(engine, weights_of(model), 0)
+    requests = [replace(r, limits=(2, 5)) for r in REQUESTS]
+    assert [r.num_tokens for r in engine.generate(requests, Sampling(0.7, 12, ()))] == [2, 5] * 3
+
+
 def test_keys_and_values_of_earlier_weights_are_never_used_again(one_pair):
     model, engine = one_pair
     sync(engine, weights_of(model), 0)
@@ -417,35 +484,3 @@ def test_a_bf16_engine_forgets_the_whole_step_and_draws_the_bits_of_any_other():
     rollouts = engine.generate(REQUESTS, SAMPLING)
     assert all(math.isfinite(v) for r in rollouts for v in r.rollout_logprobs)
     engine.close()
-
-
-def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
-    """Before and after a forget step, and of a completion that fills the engine to its last position."""
-    model, engine = one_pair
-    sync(engine, weights_of(model), 0)
-    rollouts = engine.generate(REQUESTS, SAMPLING)
-    full = replace(rollouts[0], token_ids=[5 + i % 90 for i in range(256 - len(rollouts[0].prompt.token_ids))])
-    gradient = gradient_of(model)
-    for weights in (model, moved(model, gradient, 0.5)):
-        if weights is not model:
-            forget(engine, gradient)
-        scores = engine.score([*rollouts, full], 1.0)
-        assert len(scores[-1]) == full.num_tokens and math.isnan(scores[-1][-1]), "no room for one token more"
-        for r, scored in zip([*rollouts, full], scores, strict=True):
-            known = [s for s in scored if not math.isnan(s)]
-            shown = replace(r, token_ids=r.token_ids[: len(known)], rollout_logprobs=known)
-            assert gap(weights, [shown], temperature=1.0) < 5e-5
-        assert not any(map(math.isnan, scores[0]))
-    assert engine.score(rollouts, 0.7) is None, "vLLM scores at 1 only"
-    sync(engine, weights_of(model), 1)
-    assert [r.token_ids for r in engine.generate(REQUESTS, SAMPLING)] == [r.token_ids for r in rollouts]
-
-
-def test_completions_are_handed_over_as_they_end(one_pair):
-    model, engine = one_pair
-    sync(engine, weights_of(model), 0)
-    seen = []
-    rollouts = engine.generate(REQUESTS, SAMPLING, None, seen.append)
-    assert sorted(map(id, seen)) == sorted(map(id, rollouts))
-    lengths = [r.num_tokens for r in seen]
-    assert lengths == sorted(lengths)

@@ -1,0 +1,176 @@
+"""`eepo.quorum`: stragglers of stage 1 go on under the forgetful weights; every token keeps whose weights said it."""
+
+import copy
+
+import pytest
+import torch
+
+from eepo_fast.losses import grpo_loss
+from eepo_fast.rollout.engine import Sampling, continuation, make_requests, needed
+from eepo_fast.types import WeightsVersion
+
+OPEN = {"alpha": 9.0, "learning_rate": 0.05}
+QUORUM = 0.25  # of completions most of which reach the limit
+SAMPLING = Sampling(1.0, 40, (1,))
+
+
+def scored(model, r, temperature=1.0):
+    ids = torch.tensor([r.prompt.token_ids + r.token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1)[range(r.num_tokens), r.token_ids]
+
+
+def test_the_engine_stops_at_the_quorum(make_engine, prompts):
+    """Those that ended are whole and as ever; the others are what they would have been, cut short."""
+    engine = make_engine()
+    requests = make_requests(prompts, 1, range(6), 0, 0)
+    whole = engine.generate(requests, SAMPLING)
+    seen = []
+    rollouts = engine.generate(requests, SAMPLING, None, seen.append, QUORUM)
+    cut = [r for r in rollouts if r.preempted]
+    assert needed(requests, QUORUM) == 6 <= len(rollouts) - len(cut) < 24 and 6 < len(cut) <= 18
+    for r, expected in zip(rollouts, whole, strict=True):
+        assert r.token_ids == expected.token_ids[: r.num_tokens]
+        assert r.preempted == (r.num_tokens < expected.num_tokens)
+        assert r.finished == (expected.finished and not r.preempted)
+    assert sorted(map(id, seen)) == sorted(id(r) for r in rollouts if not r.preempted)
+    assert not any(r.preempted for r in whole)
+
+
+def test_limits_of_single_samples(make_engine, prompts):
+    limits = (1, 3, 12, 40)
+    requests = [copy.copy(r) for r in make_requests(prompts, 1, range(4), 0, 0)]
+    requests = [type(r)(r.prompt, r.stage, r.sample_indices, r.seeds, limits) for r in requests]
+    rollouts = make_engine().generate(requests, Sampling(1.0, 12, ()))
+    assert [r.num_tokens for r in rollouts] == [1, 3, 12, 12] * len(prompts)
+    assert not any(r.finished or r.preempted for r in rollouts)
+
+
+def test_what_goes_on_is_read_as_a_prompt_and_drawn_anew(make_engine, prompts):
+    engine = make_engine()
+    requests = make_requests(prompts, 1, range(6), 0, 0)
+    cut = [r for r in engine.generate(requests, SAMPLING, None, None, QUORUM) if r.preempted]
+    rest = continuation(cut, 40, 0, 0)
+    later = engine.generate(rest, SAMPLING)
+    for first, last in zip(cut, later, strict=True):
+        merged = first.continued(last)
+        assert merged.num_tokens == first.num_tokens + last.num_tokens <= 40 and merged.num_before == first.num_tokens
+        assert merged.prompt is first.prompt and merged.sample_index == first.sample_index
+        assert merged.rollout_logprobs == pytest.approx(scored(engine.model, merged).tolist(), abs=2e-5)
+        assert merged.finished == (merged.token_ids[-1] == 1) and not merged.preempted
+    seeds = {s for r in requests for s in r.seeds} | {s for r in rest for s in r.seeds}
+    assert len(seeds) == 24 + len(cut)
+
+
+def run(make_trainer, **sections):
+    trainer = make_trainer(
+        eepo={**OPEN, "quorum": QUORUM}, rollout={"max_new_tokens": 40, "group_size": 8}, **sections
+    )  # fmt: skip
+    theta = copy.deepcopy(trainer.policy.model)
+    forgetful = {}
+    forget = trainer.engine.forget
+
+    def watched(gradient, **options):
+        stats = forget(gradient, **options)
+        forgetful["model"] = copy.deepcopy(trainer.engine.model)
+        return stats
+
+    trainer.engine.forget = watched
+    return trainer, theta, forgetful
+
+
+def test_each_token_is_of_the_weights_that_sampled_it(make_trainer):
+    trainer, theta, forgetful = run(make_trainer)
+    batch, row = trainer.iteration()
+    moved = forgetful["model"]
+    late = [r for r in batch.stage(1) if r.num_before]
+    assert late and len(batch.rollouts) == 32 and len(batch.stage(1)) == 16
+    assert row["unlearn/stragglers"] == len(late) / 16 and row["length/stage1"] > 0
+    for r in late:
+        assert r.weights_version == WeightsVersion(0, True) and not r.preempted
+        before, after = scored(theta, r), scored(moved, r)
+        k = r.num_before
+        assert r.rollout_logprobs[:k] == pytest.approx(before[:k].tolist(), abs=1e-4)
+        assert r.rollout_logprobs[k:] == pytest.approx(after[k:].tolist(), abs=1e-4)
+        assert r.forgotten == [False] * k + [True] * (r.num_tokens - k)
+        assert r.completion == trainer._decode(r)
+    assert (
+        max(float((scored(theta, r)[r.num_before :] - scored(moved, r)[r.num_before :]).abs().max()) for r in late)
+        > 1e-3
+    )
+    whole = [r for r in batch.stage(1) if not r.num_before]
+    assert all(not r.weights_version.forgotten for r in whole)
+
+
+def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
+    """The update's old log-probs, in the first mini-batch and in a later one."""
+    trainer, theta, forgetful = run(make_trainer, train={"prompts_per_update": 2})
+    seen = {}
+
+    def watched(config, tokens):
+        seen.setdefault("tokens", []).append(tokens)
+        return grpo_loss(config, tokens)
+
+    monkeypatch.setattr("eepo_fast.trainer.grpo_loss", watched)
+    micro = trainer._grpo_tokens
+
+    def with_rollouts(batch, *arguments):
+        seen.setdefault("batches", []).append(batch)
+        return micro(batch, *arguments)
+
+    trainer._grpo_tokens = with_rollouts
+    batch, _ = trainer.iteration()
+    late = {id(r) for r in batch.stage(1) if r.num_before}
+    found = 0
+    for part, tokens in zip(seen["batches"], seen["tokens"], strict=True):
+        for r, old, on_policy in zip(
+            part.rollouts, part.split(tokens.old_logprobs), part.split(tokens.on_policy.float()), strict=True
+        ):
+            if id(r) not in late:
+                continue
+            found += 1
+            k = r.num_before
+            assert not any(on_policy)
+            assert old[:k] == pytest.approx(scored(theta, r)[:k].tolist(), abs=1e-4)
+            assert old[k:] == pytest.approx(scored(forgetful["model"], r)[k:].tolist(), abs=1e-4)
+    assert found == len(late) > 1
+
+
+def test_unlearning_is_over_those_that_finished(make_trainer, monkeypatch):
+    """|O₁| counts them; streamed or not, the same gradient."""
+    grads = []
+    for streams in (True, False):
+        trainer, *_ = run(make_trainer, train={"micro_batch_tokens": 40})
+        if not streams:
+            monkeypatch.setattr(trainer, "_stream", lambda *sizes: None)
+        original = trainer.policy.forget
+
+        def forget(engine, gradient, *arguments, _original=original, **options):
+            grads.append({name: g.clone() for name, g in gradient.tensors.items()})
+            raise InterruptedError
+
+        trainer.policy.forget = forget
+        with pytest.raises(InterruptedError):
+            trainer.iteration()
+    first, second = (torch.cat([g.flatten() for g in part.values()]) for part in grads)
+    assert first.norm() > 0 and (first - second).norm() < 1e-5 * first.norm()
+
+
+def test_a_closed_gate_lets_them_go_on_as_they_were(make_trainer):
+    trainer = make_trainer(eepo={"alpha": 1e-9, "quorum": QUORUM}, rollout={"max_new_tokens": 40, "group_size": 8})
+    batch, row = trainer.iteration()
+    late = [r for r in batch.stage(1) if r.num_before]
+    assert late and row["unlearn/skipped"] == 1 and not any(any(r.forgotten) for r in late)
+    assert row["policy/ratio_mean_stage1"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_quorum_of_1_changes_nothing(make_trainer):
+    rows = []
+    for eepo in (OPEN, {**OPEN, "quorum": 1.0}):
+        trainer = make_trainer(eepo=eepo)
+        model = copy.deepcopy(trainer.policy.model.state_dict())
+        batch, row = trainer.iteration()
+        rows.append(([r.token_ids for r in batch.rollouts], row["policy/loss"], row["unlearn/stragglers"]))
+        trainer.policy.model.load_state_dict(model)
+    assert rows[0] == rows[1] and rows[0][2] == 0
