@@ -77,7 +77,8 @@ def parse_args(description: str) -> argparse.Namespace:
     return parser_with_defaults(description).parse_args()
 
 
-def record(rows: list[dict], out: Path | None) -> None:
+def record(rows: list[dict], out: Path | None, **top: float) -> None:
+    """top: numbers that stand beside the rows."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     for row in rows:
@@ -91,6 +92,7 @@ def record(rows: list[dict], out: Path | None) -> None:
             "transformers": transformers.__version__,
             "commit": git.stdout.strip(),
             "command": " ".join(sys.argv),
+            **top,
             "rows": rows,
         }
         out.write_text(json.dumps(content, indent=1), encoding="utf-8")
