@@ -25,7 +25,6 @@ from eepo_fast.distributed import World
 from eepo_fast.plan import check_world
 from eepo_fast.rewards import make_grader
 from eepo_fast.run import load_parts
-from eepo_fast.trainer import Trainer
 from eepo_fast.types import UserError
 
 MIB = 2**20
@@ -92,17 +91,7 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
             grader.start()
         parts = load_parts(config, grader, world, display)
         with closing(parts.engine):
-            trainer = Trainer(
-                config,
-                policy=parts.policy,
-                reference=parts.reference,
-                engine=parts.engine,
-                grader=grader,
-                prompts=parts.prompts,
-                tokenizer=parts.tokenizer,
-                stop_token_ids=parts.stop_token_ids,
-                entering=peaks.enter,
-            )
+            trainer = parts.trainer(config, grader, entering=peaks.enter)
             for i in range(capture.skip):
                 display.say(f"iteration {i + 1} of {capture.skip} to warm up")
                 trainer.iteration()

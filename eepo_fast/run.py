@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -58,6 +59,20 @@ class Parts:
     evaluation: PeriodicEvaluation
     fingerprint: dict[str, str]
     """Of data, model and tokenizer, which a resumed run must have again."""
+
+    def trainer(self, config: Config, grader: Grader, **more: Any) -> Trainer:
+        """more: of `Trainer`."""
+        return Trainer(
+            config,
+            policy=self.policy,
+            reference=self.reference,
+            engine=self.engine,
+            grader=grader,
+            prompts=self.prompts,
+            tokenizer=self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            **more,
+        )
 
 
 def load_parts(config: Config, grader: Grader, world: World, display: Display) -> Parts:
@@ -306,19 +321,7 @@ def _run(
             show.phase(phase)
 
         meeting = Meeting(world, writer, request, display)
-        trainer = Trainer(
-            config,
-            policy=parts.policy,
-            reference=parts.reference,
-            engine=parts.engine,
-            grader=grader,
-            prompts=parts.prompts,
-            tokenizer=parts.tokenizer,
-            stop_token_ids=parts.stop_token_ids,
-            state=state,
-            entering=entering,
-            between=meeting,
-        )
+        trainer = parts.trainer(config, grader, state=state, entering=entering, between=meeting)
         loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
         try:
             loop.run(show)
