@@ -17,28 +17,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import figures
 from methods import METHODS, TARGET_ENTROPY, TUNING_SEEDS
 from numbers_of import Run, ending, interval, load_runs, paired, score, text
+from paper_claims import average_greedy, paper_claims
 from run import SMALLEST_RATIO, STRONG, best_value, stage_ratio
 
 COLUMNS = [(place, metric) for place in ("in", "larger", "more") for metric in ("greedy", "pass@1", "pass@16")]
 MATTERS = 3.0  # points: a loss smaller than this is called none
 
 
-def table(final: dict[str, dict[int, Run]]) -> list[str]:
-    """The paper's Table 1 at this scale."""
+def table(final: dict[str, dict[int, Run]], base: Path) -> list[str]:
+    """The paper's Table 1 at this scale. base: the numbers of the model that all begin with, where they are there."""
     heads = [f"{place} {metric}" for place, metric in COLUMNS]
     lines = [
         "| method | seeds | " + " | ".join(heads) + " | greedy, average |",
         "| --- |" + " ---: |" * (len(heads) + 2),
     ]
-    for name, runs in final.items():
+    begin = {"base": {0: json.loads(base.read_text())}} if base.exists() else {}
+    for name, runs in (begin | final).items():
         cells = [f"{interval([score(r, *c) for r in runs.values()])[0]:.1f}" for c in COLUMNS]
         average = interval([average_greedy(r) for r in runs.values()])[0]
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + f" | {average:.1f} |")
     return lines
-
-
-def average_greedy(run: Run) -> float:
-    return sum(score(run, place, "greedy") for place in ("in", "larger", "more")) / 3
 
 
 def unique(run: Run) -> float:
@@ -91,6 +89,20 @@ def claims(final: dict[str, dict[int, Run]]) -> list[str]:
     ]  # fmt: skip
     lines = [f"| claim | EEPO, {len(eepo)} seeds | holds |", "| --- | --- | --- |"]
     return lines + [f"| {name} | {value} | {'yes' if held else 'no'} |" for name, value, held in rows]
+
+
+def earlier(out: Path, final: dict[str, dict[int, Run]]) -> list[str]:
+    """The same claims at the step that was taken first."""
+    first = load_runs(out, "final_0.005")
+    if "eepo" not in first:
+        return []
+    return [
+        "### At η = 5e-3, which was tried first",
+        *claims({"grpo": final["grpo"], "eepo": first["eepo"]}),
+        "",
+        *differences({"eepo": first["eepo"], "eepo_random": first["eepo_random"], "grpo": final["grpo"]}, "grpo"),
+        "",
+    ]
 
 
 def ratio(triple: tuple[float, float, float]) -> str:
@@ -169,8 +181,12 @@ def page(out: Path) -> str:
             "## The claims",
             *claims(final),
             "",
+            "## What the paper says, and what showed here",
+            *paper_claims(final),
+            "",
+            *earlier(out, final),
             "## Every method",
-            *table(final),
+            *table(final, out / "base.json"),
             "",
             *differences(final, "grpo"),
         ]

@@ -42,7 +42,7 @@ WATCHED = [  # while training, in the final runs
 SMALLEST_RATIO = 0.9
 FORGET_STEP = "eepo.learning_rate"
 EVERY = 5  # iterations averaged into one point of a curve
-PHASES = ["tune", "mass", "final", "targets", "targets_strong"]
+PHASES = ["base", "tune", "mass", "final", "targets", "targets_strong"]
 TARGETS = {"targets": (0.15, 0.25, 0.35, 0.45, 0.55), "targets_strong": (0.16, 0.2, 0.24, 0.28)}
 STRONG = ["aepo.coef=3", "aepo.temperature_high=1.6"]  # a term that can hold entropy up where training takes it down
 
@@ -218,6 +218,12 @@ def main() -> None:
         one_run(args.out, phase, name, None if value == "None" else float(value), int(seed))
         return
     for phase in args.phase:
+        if phase == "base":
+            if not (args.out / "base.json").exists():
+                with tempfile.TemporaryDirectory() as root:
+                    found = evaluate(study_base(), run_config(SHARED, [], 0, root), "final")
+                (args.out / "base.json").write_text(json.dumps(rounded(found)) + "\n")
+            continue
         if phase == "mass":
             if not (args.out / "forget_mass.json").exists():
                 from forget_mass import write
