@@ -14,6 +14,7 @@ import json
 import resource
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from eepo_fast.config import Config, load_config
 from eepo_fast.config.schema import ModelConfig
 from eepo_fast.models import load_model
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.rollout.engine import Request, make_requests
+from eepo_fast.rollout.engine import Request, continuation, make_requests
 from eepo_fast.run import make_engine
 from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, Problem, Prompt
@@ -48,6 +49,18 @@ class Grader:
 @register_flop_formula(torch.ops.eepo_kernels.linear_logprobs)
 def _(hidden, weight, *rest, **more):
     return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _(query, key, *rest, **more):
+    batch, heads, length, size = query
+    return 4 * batch * heads * length * key[2] * size
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _(grad, query, key, *rest, **more):
+    batch, heads, length, size = query
+    return 10 * batch * heads * length * key[2] * size
 
 
 def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt]) -> Trainer:
@@ -86,7 +99,14 @@ def fix_lengths(lengths: list[int], prompts: list[Prompt], group_size: int) -> N
             requests.append(Request(r.prompt, r.stage, r.sample_indices, r.seeds, tuple(limits)))
         return requests
 
+    def limited_rest(rollouts, *arguments) -> list[Request]:
+        requests = continuation(rollouts, *arguments)
+        whole = [lengths[(place[r.prompt.id] * group_size + r.sample_index) % len(lengths)] for r in rollouts]
+        lefts = [(length - r.num_tokens,) for length, r in zip(whole, rollouts, strict=True)]
+        return [replace(request, limits=left) for request, left in zip(requests, lefts, strict=True)]
+
     trainer_module.make_requests = limited
+    trainer_module.continuation = limited_rest
 
 
 def make_prompts(lengths: list[int], count: int, num_words: int) -> list[Prompt]:
@@ -115,8 +135,10 @@ def cpu_seconds() -> float:
 
 
 def flops(trainer: Trainer) -> float:
+    streams, trainer._stream = trainer._stream, lambda *sizes: None  # the counter does not see other threads
     with FlopCounterMode(display=False) as counter:
         trainer.iteration()
+    trainer._stream = streams
     return counter.get_total_flops()
 
 
@@ -157,6 +179,8 @@ def main() -> None:
     for pair in range(args.pairs):
         for name in list(trainers)[:: 1 if pair % 2 else -1]:
             rows[name].append(timed(trainers[name]))
+    tokens = {name: {row["tokens/generated"] for row in part} for name, part in rows.items()}
+    assert tokens["grpo"] == tokens["eepo"] and len(tokens["eepo"]) == 1, "not the same work"
     ratios = [e["seconds"] / g["seconds"] for e, g in zip(rows["eepo"], rows["grpo"], strict=True)]
     extra = counted["eepo"] / counted["grpo"]
     found = {"eepo_over_grpo": statistics.median(ratios), "allowed": GOAL * extra, "flops_ratio": extra}

@@ -18,6 +18,7 @@ from torch import Tensor
 from eepo_fast.policy.module import Policy
 from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
 
+MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
 KL_SAMPLES = 16  # completions of stage 2 that are scored at θ to see how far the step went
 
 Result = TypeVar("Result")
@@ -32,6 +33,16 @@ def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stages:
                 f"expected completions of stage {stage} from weights {tuple(expected)}, found one of {r.prompt.id} of "
                 f"stage {r.stage} from weights {tuple(r.weights_version)}"
             )
+
+
+def check_updates(num_bad: int, step: int, norm: float) -> None:
+    """UserError where `num_bad` updates in a row had a gradient that is not finite."""
+    if num_bad >= MAX_BAD_UPDATES:
+        raise UserError(
+            f"training stopped at iteration {step + 1}: the policy's gradient norm was {norm} in {num_bad} updates in "
+            "a row; lower optimizer.learning_rate, or resume a checkpoint",
+            shared=True,
+        )
 
 
 def has_finite_logprobs(rollout: Rollout) -> bool:

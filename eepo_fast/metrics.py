@@ -67,7 +67,7 @@ class UpdateStats:
         kept = tokens.weights > 0
         rows = torch.arange(len(stats.logprobs), device=kept.device)
         ratio = log_ratio(stats.logprobs, tokens, rows).exp()
-        stage = micro.per_token([float(r.stage) for r in micro.rollouts])
+        stage = micro.concatenate([r.token_stages for r in micro.rollouts])
         positive = tokens.advantages > 0
         clipped = torch.where(positive, ratio > 1 + config.grpo.clip_high, ratio < 1 - config.grpo.clip_low)
         clipped &= tokens.advantages != 0
@@ -142,6 +142,7 @@ def iteration_metrics(
         "entropy/policy": update.mean("entropy/policy"),
         "entropy/stage1": _sampled_entropy(stages[1]),
         "entropy/stage2": _sampled_entropy(stages[2]),
+        "unlearn/hidden_s": unlearning.hidden_s if unlearning else math.nan,
         "unlearn/stragglers": _mean(r.num_before > 0 for r in stages[1]),
         "length/mean": _mean(r.num_tokens for r in rollouts),
         "length/stage1": _mean(r.num_tokens for r in stages[1]),

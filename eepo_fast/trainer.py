@@ -25,17 +25,15 @@ from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
-from eepo_fast.guards import check_version, forgotten_kl, has_finite_logprobs, loud, within_memory
+from eepo_fast.guards import check_updates, check_version, forgotten_kl, has_finite_logprobs, loud, within_memory
 from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, continuation, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere, mean_lengths
-from eepo_fast.types import Prompt, Rollout, RolloutBatch, UserError, WeightsVersion
+from eepo_fast.types import Prompt, Rollout, RolloutBatch, WeightsVersion
 from eepo_fast.unlearn import StreamedUnlearning, Unlearning, compute_unlearning
-
-MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
 
 
 @dataclass
@@ -83,6 +81,14 @@ class Trainer:
 
     def iteration(self, progress: Progress | None = None) -> tuple[RolloutBatch, dict[str, float]]:
         """One iteration: its rollouts and its metrics. `state.step` counts it only when all of it is done."""
+        self.streamed: StreamedUnlearning | None = None
+        try:
+            return self._iteration(progress)
+        finally:
+            if self.streamed is not None:  # whatever has ended the iteration, nothing goes on behind it
+                self.streamed.close()
+
+    def _iteration(self, progress: Progress | None) -> tuple[RolloutBatch, dict[str, float]]:
         started, self.times = time.perf_counter(), {}
         eepo, group_size = self.config.eepo, self.config.rollout.group_size
         prompts = self._next_prompts()
@@ -93,9 +99,10 @@ class Trainer:
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         streamed = self._stream(len(first_half) * len(prompts), len(prompts)) if eepo.enabled else None
+        self.streamed = streamed
         requests = make_requests(prompts, 1, first_half, *self._seed())
         taking = dict(finished=streamed.take) if streamed else {}
-        sampled = self._generate(requests, "stage1", progress, quorum=eepo.quorum, **taking)
+        sampled = self._generate(requests, "stage1", progress, quorum=eepo.quorum if eepo.enabled else 1.0, **taking)
         rollouts, stragglers = [r for r in sampled if not r.preempted], [r for r in sampled if r.preempted]
         # from θ: nothing is forgotten yet
         extra = self._extra_samples(prompts, progress) if self.config.aepo.enabled else None
@@ -116,13 +123,13 @@ class Trainer:
             self.between()
             rest = continuation(stragglers, self.sampling.max_new_tokens, *self._seed())
             requests = [*rest, *make_requests(prompts, 2, range(len(first_half), group_size), *self._seed())]
-            lengths = mean_lengths(sampled)
+            lengths = mean_lengths(rollouts)
             sampled = self._generate(requests, "stage2", progress, lengths=lengths, forgotten=unlearning.apply)
             if unlearning.apply and self._went_too_far(unlearning, sampled[len(rest) :]):
                 with self._timed("sync"):
                     self.engine.sync(self.policy.weights(), WeightsVersion(version, False))
                 sampled = self._generate(requests, "stage2", progress, lengths=lengths)
-            for first, last in zip(stragglers, sampled, strict=False):
+            for first, last in zip(stragglers, sampled[: len(rest)], strict=True):
                 rollouts.append(first.continued(last))
                 rollouts[-1].completion = self._decode(rollouts[-1])
             rollouts += sampled[len(rest) :]
@@ -209,9 +216,10 @@ class Trainer:
         self, stage1: Sequence[Rollout], window: list[float], streamed: StreamedUnlearning | None
     ) -> tuple[Unlearning, list[float]]:
         """What the unlearning pass found, and the entropy window with this iteration in it."""
+        now = time.perf_counter()
         if streamed is not None and streamed.pool is None:  # it was not hidden, but done in between
-            self.times["rollout_stage1"] -= streamed.seconds
-            self.times["unlearn"] = streamed.seconds
+            self.times["rollout_stage1"] -= streamed.seconds_until(now)
+            self.times["unlearn"] = streamed.seconds_until(now)
 
         def compute() -> tuple[Unlearning, list[float]]:
             entropies = list(window)
@@ -220,8 +228,9 @@ class Trainer:
 
         with self._timed("unlearn"):
             found = self._within_memory(self.policy, compute)
-        if streamed is not None and streamed.pool is not None:
-            self.times["unlearn_hidden"] = streamed.seconds
+        if streamed is not None:
+            self.out_of_memory += streamed.gave_up
+            found[0].hidden_s = streamed.seconds_until(now) if streamed.pool else 0.0
         return found
 
     def _went_too_far(self, unlearning: Unlearning, stage2: Sequence[Rollout]) -> bool:
@@ -336,7 +345,8 @@ class Trainer:
             stats.add(self._within_memory(self.policy, accumulate))
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
-            self._count_bad_updates(applied, norm)
+            self.state.bad_updates = 0 if applied else self.state.bad_updates + 1
+            check_updates(self.state.bad_updates, self.state.step, norm)
             stats.skipped += not applied
             self.state.policy_version += applied
         stats.add_other_ranks(self.world)
@@ -375,15 +385,6 @@ class Trainer:
             if ref
             else None,
         )
-
-    def _count_bad_updates(self, applied: bool, norm: float) -> None:
-        self.state.bad_updates = 0 if applied else self.state.bad_updates + 1
-        if self.state.bad_updates >= MAX_BAD_UPDATES:
-            raise UserError(
-                f"training stopped at iteration {self.state.step + 1}: the policy's gradient norm was {norm} in "
-                f"{self.state.bad_updates} updates in a row; lower optimizer.learning_rate, or resume a checkpoint",
-                shared=True,
-            )
 
     @contextmanager
     def _timed(self, name: str):

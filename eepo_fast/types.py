@@ -87,6 +87,13 @@ class Rollout:
         last = self.weights_version.forgotten
         return [False] * self.num_before + [last] * (self.num_tokens - self.num_before)
 
+    @property
+    def token_stages(self) -> list[int]:
+        """Of each token: what went on after the forget step is of stage 2 from there."""
+        if not self.num_before:
+            return [self.stage] * self.num_tokens
+        return [self.stage] * self.num_before + [2] * (self.num_tokens - self.num_before)
+
     def continued(self, rest: Rollout) -> Rollout:
         """This completion, preempted, and what was sampled after it."""
         return replace(
@@ -114,7 +121,9 @@ class RolloutBatch:
         """Rollouts in any order."""
         order = {p.id: i for i, p in enumerate(prompts)}
         grouped = sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index))
-        return cls(grouped, group_size, extra)
+        batch = cls(grouped, group_size, extra)
+        assert all(len(g) == group_size and len({r.prompt.id for r in g}) == 1 for g in batch.groups())
+        return batch
 
     def groups(self) -> list[list[Rollout]]:
         return [self.rollouts[i : i + self.group_size] for i in range(0, len(self.rollouts), self.group_size)]

@@ -52,6 +52,8 @@ class Unlearning:
     """The step would have been longer than `max_step`."""
     resampled: bool = False
     """Stage 2 showed that the step went further than `max_kl`, and was sampled again from the policy."""
+    hidden_s: float = 0.0
+    """Seconds of it that went on beside sampling, on a thread of their own."""
     kl: float = math.nan
     """KL(θ'‖θ) as stage 2's first samples had it: nats a token."""
     logprobs: dict[int, list[float]] = field(default_factory=dict)
@@ -175,8 +177,9 @@ class StreamedUnlearning:
         self.whole: GradientPass | None = GradientPass(policy, config, num_completions, num_prompts)
         self.waiting: list[Rollout] = []
         self.waiting_tokens = 0
-        self.seconds = 0.0
-        """Spent on it while sampling went on."""
+        self.spans: list[tuple[float, float]] = []
+        """When it was worked on."""
+        self.gave_up = False
         self.pool = ThreadPoolExecutor(1, "unlearn") if threaded else None
         self.pending: list[Future] = []
         self.stream = torch.cuda.Stream() if threaded and torch.cuda.is_available() else None
@@ -203,18 +206,27 @@ class StreamedUnlearning:
                 if self.stream is not None:
                     self.stream.synchronize()
         except torch.OutOfMemoryError:
-            self.whole = None
-        self.seconds += time.perf_counter() - started
+            self.whole, self.gave_up = None, True
+        self.spans.append((started, time.perf_counter()))
+
+    def seconds_until(self, moment: float) -> float:
+        """Spent on it before a moment of `time.perf_counter`."""
+        return sum(max(0.0, min(end, moment) - start) for start, end in self.spans)
+
+    def close(self) -> None:
+        """What has not begun is not begun; nothing goes on behind."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
 
     def finish(self, rollouts: Sequence[Rollout]) -> Unlearning | None:
         """What the pass found over all of stage 1, the rest of it worked on now; None where it has given up."""
         for future in self.pending:
             future.result()
-        if self.pool is not None:
-            self.pool.shutdown()
+        self.close()
         whole, self.whole = self.whole, None  # a call after an error begins anew
         if whole is None:
             return None
+        assert set(whole.columns[0]) <= set(map(id, rollouts)), "an engine returns the objects that it has handed over"
         whole.add([r for r in rollouts if id(r) not in whole.columns[0]])
         whole.rescale(len(rollouts), len({r.prompt.id for r in rollouts}))
         return whole.result(rollouts)

@@ -254,6 +254,11 @@ class Config(Section):
                 "two halves; add or drop one, or set eepo.enabled=false",
             )
         _require(
+            self.eepo.quorum == 1 or self.eepo.reduction == "batch_mean",
+            "eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found "
+            f"{self.eepo.quorum}: a prompt's own step would depend on how many of its completions have ended",
+        )
+        _require(
             self.eepo.prob_floor < 1 - self.eepo.prob_ceiling_gap,
             "eepo.prob_floor: expected below 1 - eepo.prob_ceiling_gap, found "
             f"{self.eepo.prob_floor} and {self.eepo.prob_ceiling_gap}",

@@ -52,6 +52,8 @@ PANELS = (
         "Different completions in a group, and groups whose rewards are all the same: those teach nothing."),
     Panel("Gate", "share of stage-1 tokens", (Line("unlearn/active_fraction", "gate open"),),
           "Where the policy is certain (entropy below α), its tokens are forgotten."),
+    Panel("Stragglers", "share of stage 1", (Line("unlearn/stragglers", "preempted"),),
+          "With eepo.quorum below 1: completions that were not waited for, and went on after the forget step."),
     Panel("How far the forget step went", "nats a token", (Line("unlearn/kl", "KL(θ'‖θ)"),),
           "Estimated from stage 2. Near 0: forgetting does nothing; above eepo.max_kl it is taken back."),
     Panel("What arrived of the forget step", "share of what was meant", (

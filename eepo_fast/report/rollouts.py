@@ -90,10 +90,11 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
     }
     if "tokens" not in row:
         return found
-    change = row.get("forget_change")
-    if change is None and row["stage"] == 2 and row["weights_version"][1]:
-        sampled, policy = row["rollout_logprobs"], row["policy_logprobs"]
-        change = [None if a is None or b is None else a - b for a, b in zip(sampled, policy, strict=True)]
+    change, before = row.get("forget_change"), row.get("num_before", 0)
+    if change is None and row["stage"] < 3 and row["weights_version"][1]:
+        pairs = zip(row["rollout_logprobs"], row["policy_logprobs"], strict=True)
+        change = [None if a is None or b is None or i < before else a - b for i, (a, b) in enumerate(pairs)]
+    found["before"] = before
     columns = {
         "logprob": row.get("policy_logprobs") or row["rollout_logprobs"],
         "entropy": row.get("entropy"),

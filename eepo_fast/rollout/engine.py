@@ -59,8 +59,9 @@ class RolloutEngine(Protocol):
         quorum: float = 1.0,
     ) -> list[Rollout]:
         """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
-        what is sampled beside it. finished: told of each that has ended while others are still being sampled. quorum:
-        when this share of them has ended, the others are preempted, and returned as they are."""
+        what is sampled beside it. finished: given each that has ended, the very object that is returned, while others
+        are still being sampled. quorum: when this share of them has ended, the others are preempted, and returned as
+        they are; all have begun by then. An engine that samples in several batches does so in each."""
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
         """Log-prob of each completion token under the engine's weights as they are now, in nats; NaN for a last token
@@ -72,9 +73,9 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
-def needed(requests: Sequence[Request], quorum: float) -> int:
-    """How many samples must have ended."""
-    return math.ceil(quorum * sum(len(r.seeds) for r in requests) - 1e-9)
+def spared(num_samples: int, quorum: float) -> int:
+    """How many samples need not be waited for."""
+    return num_samples - math.ceil(quorum * num_samples - 1e-9)
 
 
 def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int, step: int) -> list[Request]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling, needed
+from eepo_fast.rollout.engine import Progress, Request, Sampling, spared
 from eepo_fast.rollout.weights import checksums, rounded_checksums
 from eepo_fast.types import EngineError, Rollout, WeightsVersion
 
@@ -108,11 +108,10 @@ class HfEngine:
         # similar lengths side by side, to pad little; the result keeps the order of the requests
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         results: dict[tuple[int, int], Rollout] = {}
-        may_wait = total - needed(requests, quorum)
         for rows in self._batches(requests, order):
             tick = partial(progress, len(results), total) if progress else None
-            is_last = len(results) + len(rows) == total  # earlier batches are over before anybody can be waited for
-            results.update(self._generate_batch(requests, rows, sampling, tick, finished, may_wait if is_last else 0))
+            may_wait = spared(len(rows), quorum)
+            results.update(self._generate_batch(requests, rows, sampling, tick, finished, may_wait))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]

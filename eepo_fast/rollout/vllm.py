@@ -22,7 +22,7 @@ from eepo_kernels import ForgetStats, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling, needed
+from eepo_fast.rollout.engine import Progress, Request, Sampling, spared
 from eepo_fast.rollout.start_vllm import import_vllm, one_line_errors
 from eepo_fast.rollout.weights import (
     Plan,
@@ -273,7 +273,7 @@ class VllmEngine:
         self._find_weights()
         self._check_weights()
         engine = self.llm.llm_engine
-        may_wait = sum(len(r.seeds) for r in requests) - needed(requests, quorum)
+        may_wait = spared(sum(len(r.seeds) for r in requests), quorum)
         # what a request has said so far is asked for step by step only where some may be preempted
         partial: dict[str, tuple[list[int], list[float]]] = {}
         waiting: dict[str, tuple[int, int]] = {}
@@ -286,7 +286,7 @@ class VllmEngine:
                     prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
                     params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=may_wait > 0)
                     engine.add_request(str(self._num_requests), prompt, params)
-            while len(waiting) > may_wait:
+            while len(waiting) > may_wait or not all(name in partial for name in waiting):
                 for output in engine.step():
                     part = output.outputs[0]
                     tokens, logprobs = partial.setdefault(output.request_id, ([], []))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from eepo_fast.losses import grpo_loss
-from eepo_fast.rollout.engine import Sampling, continuation, make_requests, needed
-from eepo_fast.types import WeightsVersion
+from eepo_fast.rollout.engine import Sampling, continuation, make_requests, spared
+from eepo_fast.types import UserError, WeightsVersion
 
 OPEN = {"alpha": 9.0, "learning_rate": 0.05}
 QUORUM = 0.25  # of completions most of which reach the limit
@@ -29,7 +29,7 @@ def test_the_engine_stops_at_the_quorum(make_engine, prompts):
     seen = []
     rollouts = engine.generate(requests, SAMPLING, None, seen.append, QUORUM)
     cut = [r for r in rollouts if r.preempted]
-    assert needed(requests, QUORUM) == 6 <= len(rollouts) - len(cut) < 24 and 6 < len(cut) <= 18
+    assert 24 - spared(24, QUORUM) == 6 <= len(rollouts) - len(cut) < 24 and 6 < len(cut) <= 18
     for r, expected in zip(rollouts, whole, strict=True):
         assert r.token_ids == expected.token_ids[: r.num_tokens]
         assert r.preempted == (r.num_tokens < expected.num_tokens)
@@ -158,7 +158,8 @@ def test_unlearning_is_over_those_that_finished(make_trainer, monkeypatch):
 
 
 def test_a_closed_gate_lets_them_go_on_as_they_were(make_trainer):
-    trainer = make_trainer(eepo={"alpha": 1e-9, "quorum": QUORUM}, rollout={"max_new_tokens": 40, "group_size": 8})
+    sizes = {"rollout": {"max_new_tokens": 40, "group_size": 8}, "train": {"prompts_per_update": 4}}
+    trainer = make_trainer(eepo={"alpha": 1e-9, "quorum": QUORUM}, **sizes)
     batch, row = trainer.iteration()
     late = [r for r in batch.stage(1) if r.num_before]
     assert late and row["unlearn/skipped"] == 1 and not any(any(r.forgotten) for r in late)
@@ -174,3 +175,33 @@ def test_a_quorum_of_1_changes_nothing(make_trainer):
         rows.append(([r.token_ids for r in batch.rollouts], row["policy/loss"], row["unlearn/stragglers"]))
         trainer.policy.model.load_state_dict(model)
     assert rows[0] == rows[1] and rows[0][2] == 0
+
+
+def test_grpo_waits_for_all(make_trainer):
+    trainer = make_trainer(eepo={"enabled": False, "quorum": QUORUM}, rollout={"max_new_tokens": 40, "group_size": 8})
+    batch, _ = trainer.iteration()
+    assert len(batch.rollouts) == 32 and not any(r.preempted for r in batch.rollouts)
+    with pytest.raises(AssertionError):
+        type(batch).of(batch.rollouts[1:], trainer.prompts, 8, [])
+
+
+def test_each_batch_of_the_engine_has_its_quorum(make_engine, prompts):
+    """Nobody is cut for standing in the last batch, and those who were cut have all begun."""
+    requests = make_requests(prompts, 1, range(6), 0, 0)
+    rollouts = make_engine(max_sequences=12).generate(requests, SAMPLING, None, None, QUORUM)
+    cut = [r for r in rollouts if r.preempted]
+    assert len({r.prompt.id for r in cut}) == 4 and min(r.num_tokens for r in cut) > 1
+
+
+def test_what_went_on_counts_as_stage_two_from_there(make_trainer):
+    trainer, *_ = run(make_trainer, train={"prompts_per_update": 4})
+    batch, row = trainer.iteration()
+    assert row["policy/ratio_mean_stage1"] == pytest.approx(1, abs=1e-6), "θ over θ"
+    assert abs(row["policy/ratio_mean_stage2"] - 1) > 1e-5
+    (late, *_) = (r for r in batch.stage(1) if r.num_before)
+    assert late.token_stages == [1] * late.num_before + [2] * (late.num_tokens - late.num_before)
+
+
+def test_a_step_a_prompt_needs_all_of_its_completions(test_config):
+    with pytest.raises(UserError, match=r"eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found 0.9"):
+        test_config(eepo={"quorum": 0.9, "reduction": "prompt_sum"})

@@ -2,13 +2,14 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
 
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.types import WeightsVersion
-from eepo_fast.unlearn import StreamedUnlearning, compute_unlearning
+from eepo_fast.unlearn import GradientPass, StreamedUnlearning, compute_unlearning
 
 
 def plain_objective(model, rollouts, config, open_gates=None):
@@ -229,7 +230,7 @@ def test_unlearning_that_streams_is_the_same(make_policy, make_engine, prompts, 
     for future in streamed.pending:
         future.result()
     assert len(streamed.whole.columns[0]) >= len(rollouts) / 2, "most of it is done before the stage ends"
-    assert streamed.seconds > 0
+    assert streamed.seconds_until(math.inf) > 0 and streamed.seconds_until(0.0) == 0
     found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
     assert found.loss == pytest.approx(after.loss, rel=1e-5) and found.active_fraction == after.active_fraction
     assert found.mean_entropy == pytest.approx(after.mean_entropy, rel=1e-5)
@@ -257,7 +258,7 @@ def test_a_stream_that_runs_out_of_memory_is_made_after_the_stage(make_policy, m
 
     policy.loss = failing
     streamed = stream(policy, rollouts, config)
-    assert len(calls) == 2 and streamed.whole is None, "and it does not try again"
+    assert len(calls) == 2 and streamed.whole is None and streamed.gave_up, "and it does not try again"
     found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
     assert found.loss == expected.loss and found.grad_norm == expected.grad_norm
 
@@ -290,3 +291,55 @@ def test_an_iteration_streams(make_trainer):
     finally:
         type(trainer.policy).stream_tokens = whole
     assert seen[0] is False
+
+
+def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
+    """Nothing goes on behind a run that saves and leaves, nor is what waits begun."""
+    monkeypatch.setattr("eepo_fast.trainer.torch.cuda.is_available", lambda: False)
+    trainer = make_trainer(eepo={"alpha": 3.0}, train={"micro_batch_tokens": 30})
+    streams = []
+
+    def threaded(num_completions, num_prompts):
+        streams.append(
+            StreamedUnlearning(trainer.policy, trainer.config.eepo, num_completions, num_prompts, threaded=True)
+        )
+        return streams[-1]
+
+    monkeypatch.setattr(trainer, "_stream", threaded)
+    loss = trainer.policy.loss
+    monkeypatch.setattr(trainer.policy, "loss", lambda *arguments: time.sleep(0.2) or loss(*arguments))
+
+    def leave():
+        raise InterruptedError
+
+    trainer.between = leave
+    with pytest.raises(InterruptedError):
+        trainer.iteration()
+    (stream,) = streams
+    assert any(future.cancelled() for future in stream.pending) and all(f.done() for f in stream.pending)
+    assert not any(thread.is_alive() for thread in stream.pool._threads)
+
+
+def test_an_engine_that_returns_copies_is_noticed(make_policy, make_engine, prompts, test_config):
+    """Else each of its completions would count twice."""
+    config = test_config(eepo={"alpha": 1.0}).eepo
+    policy = make_policy(micro_batch_tokens=40)
+    rollouts = sampled(make_engine(), prompts)
+    streamed = stream(policy, rollouts, config)
+    with pytest.raises(AssertionError, match="objects that it has handed over"):
+        compute_unlearning(policy, [copy.copy(r) for r in rollouts], config, [], streamed=streamed)
+
+
+def test_a_stream_that_gives_up_is_counted(make_trainer, monkeypatch):
+    trainer = make_trainer(eepo={"alpha": 3.0}, train={"micro_batch_tokens": 30})
+    add, calls = GradientPass.add, []
+
+    def failing(self, rollouts):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return add(self, rollouts)
+
+    monkeypatch.setattr(GradientPass, "add", failing)
+    _, row = trainer.iteration()
+    assert row["policy/out_of_memory"] == 1 and row["unlearn/active_fraction"] > 0

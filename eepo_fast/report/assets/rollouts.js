@@ -139,8 +139,8 @@ const browser = (() => {
     const rewards = rewardsOf(rows);
     const lines = [`mean reward ${rewards.length ? mean(rewards).toFixed(2) : "unknown"}, ${different} different answers of ${rows.length}`];
     if (rewards.length < rows.length) lines.push(`${rows.length - rewards.length} without a reward`);
-    if (rows[0].change && rows[0].stage === 1) {
-      const pairs = rows.flatMap((r) => (r.change ?? []).map((c, i) => [r.gate?.[i] === "1", c])).filter(([, c]) => c !== null);
+    if (rows[0].stage === 1 && rows.some((r) => r.change)) {
+      const pairs = rows.filter((r) => r.gate).flatMap((r) => (r.change ?? []).map((c, i) => [r.gate[i] === "1", c])).filter(([, c]) => c !== null);
       const gated = pairs.filter(([open]) => open).map(([, c]) => c);
       const rest = pairs.filter(([open]) => !open).map(([, c]) => c);
       if (gated.length) lines.push(`log-prob of gated tokens ${signed(mean(gated), 3)}, of the others ${rest.length ? signed(mean(rest), 3) : "none"}`);
@@ -159,6 +159,7 @@ const browser = (() => {
     head.append(element("span", row.reward === null ? `no reward: ${row.status}` : `reward ${Number(row.reward.toPrecision(4))}`, kindOf(row)));
     head.append(element("span", `advantage ${signed(row.advantage)}`), element("span", `${row.length} tokens`));
     if (row.reward !== null && row.status !== "ok") head.append(element("span", row.status));
+    if (row.before) head.append(element("span", `went on after the forget step from token ${row.before + 1}`));
     if (!row.finished) head.append(element("span", "cut off", "missing"));
     if (same < place) head.append(element("span", `same as #${same + 1}`));
     if (row.change && row.stage < 3) {
