@@ -80,13 +80,13 @@ def script(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are text; the first column names its row."""
     lines = ["".join(f"<th scope=col>{escape(cell)}</th>" for cell in header)]
     for first, *rest in rows:
         lines.append(f"<th scope=row>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in rest))
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class=scroll><table class="{name}">{body}</table></div>'
+    return f"<div class=scroll><table>{body}</table></div>"
 
 
 def head(runs: Sequence[Run]) -> str:
@@ -137,7 +137,7 @@ def trouble(runs: Sequence[Run]) -> str:
         rows.append(["checkpoints that could not be written (checkpoint/failures)", *(f"{n:.0f}" for n in failures)])
     if not rows:
         return "<p>Nothing was left out, dropped or taken back.</p>"
-    return table(["over the whole run", *(run.name for run in runs)], rows, "wide")
+    return table(["over the whole run", *(run.name for run in runs)], rows)
 
 
 def evaluations(runs: Sequence[Run]) -> str:

@@ -40,9 +40,6 @@ class Run:
     def values(self, key: str) -> Values:
         return [number(row.get(key)) for row in self.rows]
 
-    def keys(self) -> list[str]:
-        return list(dict.fromkeys(key for row in self.rows for key in row))
-
 
 @dataclass(frozen=True)
 class Group:

@@ -189,15 +189,17 @@ class HfEngine:
         most = torch.tensor(limits, device=self.device)
         rows = torch.arange(num_rows, device=self.device)  # which sequence each row of the running batch is
         running = torch.ones(num_rows, dtype=torch.bool, device=self.device)
+        num_running = num_rows
         for t in range(limit):
             token, logprob = sample(logits, sampling.temperature, uniforms[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
             stopped = torch.isin(token, stops)
             ended = (stopped | (most[rows] <= t + 1)) & running
             running &= ~ended
-            num_running = int(running.sum())
-            for row, by_itself in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
-                take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), by_itself)
+            were_running, num_running = num_running, int(running.sum())
+            if num_running < were_running:  # a step in which none ends reads one number, and no more
+                for row, by_itself in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+                    take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), by_itself)
             if tick:
                 tick()
             if num_running <= may_wait:

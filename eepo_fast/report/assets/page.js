@@ -107,7 +107,7 @@ const charts = (() => {
     if (globalThis.Plotly) redraw();
   }
 
-  return { build, smooth };
+  return { build };
 })();
 
 charts.build();
