@@ -291,7 +291,8 @@ def main() -> None:
         top[f"trl_over_{name}"] = statistics.median(ratios(rounds, "trl", name))
         if args.engine == "hf":  # another engine has a pool of memory, whatever it needs
             top[f"{name}_memory_over_trl"] = rounds.peak_bytes[name] / rounds.peak_bytes["trl"]
-    record([found | top | summary(rounds)], args.out, trl_version=trl_peer.TRL, **top)
+    peer = {"trl": trl_peer.TRL} if trl_peer.TRL else {}
+    record([found | top | summary(rounds)], args.out, **peer, **top)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,20 @@ def parse_args(description: str) -> argparse.Namespace:
     return parser_with_defaults(description).parse_args()
 
 
-def record(rows: list[dict], out: Path | None, **top: float) -> None:
+def described(values: dict) -> str:
+    """One line, and one more for each dictionary in it."""
+    flat = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if not isinstance(v, dict)}
+    lines = ["  ".join(f"{k} {v}" for k, v in flat.items())]
+    lines += [f"  {k}: {described(v)}" for k, v in values.items() if isinstance(v, dict)]
+    return "\n".join(lines)
+
+
+def record(rows: list[dict], out: Path | None, **top: float | str) -> None:
     """top: numbers that stand beside the rows."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     for row in rows:
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print(described(row))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         content = {
