@@ -1,4 +1,4 @@
-"""What a user would pick in place of this trainer: TRL's GRPOTrainer, with the same model, prompts and answers' lengths.
+"""What a user would pick in place of this trainer: TRL's GRPOTrainer, on the same model, prompts and answers.
 
 TRL's settings: no KL term, two updates an iteration, micro-batches of as many sequences as fit the same number of
 padded tokens, fp32 on a CPU and bf16 autocast on a GPU, transformers' generate. Gradient checkpointing, which TRL turns
