@@ -23,14 +23,14 @@ import torch
 import trl_peer
 from common import allocations, parser_with_defaults, record
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import eepo_fast.trainer as trainer_module
 from eepo_fast.config import Config, load_config
 from eepo_fast.config.schema import ModelConfig
 from eepo_fast.models import load_model
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.rollout.engine import Request, continuation, make_requests
+from eepo_fast.rollout.engine import Progress, Request, continuation, make_requests
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run import make_engine
 from eepo_fast.trainer import Trainer
@@ -124,9 +124,9 @@ def make_prompts(lengths: list[int], count: int, num_words: int) -> list[Prompt]
     return prompts
 
 
-def timed(trainer: Trainer) -> dict[str, float]:
+def timed(trainer: Trainer, progress: Progress | None = None) -> dict[str, float]:
     cpu, started = cpu_seconds(), synchronised_time()
-    _, row = trainer.iteration()
+    _, row = trainer.iteration(progress)
     seconds = synchronised_time() - started
     row["seconds"], row["idle"] = seconds, idle(cpu, seconds)
     return row
@@ -234,15 +234,23 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_config(args: argparse.Namespace, name: str, longest: int) -> Config:
+def make_config(*, eepo: bool, quorum: float, engine: str, prompts: int, group_size: int, longest: int) -> Config:
     return load_config([], [
-        "model.path=unused", "data.train=unused", f"eepo.enabled={str(name == 'eepo').lower()}", "eepo.alpha=9.0",
-        f"eepo.quorum={args.quorum}", f"rollout.engine={args.engine}", f"rollout.group_size={args.group_size}",
+        "model.path=unused", "data.train=unused", f"eepo.enabled={str(eepo).lower()}", "eepo.alpha=9.0",
+        f"eepo.quorum={quorum}", f"rollout.engine={engine}", f"rollout.group_size={group_size}",
         f"rollout.max_new_tokens={longest}", f"rollout.dtype={'bfloat16' if GPU else 'float32'}",
-        f"train.prompts_per_iteration={args.prompts}", f"train.prompts_per_update={max(1, args.prompts // 2)}",
+        f"train.prompts_per_iteration={prompts}", f"train.prompts_per_update={max(1, prompts // 2)}",
         f"train.micro_batch_tokens={MICRO_BATCH_TOKENS}", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
         "eepo.learning_rate=1e-4",
     ])  # fmt: skip
+
+
+def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Random weights in the demo's shape, and its tokenizer."""
+    tokenizer = make_tokenizer()
+    shape = {name: SETTINGS[name] for name in SHAPE}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **shape)
+    return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def main() -> None:
@@ -250,17 +258,15 @@ def main() -> None:
     torch.manual_seed(0)
     pairs = json.loads(args.lengths.read_text())["lengths"]
     answers = [n for _, n in pairs]
-    if args.model:
-        model, tokenizer = load_model(ModelConfig(path=args.model))
-    else:
-        tokenizer = make_tokenizer()
-        shape = {name: SETTINGS[name] for name in SHAPE}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **shape)).eval()
+    model, tokenizer = load_model(ModelConfig(path=args.model)) if args.model else tiny_model()
     prompts = make_prompts([p for p, _ in pairs], args.prompts, model.config.vocab_size)
     fix_lengths(answers, prompts, args.group_size)
     trainers = {}
     for name in ("grpo", "eepo"):
-        config = make_config(args, name, max(answers))
+        config = make_config(
+            eepo=name == "eepo", quorum=args.quorum, engine=args.engine, prompts=args.prompts,
+            group_size=args.group_size, longest=max(answers),
+        )  # fmt: skip
         trainers[name] = make_trainer(config, model, tokenizer, prompts, checkpointing=args.checkpointing)
     counted = {name: flops(trainer) for name, trainer in trainers.items()}
     rounds = Rounds(trainers, args.pairs)
