@@ -47,6 +47,8 @@ MICRO_BATCH_TOKENS = 4096
 class Grader:
     """A reward for every second answer, so that no group is all alike and every iteration has a gradient."""
 
+    beside_sampling = False
+
     def grade(self, problems, completions):
         return [Grade(float(i % 2), "ok", 0.0) for i in range(len(completions))]
 

@@ -21,6 +21,7 @@ from eepo_kernels.reference import LossFn
 from torch import Tensor
 
 from eepo_fast.config import EepoConfig, GrpoConfig
+from eepo_fast.policy.micro_batches import MicroBatch
 
 MAX_KL_EXPONENT = 10.0
 
@@ -106,6 +107,20 @@ class GrpoTokens:
     weights: Tensor
     """1 / (tokens of the mini-batch); 0 for tokens that are left out."""
     ref_logprobs: Tensor | None = None
+
+    @classmethod
+    def of(cls, micro: MicroBatch, weights: dict, old: dict, ref: dict) -> GrpoTokens:
+        """Each dictionary by id() of the rollout: its tokens' weight, and per-token lists. old: inf, or none at all,
+        for what the loss's own forward pass will find."""
+        known = micro.concatenate([old.get(id(r)) or [math.inf] * r.num_tokens for r in micro.rollouts])
+        references = [ref.get(id(r)) or [0.0] * r.num_tokens for r in micro.rollouts] if ref else None
+        return cls(
+            advantages=micro.per_token([r.advantage for r in micro.rollouts]),
+            old_logprobs=torch.where(known == math.inf, 0.0, known),
+            on_policy=known == math.inf,
+            weights=micro.per_token([weights.get(id(r), 0.0) for r in micro.rollouts]),
+            ref_logprobs=None if references is None else micro.concatenate(references),
+        )
 
 
 def log_ratio(policy_logprobs: Tensor, tokens: GrpoTokens, rows: Tensor) -> Tensor:

@@ -31,26 +31,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Mean:
-    total: float = 0.0
-    count: int = 0
+    """On the device until `settle`: a micro-batch's statistics are no reason to wait for its backward pass."""
 
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.sum(dtype=torch.float64))
-        self.count += values.numel()
+    total: Tensor | float = 0.0
+    count: Tensor | int = 0
+
+    def add(self, values: Tensor, kept: Tensor) -> None:
+        """kept: bool, which values count."""
+        self.total = self.total + torch.where(kept, values, 0.0).sum(dtype=torch.float64)
+        self.count = self.count + kept.sum()
+
+    def settle(self) -> None:
+        self.total, self.count = float(self.total), int(self.count)
 
     @property
     def value(self) -> float:
-        return self.total / self.count if self.count else math.nan
+        return float(self.total) / int(self.count) if self.count else math.nan
 
 
 @dataclass
 class UpdateStats:
     """Sums over the micro-batches of an iteration's updates. Stages by the weights that sampled: stage 2 is θ'."""
 
-    losses: list[float] = field(default_factory=list)
+    loss: Tensor | float = 0.0
+    non_finite_losses: Tensor | int = 0
+    """Micro-batches whose loss is not finite."""
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
-    non_finite_losses: int = 0
     means: dict[str, _Mean] = field(default_factory=dict)
 
     def add_micro_batch(
@@ -59,11 +66,11 @@ class UpdateStats:
         micro: MicroBatch,
         tokens: GrpoTokens,
         stats: TokenStats,
-        loss: float,
+        loss: Tensor,
         first_update: bool,
     ) -> None:
-        self.losses.append(loss)
-        self.non_finite_losses += not math.isfinite(loss)
+        self.loss = self.loss + loss.double()
+        self.non_finite_losses = self.non_finite_losses + ~loss.isfinite()
         kept = tokens.weights > 0
         rows = torch.arange(len(stats.logprobs), device=kept.device)
         ratio = log_ratio(stats.logprobs, tokens, rows).exp()
@@ -71,34 +78,37 @@ class UpdateStats:
         positive = tokens.advantages > 0
         clipped = torch.where(positive, ratio > 1 + config.grpo.clip_high, ratio < 1 - config.grpo.clip_low)
         clipped &= tokens.advantages != 0
-        self._add("entropy/policy", stats.entropy[kept])
+        self._add("entropy/policy", stats.entropy, kept)
         for s in (1, 2):
             chosen = kept & (stage == s)
-            self._add(f"policy/clip_fraction_stage{s}", clipped[chosen].float())
-            self._add(f"policy/ratio_mean_stage{s}", ratio[chosen])
+            self._add(f"policy/clip_fraction_stage{s}", clipped.float(), chosen)
+            self._add(f"policy/ratio_mean_stage{s}", ratio, chosen)
         if tokens.ref_logprobs is not None:
-            self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs)[kept])
+            self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine
             sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
             forgotten = micro.concatenate([r.forgotten for r in micro.rollouts]).bool()
-            self._add("unlearn/kl", (sampled - stats.logprobs)[forgotten])
+            self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
             # AEPO's samples, stage 3, carry log-probs at their own temperature
-            self._add("rollout/logprob_gap", (sampled - stats.logprobs)[~forgotten & (stage < 3)].abs())
+            self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < 3))
 
     def add(self, other: UpdateStats) -> None:
         """Of another mini-batch."""
-        self.losses += other.losses
-        self.non_finite_losses += other.non_finite_losses
+        self.loss = self.loss + other.loss
+        self.non_finite_losses = self.non_finite_losses + other.non_finite_losses
         for name, mean in other.means.items():
             mine = self.means.setdefault(name, _Mean())
             mine.total, mine.count = mine.total + mean.total, mine.count + mean.count
 
     def add_other_ranks(self, world: World) -> None:
-        """Sums over all ranks, in place of this rank's own."""
+        """Sums over all ranks, as plain numbers, in place of this rank's own."""
+        self.loss, self.non_finite_losses = float(self.loss), int(self.non_finite_losses)
+        for mean in self.means.values():
+            mean.settle()
         if world.size == 1:
             return
-        loss, bad = world.total([math.fsum(self.losses), self.non_finite_losses])
-        self.losses, self.non_finite_losses = [loss], int(bad)
+        self.loss, bad = world.total([self.loss, self.non_finite_losses])
+        self.non_finite_losses = int(bad)
         mine = {name: (mean.total, mean.count) for name, mean in self.means.items()}
         self.means = {}
         for part in world.gather(mine):
@@ -106,8 +116,8 @@ class UpdateStats:
                 mean = self.means.setdefault(name, _Mean())
                 mean.total, mean.count = mean.total + total, mean.count + count
 
-    def _add(self, name: str, values: Tensor) -> None:
-        self.means.setdefault(name, _Mean()).add(values)
+    def _add(self, name: str, values: Tensor, kept: Tensor) -> None:
+        self.means.setdefault(name, _Mean()).add(values, kept)
 
     def mean(self, name: str) -> float:
         return self.means[name].value if name in self.means else math.nan
@@ -152,7 +162,7 @@ def iteration_metrics(
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
         **_unlearn_metrics(unlearning, forgotten, eta),
         "unlearn/kl": unlearning.kl if unlearning and unlearning.resampled else update.mean("unlearn/kl"),
-        "policy/loss": _mean(update.losses) * len(update.losses) / max(1, len(update.grad_norms)),
+        "policy/loss": update.loss / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/updates_skipped": update.skipped,
         "policy/non_finite_losses": update.non_finite_losses,

@@ -23,17 +23,19 @@ from eepo_kernels.ranges import named
 from eepo_fast import aepo, details
 from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
+from eepo_fast.ahead import Background, GradedAhead, ScoredAhead
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
 from eepo_fast.guards import check_updates, check_version, forgotten_kl, has_finite_logprobs, loud, within_memory
 from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
-from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, continuation, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere, mean_lengths
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, WeightsVersion
 from eepo_fast.unlearn import StreamedUnlearning, Unlearning, compute_unlearning
+
+CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
 
 
 @dataclass
@@ -81,12 +83,15 @@ class Trainer:
 
     def iteration(self, progress: Progress | None = None) -> tuple[RolloutBatch, dict[str, float]]:
         """One iteration: its rollouts and its metrics. `state.step` counts it only when all of it is done."""
-        self.streamed: StreamedUnlearning | None = None
+        self.background = Background(threaded=torch.cuda.is_available())
+        size = self.config.train.prompts_per_iteration * self.config.rollout.group_size
+        limits = dict(chunk=-(-size // CHUNKS_GRADED), seconds=self.config.reward.step_seconds)
+        self.graded = GradedAhead(self.grader, self._decode, **limits)
         try:
             return self._iteration(progress)
-        finally:
-            if self.streamed is not None:  # whatever has ended the iteration, nothing goes on behind it
-                self.streamed.close()
+        finally:  # whatever has ended the iteration, nothing goes on behind it
+            self.background.close()
+            self.graded.close()
 
     def _iteration(self, progress: Progress | None) -> tuple[RolloutBatch, dict[str, float]]:
         started, self.times = time.perf_counter(), {}
@@ -99,10 +104,10 @@ class Trainer:
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         streamed = self._stream(len(first_half) * len(prompts), len(prompts)) if eepo.enabled else None
-        self.streamed = streamed
+        self.scored = self._score_ahead()
         requests = make_requests(prompts, 1, first_half, *self._seed())
-        taking = dict(finished=streamed.take) if streamed else {}
-        sampled = self._generate(requests, "stage1", progress, quorum=eepo.quorum if eepo.enabled else 1.0, **taking)
+        quorum = eepo.quorum if eepo.enabled else 1.0
+        sampled = self._generate(requests, "stage1", progress, quorum=quorum, streamed=streamed)
         rollouts, stragglers = [r for r in sampled if not r.preempted], [r for r in sampled if r.preempted]
         # from θ: nothing is forgotten yet
         extra = self._extra_samples(prompts, progress) if self.config.aepo.enabled else None
@@ -179,21 +184,27 @@ class Trainer:
         lengths: Mapping[str, float] | None = None,
         temperature: float | None = None,
         forgotten: bool = False,
-        finished: Callable[[Rollout], None] | None = None,
+        streamed: StreamedUnlearning | None = None,
         quorum: float = 1.0,
     ) -> list[Rollout]:
         """lengths: expected, of an answer, by prompt; without them prompts are dealt out by their own length.
         forgotten: whether the engine's weights must be the forgetful ones."""
         sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         lengths = lengths or {}
+        costs = [len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
+        ahead = [part.take for part in (streamed, self.scored, self.graded) if part is not None]
+
+        def finished(rollout: Rollout) -> None:
+            if name != "stage2" or rollout.stage == 2:  # the rest of a straggler is not a completion
+                for take in ahead:
+                    take(rollout)
+
         with self._timed(f"rollout_{name}"):
             rollouts = generate_everywhere(
                 self.engine,
                 requests,
                 sampling,
-                expected_tokens=[
-                    len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests
-                ],
+                expected_tokens=costs,
                 world=self.world,
                 ranks_per_engine=self.config.rollout.tensor_parallel,
                 decode=self._decode,
@@ -206,18 +217,22 @@ class Trainer:
         return rollouts
 
     def _stream(self, num_completions: int, num_prompts: int) -> StreamedUnlearning | None:
-        """Unlearning that begins while stage 1 is sampled, where the policy may do so."""
-        if self.policy.stream_tokens is None:
+        """Unlearning that begins while stage 1 is sampled."""
+        if self.policy.stream_tokens is None:  # it has to wait
             return None
-        sizes = (num_completions, num_prompts)
-        return StreamedUnlearning(self.policy, self.config.eepo, *sizes, threaded=torch.cuda.is_available())
+        return StreamedUnlearning(self.policy, self.config.eepo, num_completions, num_prompts, self.background)
+
+    def _score_ahead(self) -> ScoredAhead | None:
+        """Reference log-probs beside sampling, where anything runs beside it."""
+        possible = self.background.pool and self.reference and self.reference.stream_tokens
+        return ScoredAhead(self.reference, self.background) if possible else None
 
     def _unlearn(
         self, stage1: Sequence[Rollout], window: list[float], streamed: StreamedUnlearning | None
     ) -> tuple[Unlearning, list[float]]:
         """What the unlearning pass found, and the entropy window with this iteration in it."""
         now = time.perf_counter()
-        if streamed is not None and streamed.pool is None:  # it was not hidden, but done in between
+        if streamed is not None and self.background.pool is None:  # it was not hidden, but done in between
             self.times["rollout_stage1"] -= streamed.seconds_until(now)
             self.times["unlearn"] = streamed.seconds_until(now)
 
@@ -230,7 +245,7 @@ class Trainer:
             found = self._within_memory(self.policy, compute)
         if streamed is not None:
             self.out_of_memory += streamed.gave_up
-            found[0].hidden_s = streamed.seconds_until(now) if streamed.pool else 0.0
+            found[0].hidden_s = streamed.seconds_until(now) if self.background.pool else 0.0
         return found
 
     def _went_too_far(self, unlearning: Unlearning, stage2: Sequence[Rollout]) -> bool:
@@ -277,17 +292,13 @@ class Trainer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _grade(self, rollouts: Sequence[Rollout]) -> None:
-        """Each rank grades its share."""
-        mine = rollouts[self.world.rank :: self.world.size]
         with self._timed("reward"):
-            grades = self.grader.grade([r.prompt.problem for r in mine], [r.completion for r in mine])
-            shares = self.world.gather(grades)
-        for rank, share in enumerate(shares):
-            for rollout, grade in zip(rollouts[rank :: self.world.size], share, strict=True):
-                rollout.status = grade.status
-                known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
-                known = known and has_finite_logprobs(rollout)
-                rollout.reward = grade.reward if known else None
+            grades = self.graded.grades(rollouts, self.world)
+        for rollout, grade in zip(rollouts, grades, strict=True):
+            rollout.status = grade.status
+            known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
+            known = known and has_finite_logprobs(rollout)
+            rollout.reward = grade.reward if known else None
 
     def _old_logprobs(self, rows: Sequence[Rollout], unlearning: Unlearning | None) -> dict[int, list[float]]:
         """Denominators of Eq. 3's ratio, by id() of the rollout.
@@ -300,21 +311,22 @@ class Trainer:
         if unlearning is not None:
             old.update(unlearning.logprobs)
         first_update = self.config.train.prompts_per_update * self.config.rollout.group_size
-        switched = [r for r in forgotten if r.num_before]  # each token by whose weights sampled it
-        later = [r for r in rows[first_update:] if id(r) not in old]
-        missing = list({id(r): r for r in (*switched, *later)}.values())
+        missing = list({id(r): r for r in rows[first_update:] if id(r) not in old}.values())
         if missing:
             with self._timed("old_logprobs"):
                 old.update(self._within_memory(self.policy, lambda: self.policy.score(missing)[0]))
-        for r in switched:
-            old[id(r)] = old[id(r)][: r.num_before] + r.rollout_logprobs[r.num_before :]
+        for r in forgotten:  # each token by whose weights sampled it; inf: as the update's own forward finds
+            if r.num_before:
+                before = old.get(id(r), [math.inf] * r.num_before)[: r.num_before]
+                old[id(r)] = before + r.rollout_logprobs[r.num_before :]
         return old
 
     def _ref_logprobs(self, rows: Sequence[Rollout]) -> dict[int, list[float]]:
         if self.reference is None:
             return {}
+        score = self.scored.score if self.scored else lambda rollouts: self.reference.score(rollouts)[0]
         with self._timed("ref_logprobs"):
-            return self._within_memory(self.reference, lambda: self.reference.score(rows)[0])
+            return self._within_memory(self.reference, lambda: score(rows))
 
     def _engine_logprobs(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
         """Nothing without token_details."""
@@ -367,24 +379,13 @@ class Trainer:
         counted = sum(r.num_tokens for r in mini_batch if r.reward is not None)
         weights = {id(r): 1 / max(1, counted) for r in mini_batch if r.reward is not None}
         for micro in self.policy.micro_batches([*mini_batch, *samples]):
-            tokens = self._grpo_tokens(micro, weights, old, ref)
+            tokens = GrpoTokens.of(micro, weights, old, ref)
             loss_fn = grpo_loss(self.config.grpo, tokens)
             if term:
                 loss_fn = sum_of(loss_fn, aepo.term_loss(micro, term))
             loss, token_stats = self.policy.backward(micro, loud(loss_fn))
-            stats.add_micro_batch(self.config, micro, tokens, token_stats, float(loss), first)
+            stats.add_micro_batch(self.config, micro, tokens, token_stats, loss, first)
         return stats
-
-    def _grpo_tokens(self, micro: MicroBatch, weights: dict, old: dict, ref: dict) -> GrpoTokens:
-        return GrpoTokens(
-            advantages=micro.per_token([r.advantage for r in micro.rollouts]),
-            old_logprobs=micro.concatenate([old.get(id(r)) or [0.0] * r.num_tokens for r in micro.rollouts]),
-            on_policy=micro.per_token([float(id(r) not in old) for r in micro.rollouts]).bool(),
-            weights=micro.per_token([weights.get(id(r), 0.0) for r in micro.rollouts]),
-            ref_logprobs=micro.concatenate([ref.get(id(r)) or [0.0] * r.num_tokens for r in micro.rollouts])
-            if ref
-            else None,
-        )
 
     @contextmanager
     def _timed(self, name: str):

@@ -18,16 +18,16 @@ import math
 import time
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from eepo_kernels.ranges import named
 from torch import Tensor
 
+from eepo_fast.background import Background, TokenQueue
 from eepo_fast.config import EepoConfig
 from eepo_fast.losses import gate_open, unlearning_loss
-from eepo_fast.policy.micro_batches import MicroBatch, input_length
+from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Gradient, Policy, gather_columns
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Rollout
@@ -113,8 +113,11 @@ class GradientPass:
         self.policy, self.config = policy, config
         self.scale = self._scale(num_completions, num_prompts)
         self.gradient = policy.gradient()
-        self.loss, self.num_open, self.num_tokens, self.entropy_sum = 0.0, 0, 0, 0.0
-        self.columns: tuple[dict[int, list[float]], ...] = ({}, {}, {})
+        self.sums = torch.zeros(4, dtype=torch.float64, device=next(policy.model.parameters()).device)
+        """Loss, open gates, tokens and entropy, fp64; on the device, so that no micro-batch waits for another."""
+        self.parts: list[tuple[MicroBatch, tuple[Tensor, ...]]] = []
+        """Log-probs, entropy and gate of what is done."""
+        self.done: set[int] = set()
 
     def _scale(self, num_completions: int, num_prompts: int) -> float:
         return (num_prompts if self.config.reduction == "prompt_sum" else 1) / max(1, num_completions)
@@ -123,7 +126,7 @@ class GradientPass:
         """As many of them have come as these, and not as many as were expected."""
         factor = self._scale(num_completions, num_prompts) / self.scale
         if factor != 1:
-            self.loss *= factor
+            self.sums[0] *= factor
             for tensor in self.gradient.tensors.values():
                 tensor *= factor
 
@@ -134,19 +137,20 @@ class GradientPass:
             part, stats = self.policy.loss(batch, unlearning_loss(self.config, batch.starts, weights))
             with named("micro-batch backward"):
                 self.gradient.add(part)
-            self.loss += float(part.detach())
             is_open = _gate(batch, stats.entropy, self.config)
-            self.num_open += int(is_open.sum())
-            self.num_tokens += is_open.numel()
-            self.entropy_sum += float(stats.entropy.sum(dtype=torch.float64))
-            for column, values in zip(self.columns, (stats.logprobs, stats.entropy, is_open.float()), strict=True):
-                column.update(zip(map(id, batch.rollouts), batch.split(values), strict=True))
+            columns = (is_open.float(), torch.ones_like(stats.entropy), stats.entropy)
+            self.sums += torch.stack([part.detach().double(), *(c.sum(dtype=torch.float64) for c in columns)])
+            self.parts.append((batch, (stats.logprobs, stats.entropy, is_open.float())))
+            self.done.update(map(id, batch.rollouts))
 
     def result(self, rollouts: Sequence[Rollout]) -> Unlearning:
         """rollouts: all of them."""
-        sums = [self.loss, self.num_open, self.num_tokens, self.entropy_sum]
-        loss, num_open, num_tokens, entropy_sum = self.policy.world.total(sums)
-        logprobs, entropy, gate = gather_columns(self.policy.world, rollouts, self.columns)
+        loss, num_open, num_tokens, entropy_sum = self.policy.world.total(self.sums.tolist())
+        columns: tuple[dict[int, list[float]], ...] = ({}, {}, {})
+        for batch, parts in self.parts:
+            for column, values in zip(columns, parts, strict=True):
+                column.update(zip(map(id, batch.rollouts), batch.split(values), strict=True))
+        logprobs, entropy, gate = gather_columns(self.policy.world, rollouts, columns)
         return Unlearning(
             gradient=self.gradient,
             loss=loss,
@@ -171,40 +175,29 @@ class StreamedUnlearning:
     engine on a CPU, on a thread and a CUDA stream of its own on a GPU. Where memory does not suffice for both, it gives
     up, and the pass is made after the stage."""
 
-    def __init__(self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int, *, threaded: bool):
+    def __init__(
+        self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int, background: Background
+    ):
         assert policy.stream_tokens is not None
-        self.policy = policy
         self.whole: GradientPass | None = GradientPass(policy, config, num_completions, num_prompts)
-        self.waiting: list[Rollout] = []
-        self.waiting_tokens = 0
+        self.background = background
+        self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._work, batch))
         self.spans: list[tuple[float, float]] = []
         """When it was worked on."""
         self.gave_up = False
-        self.pool = ThreadPoolExecutor(1, "unlearn") if threaded else None
-        self.pending: list[Future] = []
-        self.stream = torch.cuda.Stream() if threaded and torch.cuda.is_available() else None
 
     def take(self, rollout: Rollout) -> None:
         """A completion that has finished; a micro-batch of them is worked on at once."""
-        if self.whole is None or not rollout.num_tokens:
-            return
-        if self.waiting and self.waiting_tokens + input_length(rollout) > self.policy.stream_tokens:
-            batch, self.waiting, self.waiting_tokens = self.waiting, [], 0
-            if self.pool is None:
-                self._work(batch)
-            else:
-                self.pending.append(self.pool.submit(self._work, batch))
-        self.waiting.append(rollout)
-        self.waiting_tokens += input_length(rollout)
+        if self.whole is not None and rollout.num_tokens:
+            self.queue.put(rollout)
 
     def _work(self, batch: list[Rollout]) -> None:
         started = time.perf_counter()
         try:
             if self.whole is not None:
-                with torch.enable_grad(), torch.cuda.stream(self.stream):  # engines sample without
+                with torch.enable_grad():  # engines sample without
                     self.whole.add(batch)
-                if self.stream is not None:
-                    self.stream.synchronize()
+                self.background.synchronize()
         except torch.OutOfMemoryError:
             self.whole, self.gave_up = None, True
         self.spans.append((started, time.perf_counter()))
@@ -213,21 +206,14 @@ class StreamedUnlearning:
         """Spent on it before a moment of `time.perf_counter`."""
         return sum(max(0.0, min(end, moment) - start) for start, end in self.spans)
 
-    def close(self) -> None:
-        """What has not begun is not begun; nothing goes on behind."""
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
     def finish(self, rollouts: Sequence[Rollout]) -> Unlearning | None:
         """What the pass found over all of stage 1, the rest of it worked on now; None where it has given up."""
-        for future in self.pending:
-            future.result()
-        self.close()
+        self.background.wait()
         whole, self.whole = self.whole, None  # a call after an error begins anew
         if whole is None:
             return None
-        assert set(whole.columns[0]) <= set(map(id, rollouts)), "an engine returns the objects that it has handed over"
-        whole.add([r for r in rollouts if id(r) not in whole.columns[0]])
+        assert whole.done <= set(map(id, rollouts)), "an engine returns the objects that it has handed over"
+        whole.add([r for r in rollouts if id(r) not in whole.done])
         whole.rescale(len(rollouts), len({r.prompt.id for r in rollouts}))
         return whole.result(rollouts)
 

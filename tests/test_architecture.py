@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "rollout": {*LEAVES, "distributed", "eepo_kernels"},
     "models": LEAVES,
     "policy": {*LEAVES, "distributed", "rollout", "eepo_kernels"},
+    "background": {*LEAVES, "policy"},
     "losses": {*LEAVES, "policy", "eepo_kernels"},
-    "unlearn": {*LEAVES, "policy", "losses", "eepo_kernels"},
+    "unlearn": {*LEAVES, "background", "policy", "losses", "eepo_kernels"},
 }
 FILES = sorted([*(ROOT / "eepo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

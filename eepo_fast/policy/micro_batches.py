@@ -34,15 +34,20 @@ class MicroBatch:
     def per_token(self, values: Sequence[float]) -> Tensor:
         """One value a rollout, repeated over its tokens: [N] fp32."""
         lengths = torch.tensor([r.num_tokens for r in self.rollouts], dtype=torch.int64)
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(self.targets.device)
+        return move(torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths), self.targets.device)
 
     def concatenate(self, values: Sequence[Sequence[float]]) -> Tensor:
         """Per-token lists of the rollouts, end to end: [N] fp32."""
-        return torch.tensor([v for part in values for v in part], dtype=torch.float32, device=self.targets.device)
+        return move(torch.tensor([v for part in values for v in part], dtype=torch.float32), self.targets.device)
 
     def split(self, values: Tensor) -> list[list[float]]:
         """[N] back into one list a rollout."""
         return [part.tolist() for part in values.split([r.num_tokens for r in self.rollouts])] if self.rollouts else []
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU without waiting for what it is busy with."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def input_length(rollout: Rollout) -> int:
@@ -118,7 +123,7 @@ def collate(rollouts: list[Rollout], pad_id: int, device: torch.device, packed: 
         targets += rollout.token_ids
 
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return move(torch.tensor(values, dtype=dtype), device)
 
     rows = 1 if packed else len(sequences)
     return MicroBatch(

@@ -15,11 +15,15 @@ __all__ = ["ArithmeticGrader", "Grader", "MathGrader", "check_golds", "make_answ
 
 
 class Grader(Protocol):
+    beside_sampling: bool
+    """Whether it may be called from another thread than the main one, while completions are still being sampled."""
+
     def start(self) -> None:
         """Be ready, or raise a UserError: called before a run's folder is made."""
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
-        """One grade a completion, in order."""
+        """One grade a completion, in order. One that may be called beside sampling takes `seconds`, too: what is not
+        graded by then is a `timeout`."""
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
         """Indices of the golds that no answer could be compared with."""

@@ -61,6 +61,8 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
 class ArithmeticGrader:
     """Right if the completion is an expression that uses each given number exactly once and reaches the target."""
 
+    beside_sampling = False  # it is done in no time
+
     def start(self) -> None:
         pass
 

@@ -31,7 +31,9 @@ MODES = ("strict", "paper")
 
 
 class MathGrader:
-    """Grades final answers. Workers start at the first answer that needs one, and stay."""
+    """Grades final answers. Workers start at the first answer that needs one, and stay. One call at a time."""
+
+    beside_sampling = True
 
     def __init__(
         self,
@@ -53,16 +55,21 @@ class MathGrader:
         if grade.reward != 1.0:
             raise UserError(f"grader: its self-test gave {grade}; reinstall math-verify and its dependencies")
 
-    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
+    def grade(
+        self, problems: Sequence[Problem], completions: Sequence[str], seconds: float | None = None
+    ) -> list[Grade]:
         """Extract each completion's final answer and compare it with the problem's; the problem's text is not read."""
-        return self.grade_answers([p.answer for p in problems], [self.extract(c) for c in completions])
+        return self.grade_answers([p.answer for p in problems], [self.extract(c) for c in completions], seconds)
 
     def extract(self, completion: str) -> str | None:
         return (extract_paper_answer if self.mode == "paper" else extract_answer)(completion)
 
-    def grade_answers(self, golds: Sequence[str], answers: Sequence[str | None]) -> list[Grade]:
+    def grade_answers(
+        self, golds: Sequence[str], answers: Sequence[str | None], seconds: float | None = None
+    ) -> list[Grade]:
         """One grade for each pair, in order. The same pair is graded once."""
-        deadline = None if self.step_seconds is None else time.monotonic() + self.step_seconds
+        limits = [limit for limit in (self.step_seconds, seconds) if limit is not None]
+        deadline = time.monotonic() + min(limits) if limits else None
         pairs = list(zip(golds, answers, strict=True))
         graded: dict[tuple[str, str | None], Grade] = {}
         jobs: dict[tuple[str, str | None], Job] = {}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from eepo_fast.losses import grpo_loss
+from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, spared
 from eepo_fast.types import UserError, WeightsVersion
 
@@ -113,15 +113,17 @@ def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
         return grpo_loss(config, tokens)
 
     monkeypatch.setattr("eepo_fast.trainer.grpo_loss", watched)
-    micro = trainer._grpo_tokens
+    of = GrpoTokens.of
 
     def with_rollouts(batch, *arguments):
         seen.setdefault("batches", []).append(batch)
-        return micro(batch, *arguments)
+        return of(batch, *arguments)
 
-    trainer._grpo_tokens = with_rollouts
+    monkeypatch.setattr(GrpoTokens, "of", with_rollouts)
     batch, _ = trainer.iteration()
     late = {id(r) for r in batch.stage(1) if r.num_before}
+    first_half = set(map(id, batch.rollouts[: len(batch.rollouts) // 2])) & late
+    assert first_half and first_half != late
     found = 0
     for part, tokens in zip(seen["batches"], seen["tokens"], strict=True):
         for r, old, on_policy in zip(
@@ -129,10 +131,13 @@ def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
         ):
             if id(r) not in late:
                 continue
-            found += 1
             k = r.num_before
-            assert not any(on_policy)
-            assert old[:k] == pytest.approx(scored(theta, r)[:k].tolist(), abs=1e-4)
+            found += 1
+            if id(r) in first_half:  # its update is the first: θ is what it differentiates
+                assert on_policy == [1.0] * k + [0.0] * (r.num_tokens - k)
+            else:
+                assert not any(on_policy)
+                assert old[:k] == pytest.approx(scored(theta, r)[:k].tolist(), abs=1e-4)
             assert old[k:] == pytest.approx(scored(forgetful["model"], r)[k:].tolist(), abs=1e-4)
     assert found == len(late) > 1
 

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from eepo_fast.background import Background
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.types import WeightsVersion
 from eepo_fast.unlearn import GradientPass, StreamedUnlearning, compute_unlearning
@@ -210,7 +211,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(make_policy, make
 
 def stream(policy, rollouts, config, *, threaded=False, untaken=()):
     prompts = len({r.prompt.id for r in rollouts})
-    streamed = StreamedUnlearning(policy, config, len(rollouts), prompts, threaded=threaded)
+    streamed = StreamedUnlearning(policy, config, len(rollouts), prompts, Background(threaded=threaded))
     for r in reversed(rollouts):  # not in the order of the batch
         if id(r) not in untaken:
             streamed.take(r)
@@ -227,9 +228,8 @@ def test_unlearning_that_streams_is_the_same(make_policy, make_engine, prompts, 
     rollouts[1].token_ids, rollouts[1].rollout_logprobs = [], []
     after = compute_unlearning(policy, rollouts, config, [])
     streamed = stream(policy, rollouts, config, threaded=threaded, untaken={id(rollouts[0]), id(rollouts[5])})
-    for future in streamed.pending:
-        future.result()
-    assert len(streamed.whole.columns[0]) >= len(rollouts) / 2, "most of it is done before the stage ends"
+    streamed.background.wait()
+    assert len(streamed.whole.done) >= len(rollouts) / 2, "most of it is done before the stage ends"
     assert streamed.seconds_until(math.inf) > 0 and streamed.seconds_until(0.0) == 0
     found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
     assert found.loss == pytest.approx(after.loss, rel=1e-5) and found.active_fraction == after.active_fraction
@@ -295,17 +295,8 @@ def test_an_iteration_streams(make_trainer):
 
 def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
     """Nothing goes on behind a run that saves and leaves, nor is what waits begun."""
-    monkeypatch.setattr("eepo_fast.trainer.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("eepo_fast.trainer.Background", lambda threaded: Background(threaded=True))
     trainer = make_trainer(eepo={"alpha": 3.0}, train={"micro_batch_tokens": 30})
-    streams = []
-
-    def threaded(num_completions, num_prompts):
-        streams.append(
-            StreamedUnlearning(trainer.policy, trainer.config.eepo, num_completions, num_prompts, threaded=True)
-        )
-        return streams[-1]
-
-    monkeypatch.setattr(trainer, "_stream", threaded)
     loss = trainer.policy.loss
     monkeypatch.setattr(trainer.policy, "loss", lambda *arguments: time.sleep(0.2) or loss(*arguments))
 
@@ -315,9 +306,9 @@ def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
     trainer.between = leave
     with pytest.raises(InterruptedError):
         trainer.iteration()
-    (stream,) = streams
-    assert any(future.cancelled() for future in stream.pending) and all(f.done() for f in stream.pending)
-    assert not any(thread.is_alive() for thread in stream.pool._threads)
+    background = trainer.background
+    assert any(f.cancelled() for f in background.pending) and all(f.done() for f in background.pending)
+    assert not any(thread.is_alive() for thread in background.pool._threads)
 
 
 def test_an_engine_that_returns_copies_is_noticed(make_policy, make_engine, prompts, test_config):

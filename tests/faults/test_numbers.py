@@ -171,7 +171,10 @@ def test_the_policy_is_restored_exactly(make_trainer):
         weights = trainer.policy.named_weights()
         before = {name: w.clone() for name, w in trainer.engine.weights.items()}
         unlearning = unlearn.compute_unlearning(
-            trainer.policy, trainer._generate(trainer_requests(trainer), "stage1"), trainer.config.eepo, []
+            trainer.policy,
+            trainer.engine.generate(trainer_requests(trainer), trainer.sampling),
+            trainer.config.eepo,
+            [],
         )
         trainer.policy.forget(trainer.engine, unlearning.gradient, trainer.config.eepo, seed=0, step=0)
         moved = {name: w.clone() for name, w in trainer.engine.weights.items()}

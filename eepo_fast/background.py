@@ -1,0 +1,64 @@
+"""What runs beside sampling: a thread and a queue for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from eepo_fast.policy.micro_batches import input_length
+from eepo_fast.types import Rollout
+
+
+class Background:
+    """A thread, with a CUDA stream of its own on a GPU; or no thread, and work is done when it is given."""
+
+    def __init__(self, *, threaded: bool):
+        self.pool = ThreadPoolExecutor(1, "beside-sampling") if threaded else None
+        self.stream = torch.cuda.Stream() if threaded and torch.cuda.is_available() else None
+        self.pending: list[Future] = []
+
+    def run(self, work: Callable, *arguments) -> None:
+        if self.pool is None:
+            work(*arguments)
+        else:
+            self.pending.append(self.pool.submit(self._run, work, *arguments))
+
+    def _run(self, work: Callable, *arguments) -> None:
+        with torch.cuda.stream(self.stream):
+            work(*arguments)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Until its stream has done what it was given."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def wait(self) -> None:
+        """For all that was given; raises what it raised."""
+        for future in self.pending:
+            future.result()
+        self.pending.clear()
+
+    def close(self) -> None:
+        """What has not begun is not begun; nothing goes on behind."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+class TokenQueue:
+    """Completions in batches of at most so many tokens, in the order in which they come."""
+
+    def __init__(self, most: int, give: Callable[[list[Rollout]], None]):
+        self.most, self.give = most, give
+        self.waiting: list[Rollout] = []
+        self.num_tokens = 0
+
+    def put(self, rollout: Rollout) -> None:
+        length = input_length(rollout)
+        if self.waiting and self.num_tokens + length > self.most:
+            batch, self.waiting, self.num_tokens = self.waiting, [], 0
+            self.give(batch)
+        self.waiting.append(rollout)
+        self.num_tokens += length

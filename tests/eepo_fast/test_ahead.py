@@ -1,0 +1,208 @@
+"""Grading and the reference's scores beside sampling: what they find is what they would have found after it."""
+
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+from eepo_fast.ahead import GradedAhead, ScoredAhead
+from eepo_fast.background import Background
+from eepo_fast.distributed import World
+from eepo_fast.types import Grade, Interrupted
+
+OPEN = {"alpha": 9.0}
+
+
+@pytest.fixture
+def beside_grader(coin_grader):
+    class Beside(coin_grader):
+        """Says where and when it is called, and what it was given."""
+
+        beside_sampling = True
+
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def grade(self, problems, completions, seconds):
+            self.calls.append((threading.current_thread() is threading.main_thread(), list(completions), seconds))
+            return super().grade(problems, completions)
+
+    return Beside
+
+
+LONG = {"rollout": {"max_new_tokens": 40, "group_size": 8}}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"eepo": OPEN}, {"eepo": {"enabled": False}}, {"eepo": {**OPEN, "quorum": 0.25}, **LONG}]
+)
+def test_grades_are_those_of_whole_completions(make_trainer, beside_grader, changes):
+    """Of all of them, once each; also of a straggler, whose rest is an engine's answer and not a completion."""
+    grader = beside_grader()
+    batch, _ = make_trainer(grader=grader, **changes).iteration()
+    assert [r.reward for r in batch.rollouts] == [float(len(r.completion) % 2) for r in batch.rollouts]
+    graded = [c for _, completions, _ in grader.calls for c in completions]
+    assert sorted(graded) == sorted(r.completion for r in batch.rollouts)
+    elsewhere = [completions for main, completions, _ in grader.calls if not main]
+    assert sum(map(len, elsewhere)) >= len(batch.rollouts) / 2, "most of them while others were sampled"
+    assert any(r.num_before for r in batch.rollouts) == ("quorum" in changes["eepo"])
+
+
+def test_grading_begins_before_the_stage_ends(make_trainer, beside_grader):
+    trainer = make_trainer(grader=beside_grader(), eepo=OPEN)
+    seen, generate = [], trainer.engine.generate
+
+    def generating(*arguments):
+        rollouts = generate(*arguments)
+        trainer.graded.background.wait()
+        seen.append(len(trainer.grader.calls))
+        return rollouts
+
+    trainer.engine.generate = generating
+    trainer.iteration()
+    assert 0 < seen[0] < seen[1]
+
+
+def test_chunks_share_the_seconds_of_a_step(make_rollouts, beside_grader):
+    grader = beside_grader()
+    grade, world = grader.grade, World()
+
+    def slow(*arguments, **options):
+        time.sleep(0.05)
+        return grade(*arguments, **options)
+
+    grader.grade = slow
+    ahead = GradedAhead(grader, lambda r: "x", chunk=2, seconds=0.12)
+    rollouts = make_rollouts([3, 3, 3, 3, 3, 3])
+    for i, rollout in enumerate(rollouts):
+        rollout.sample_index = i
+        ahead.take(rollout)
+    assert len(ahead.grades(rollouts, world)) == 6
+    ahead.close()
+    seconds = [call[2] for call in grader.calls]
+    assert seconds[0] == 0.12 and all(0 <= b <= a - 0.05 or b == 0 for a, b in pairwise(seconds))
+    assert seconds[-1] == 0
+
+
+def test_another_rank_knows_some(make_rollouts, coin_grader):
+    """What one rank has graded ahead no other grades again, and all ranks end with the same."""
+    rollouts = make_rollouts([3, 3, 3, 3])
+    for i, r in enumerate(rollouts):
+        r.sample_index, r.completion = i, "x" * i
+    known = [{}, {}]
+    calls = [[], []]
+
+    class Pair:
+        size = 2
+
+        def __init__(self, rank):
+            self.rank, self.turn = rank, 0
+
+        def gather(self, value):
+            barrier.wait(10)
+            known[self.rank] = value
+            barrier.wait(10)
+            return list(known)
+
+    barrier, found = threading.Barrier(2), [None, None]
+
+    class Counting(coin_grader):
+        beside_sampling = True
+
+        def __init__(self, rank):
+            super().__init__()
+            self.rank = rank
+
+        def grade(self, problems, completions, seconds):
+            calls[self.rank] += completions
+            return [Grade(float(len(c)), "ok", 0.0) for c in completions]
+
+    def rank(number):
+        ahead = GradedAhead(Counting(number), lambda r: r.completion, chunk=1, seconds=9.0)
+        if number == 1:
+            ahead.take(rollouts[2])
+        found[number] = [g.reward for g in ahead.grades(rollouts, Pair(number))]
+        ahead.close()
+
+    threads = [threading.Thread(target=rank, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found[0] == found[1] == [0.0, 1.0, 2.0, 3.0]
+    assert sorted(calls[0] + calls[1]) == ["", "x", "xx", "xxx"] and "xx" in calls[1]
+
+
+def test_an_error_in_the_grader_ends_the_iteration(make_trainer, beside_grader):
+    class Failing(beside_grader):
+        def grade(self, problems, completions, seconds):
+            raise ValueError("its worker cannot start")
+
+    trainer = make_trainer(grader=Failing(), eepo=OPEN)
+    with pytest.raises(ValueError, match="cannot start"):
+        trainer.iteration()
+
+
+def test_an_abandoned_iteration_leaves_no_thread(make_trainer, beside_grader):
+    trainer = make_trainer(grader=beside_grader(), eepo=OPEN)
+
+    def leave():
+        raise Interrupted
+
+    trainer.between = leave
+    with pytest.raises(Interrupted):
+        trainer.iteration()
+    assert not any(thread.is_alive() for thread in trainer.graded.background.pool._threads)
+
+
+def test_reference_scores_beside_sampling(make_policy, make_rollouts):
+    """The same as after it, some only at the end."""
+    policy = make_policy(micro_batch_tokens=40)
+    rollouts = make_rollouts([9, 12, 7, 15, 8])
+    expected = policy.score(rollouts)[0]
+    background = Background(threaded=True)
+    ahead = ScoredAhead(policy, background)
+    for r in rollouts[:4]:
+        ahead.take(r)
+    background.wait()
+    assert 0 < len(ahead.known) < len(rollouts)
+    found = ahead.score(rollouts)
+    background.close()
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, abs=1e-5)
+
+
+def test_an_iteration_scores_with_the_reference_beside_sampling(make_trainer, monkeypatch):
+    rows = []
+    for threaded in (False, True):
+        monkeypatch.setattr("eepo_fast.trainer.Background", lambda threaded, _t=threaded: Background(threaded=_t))
+        trainer = make_trainer(reference=True, eepo=OPEN, grpo={"kl_coef": 0.1}, train={"micro_batch_tokens": 40})
+        _, row = trainer.iteration()
+        assert (trainer.scored is not None) == threaded
+        rows.append(row)
+    assert rows[1]["policy/kl"] == pytest.approx(rows[0]["policy/kl"], rel=1e-4, abs=1e-7)
+    assert rows[1]["policy/loss"] == pytest.approx(rows[0]["policy/loss"], rel=1e-4, abs=1e-6)
+
+
+def test_a_reference_that_runs_out_of_memory_waits(make_policy, make_rollouts):
+    policy = make_policy(micro_batch_tokens=40)
+    rollouts = make_rollouts([9, 12, 7, 15, 8])
+    score, calls = policy.score, []
+
+    def failing(batch):
+        calls.append(len(batch))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(batch)
+
+    policy.score = failing
+    background = Background(threaded=True)
+    ahead = ScoredAhead(policy, background)
+    for r in rollouts:
+        ahead.take(r)
+    assert len(ahead.score(rollouts)) == 5 and ahead.gave_up and calls[1:] == [5]
+    background.close()
