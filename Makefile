@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAMP := .venv/.installed
 VLLM := .venv/.vllm
 
-.PHONY: demo test test-all lint chaos bench study docs clean
+.PHONY: demo test test-all lint chaos bench bench-gpu study docs clean
 
 $(STAMP): pyproject.toml setup.py Makefile constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -41,8 +41,15 @@ lint: $(STAMP)
 chaos: $(VLLM)
 	$(PY) -m pytest tests -m "(chaos or fault) and not gpu" --chaos bench/results/cpu/chaos.json
 
+# A quarter of an hour on two cores. OUT=bench/results/cpu keeps what they find, as JSON, and draws it.
 bench: $(VLLM)
-	@for file in bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+	$(PY) bench/run_all.py $(if $(OUT),--out $(OUT))
+	$(if $(OUT),$(PY) bench/page.py)
+
+# Each within eight minutes: make bench-gpu OUT=bench/results/h200
+bench-gpu: $(STAMP)
+	$(PY) bench/run_all.py $(if $(OUT),--out $(OUT))
+	$(if $(OUT),$(PY) bench/page.py)
 
 # Hours on two cores; goes on with what bench/results/study/runs lacks.
 study: $(STAMP)

