@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from common import interleaved, parse_args, peak_bytes, record
+from common import interleaved, parser_with_defaults, peak_bytes, record
 from eepo_kernels import fused_linear_loss, linear_logprobs
 from eepo_kernels.linear_chunks import Head, Options, default_chunk_bytes
 from head_peers import ENTROPY_COEF, SURROGATE, TASKS, NotHere
@@ -208,10 +208,14 @@ def _kind(name: str) -> str:
 
 
 def main() -> None:
-    args = parse_args(__doc__.splitlines()[0])
+    parser = parser_with_defaults(__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="this one alone")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of tokens with a gradient")
+    args = parser.parse_args()
+    shapes = GPU_SHAPES if CUDA else CPU_SHAPES
     rows = []
     copy_rate = statistics.median([copy_bytes_per_s() for _ in range(3)])
-    for shape in GPU_SHAPES if CUDA else CPU_SHAPES:
+    for shape in [tuple(args.shape)] if args.shape else shapes:
         g_s = gemm_seconds(*shape, args.repeats)
         flops = 2 * shape[0] * shape[1] * shape[2]
         rows.append(
@@ -225,7 +229,7 @@ def main() -> None:
             }
             | {"copy_gb_per_s": copy_rate / 1e9}
         )
-        for f in SHARES:
+        for f in args.shares:
             rows += measure("entropy", shape, f, args.repeats, g_s)
         rows += measure("nll", shape, 1.0, args.repeats, g_s)
         rows.append(scoring(shape, args.repeats, g_s))

@@ -172,8 +172,7 @@ def table(folder: Path, files: dict[str, dict]) -> list[str]:
     for name, record in files.items():
         command = record.get("command", "")
         lines.append(
-            f"| [{name}]({folder.name}/{name}.json) | {record.get('torch', '')} | {record.get('commit', '')} "
-            f"| `{command}` |"
+            f"| `{folder.name}/{name}.json` | {record.get('torch', '')} | {record.get('commit', '')} | `{command}` |"
         )
     return lines
 

@@ -5,16 +5,20 @@ Unlearning does so too: unlearn.StreamedUnlearning.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from eepo_fast.background import Background, TokenQueue
+from eepo_fast.config import Config
 from eepo_fast.distributed import World
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.types import Grade, Rollout
+
+CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
 
 
 class ScoredAhead:
@@ -23,7 +27,8 @@ class ScoredAhead:
     def __init__(self, policy: Policy, background: Background):
         assert policy.stream_tokens is not None
         self.policy, self.background = policy, background
-        self.known: dict[int, list[float]] = {}
+        self.known: dict[int, tuple[Rollout, list[float]]] = {}
+        """By id(), and with the rollout: another must not get its id()."""
         self.gave_up = False
         self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._score, batch))
 
@@ -34,16 +39,19 @@ class ScoredAhead:
     def _score(self, batch: list[Rollout]) -> None:
         try:
             if not self.gave_up:
-                self.known.update(self.policy.score(batch)[0])
+                self._remember(batch)
         except torch.OutOfMemoryError:  # beside the engine; there is room when it sleeps
             self.gave_up = True
+
+    def _remember(self, rollouts: Sequence[Rollout]) -> None:
+        found = self.policy.score(rollouts)[0]
+        self.known.update({id(r): (r, found[id(r)]) for r in rollouts if id(r) in found})
 
     def score(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
         """Of all of them, by id(): what is known already, and the rest now."""
         self.background.wait()
-        rest = [r for r in rollouts if id(r) not in self.known]
-        self.known.update(self.policy.score(rest)[0])
-        return {id(r): self.known[id(r)] for r in rollouts}
+        self._remember([r for r in rollouts if id(r) not in self.known])
+        return {id(r): self.known[id(r)][1] for r in rollouts if id(r) in self.known}
 
 
 class GradedAhead:
@@ -51,8 +59,9 @@ class GradedAhead:
 
     def __init__(self, grader: Grader, decode: Callable[[Rollout], str], *, chunk: int, seconds: float):
         """chunk: completions graded at once. seconds: for all of an iteration's answers."""
-        self.grader, self.decode, self.chunk, self.seconds = grader, decode, chunk, seconds
-        self.background = Background(threaded=grader.beside_sampling)
+        self.grader, self.decode, self.chunk, self.limit = grader, decode, chunk, seconds
+        self.seconds = seconds
+        self.background = Background("grade", threaded=grader.beside_sampling, on_gpu=False)
         self.waiting: list[Rollout] = []
         self.known: dict[tuple, Grade] = {}
 
@@ -81,8 +90,47 @@ class GradedAhead:
         known |= {key: grade for part in world.gather(self.known) for key, grade in part.items()}
         return [known[_key(r)] for r in rollouts]
 
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """They do not count, nor does the time that they took."""
+        self.background.wait()
+        self.seconds, dropped = self.limit, set(map(id, rollouts))
+        self.waiting = [r for r in self.waiting if id(r) not in dropped]
+        for r in rollouts:
+            self.known.pop(_key(r), None)
+
+
+class Ahead:
+    """What is done with an iteration's completions before the last of them has ended."""
+
+    def __init__(
+        self, config: Config, grader: Grader, decode: Callable[[Rollout], str], reference: Policy | None, world: World
+    ):
+        size = config.train.prompts_per_iteration * config.rollout.group_size
+        share = size / max(1, world.size // config.rollout.tensor_parallel)  # sampled here
+        chunk = math.ceil(share / CHUNKS_GRADED)
+        self.graded = GradedAhead(grader, decode, chunk=chunk, seconds=config.reward.step_seconds)
+        self.unlearning = Background("unlearn", threaded=torch.cuda.is_available())
+        scoring = Background("score", threaded=torch.cuda.is_available())
+        possible = scoring.pool and reference and reference.stream_tokens
+        self.scored = ScoredAhead(reference, scoring) if possible else None
+        """Nothing runs beside a CPU's sampling, nor where ranks would have to meet."""
+        self.backgrounds = (self.graded.background, self.unlearning, scoring)
+
+    def take(self, rollout: Rollout) -> None:
+        self.graded.take(rollout)
+        if self.scored:
+            self.scored.take(rollout)
+
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """What was sampled is sampled again."""
+        self.graded.drop(rollouts)
+        if self.scored:
+            self.scored.queue.drop(rollouts)
+
     def close(self) -> None:
-        self.background.close()
+        """Whatever has ended the iteration, nothing goes on behind it."""
+        for background in self.backgrounds:
+            background.close()
 
 
 def _key(rollout: Rollout) -> tuple:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 
@@ -11,12 +13,22 @@ from eepo_fast.policy.micro_batches import input_length
 from eepo_fast.types import Rollout
 
 
+@functools.cache
+def side_stream(name: str) -> torch.cuda.Stream:
+    """One for all iterations: what PyTorch's allocator keeps it keeps for a stream."""
+    return torch.cuda.Stream()
+
+
 class Background:
     """A thread, with a CUDA stream of its own on a GPU; or no thread, and work is done when it is given."""
 
-    def __init__(self, *, threaded: bool):
-        self.pool = ThreadPoolExecutor(1, "beside-sampling") if threaded else None
-        self.stream = torch.cuda.Stream() if threaded and torch.cuda.is_available() else None
+    def __init__(self, name: str, *, threaded: bool, on_gpu: bool = True):
+        """on_gpu: whether it is the GPU's work, where there is one."""
+        on_gpu = on_gpu and threaded and torch.cuda.is_available()
+        self.stream = side_stream(name) if on_gpu else None
+        device = torch.cuda.current_device() if on_gpu else None
+        enter = (lambda: torch.cuda.set_device(device)) if on_gpu else None  # a new thread's is the first
+        self.pool = ThreadPoolExecutor(1, name, initializer=enter) if threaded else None
         self.pending: list[Future] = []
 
     def run(self, work: Callable, *arguments) -> None:
@@ -26,7 +38,7 @@ class Background:
             self.pending.append(self.pool.submit(self._run, work, *arguments))
 
     def _run(self, work: Callable, *arguments) -> None:
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             work(*arguments)
         self.synchronize()
 
@@ -62,3 +74,9 @@ class TokenQueue:
             self.give(batch)
         self.waiting.append(rollout)
         self.num_tokens += length
+
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """Of them, what has not been given yet."""
+        dropped = set(map(id, rollouts))
+        self.waiting = [r for r in self.waiting if id(r) not in dropped]
+        self.num_tokens = sum(map(input_length, self.waiting))

@@ -23,7 +23,7 @@ from eepo_kernels.ranges import named
 from eepo_fast import aepo, details
 from eepo_fast import metrics as M
 from eepo_fast.advantages import set_advantages
-from eepo_fast.ahead import Background, GradedAhead, ScoredAhead
+from eepo_fast.ahead import Ahead
 from eepo_fast.config import Config
 from eepo_fast.data import prompt_indices
 from eepo_fast.guards import check_updates, check_version, forgotten_kl, has_finite_logprobs, loud, within_memory
@@ -34,8 +34,6 @@ from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling,
 from eepo_fast.rollout.exchange import generate_everywhere, mean_lengths
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, WeightsVersion
 from eepo_fast.unlearn import StreamedUnlearning, Unlearning, compute_unlearning
-
-CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
 
 
 @dataclass
@@ -83,15 +81,11 @@ class Trainer:
 
     def iteration(self, progress: Progress | None = None) -> tuple[RolloutBatch, dict[str, float]]:
         """One iteration: its rollouts and its metrics. `state.step` counts it only when all of it is done."""
-        self.background = Background(threaded=torch.cuda.is_available())
-        size = self.config.train.prompts_per_iteration * self.config.rollout.group_size
-        limits = dict(chunk=-(-size // CHUNKS_GRADED), seconds=self.config.reward.step_seconds)
-        self.graded = GradedAhead(self.grader, self._decode, **limits)
+        self.ahead = Ahead(self.config, self.grader, self._decode, self.reference, self.world)
         try:
             return self._iteration(progress)
-        finally:  # whatever has ended the iteration, nothing goes on behind it
-            self.background.close()
-            self.graded.close()
+        finally:
+            self.ahead.close()
 
     def _iteration(self, progress: Progress | None) -> tuple[RolloutBatch, dict[str, float]]:
         started, self.times = time.perf_counter(), {}
@@ -104,7 +98,6 @@ class Trainer:
             self.engine.sync(self.policy.weights(), WeightsVersion(version, False))  # θ' ← θ
         first_half = range(group_size // 2 if eepo.enabled else group_size)
         streamed = self._stream(len(first_half) * len(prompts), len(prompts)) if eepo.enabled else None
-        self.scored = self._score_ahead()
         requests = make_requests(prompts, 1, first_half, *self._seed())
         quorum = eepo.quorum if eepo.enabled else 1.0
         sampled = self._generate(requests, "stage1", progress, quorum=quorum, streamed=streamed)
@@ -131,6 +124,7 @@ class Trainer:
             lengths = mean_lengths(rollouts)
             sampled = self._generate(requests, "stage2", progress, lengths=lengths, forgotten=unlearning.apply)
             if unlearning.apply and self._went_too_far(unlearning, sampled[len(rest) :]):
+                self.ahead.drop(sampled)
                 with self._timed("sync"):
                     self.engine.sync(self.policy.weights(), WeightsVersion(version, False))
                 sampled = self._generate(requests, "stage2", progress, lengths=lengths)
@@ -192,12 +186,12 @@ class Trainer:
         sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         lengths = lengths or {}
         costs = [len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
-        ahead = [part.take for part in (streamed, self.scored, self.graded) if part is not None]
 
         def finished(rollout: Rollout) -> None:
+            if streamed is not None:
+                streamed.take(rollout)
             if name != "stage2" or rollout.stage == 2:  # the rest of a straggler is not a completion
-                for take in ahead:
-                    take(rollout)
+                self.ahead.take(rollout)
 
         with self._timed(f"rollout_{name}"):
             rollouts = generate_everywhere(
@@ -212,6 +206,7 @@ class Trainer:
                 finished=finished,
                 quorum=quorum,
             )
+            self.sampled_at = time.perf_counter()
         expected = WeightsVersion(self.state.policy_version, forgotten)
         check_version(rollouts, expected, [r.stage for r in requests for _ in r.seeds])
         return rollouts
@@ -220,21 +215,16 @@ class Trainer:
         """Unlearning that begins while stage 1 is sampled."""
         if self.policy.stream_tokens is None:  # it has to wait
             return None
-        return StreamedUnlearning(self.policy, self.config.eepo, num_completions, num_prompts, self.background)
-
-    def _score_ahead(self) -> ScoredAhead | None:
-        """Reference log-probs beside sampling, where anything runs beside it."""
-        possible = self.background.pool and self.reference and self.reference.stream_tokens
-        return ScoredAhead(self.reference, self.background) if possible else None
+        return StreamedUnlearning(self.policy, self.config.eepo, num_completions, num_prompts, self.ahead.unlearning)
 
     def _unlearn(
         self, stage1: Sequence[Rollout], window: list[float], streamed: StreamedUnlearning | None
     ) -> tuple[Unlearning, list[float]]:
         """What the unlearning pass found, and the entropy window with this iteration in it."""
-        now = time.perf_counter()
-        if streamed is not None and self.background.pool is None:  # it was not hidden, but done in between
-            self.times["rollout_stage1"] -= streamed.seconds_until(now)
-            self.times["unlearn"] = streamed.seconds_until(now)
+        ended, hidden = self.sampled_at, self.ahead.unlearning.pool is not None
+        if streamed is not None and not hidden:  # but done in between
+            self.times["rollout_stage1"] -= streamed.seconds_until(ended)
+            self.times["unlearn"] = streamed.seconds_until(ended)
 
         def compute() -> tuple[Unlearning, list[float]]:
             entropies = list(window)
@@ -245,7 +235,7 @@ class Trainer:
             found = self._within_memory(self.policy, compute)
         if streamed is not None:
             self.out_of_memory += streamed.gave_up
-            found[0].hidden_s = streamed.seconds_until(now) if self.background.pool else 0.0
+            found[0].hidden_s = streamed.seconds_until(ended) if hidden else 0.0
         return found
 
     def _went_too_far(self, unlearning: Unlearning, stage2: Sequence[Rollout]) -> bool:
@@ -293,7 +283,7 @@ class Trainer:
 
     def _grade(self, rollouts: Sequence[Rollout]) -> None:
         with self._timed("reward"):
-            grades = self.graded.grades(rollouts, self.world)
+            grades = self.ahead.graded.grades(rollouts, self.world)
         for rollout, grade in zip(rollouts, grades, strict=True):
             rollout.status = grade.status
             known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
@@ -324,7 +314,8 @@ class Trainer:
     def _ref_logprobs(self, rows: Sequence[Rollout]) -> dict[int, list[float]]:
         if self.reference is None:
             return {}
-        score = self.scored.score if self.scored else lambda rollouts: self.reference.score(rollouts)[0]
+        ahead = self.ahead.scored
+        score = ahead.score if ahead else lambda rollouts: self.reference.score(rollouts)[0]
         with self._timed("ref_logprobs"):
             return self._within_memory(self.reference, lambda: score(rows))
 

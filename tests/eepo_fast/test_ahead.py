@@ -1,5 +1,6 @@
 """Grading and the reference's scores beside sampling: what they find is what they would have found after it."""
 
+import gc
 import threading
 import time
 from itertools import pairwise
@@ -7,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eepo_fast.ahead import GradedAhead, ScoredAhead
+from eepo_fast.ahead import Ahead, GradedAhead, ScoredAhead
 from eepo_fast.background import Background
 from eepo_fast.distributed import World
 from eepo_fast.types import Grade, Interrupted
@@ -57,7 +58,7 @@ def test_grading_begins_before_the_stage_ends(make_trainer, beside_grader):
 
     def generating(*arguments):
         rollouts = generate(*arguments)
-        trainer.graded.background.wait()
+        trainer.ahead.graded.background.wait()
         seen.append(len(trainer.grader.calls))
         return rollouts
 
@@ -81,7 +82,7 @@ def test_chunks_share_the_seconds_of_a_step(make_rollouts, beside_grader):
         rollout.sample_index = i
         ahead.take(rollout)
     assert len(ahead.grades(rollouts, world)) == 6
-    ahead.close()
+    ahead.background.close()
     seconds = [call[2] for call in grader.calls]
     assert seconds[0] == 0.12 and all(0 <= b <= a - 0.05 or b == 0 for a, b in pairwise(seconds))
     assert seconds[-1] == 0
@@ -125,7 +126,7 @@ def test_another_rank_knows_some(make_rollouts, coin_grader):
         if number == 1:
             ahead.take(rollouts[2])
         found[number] = [g.reward for g in ahead.grades(rollouts, Pair(number))]
-        ahead.close()
+        ahead.background.close()
 
     threads = [threading.Thread(target=rank, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -136,14 +137,33 @@ def test_another_rank_knows_some(make_rollouts, coin_grader):
     assert sorted(calls[0] + calls[1]) == ["", "x", "xx", "xxx"] and "xx" in calls[1]
 
 
-def test_an_error_in_the_grader_ends_the_iteration(make_trainer, beside_grader):
+def test_an_error_on_the_graders_thread_ends_the_iteration(make_trainer, beside_grader):
     class Failing(beside_grader):
         def grade(self, problems, completions, seconds):
-            raise ValueError("its worker cannot start")
+            if threading.current_thread() is not threading.main_thread():
+                raise ValueError("its worker cannot start")
+            return super().grade(problems, completions, seconds)
 
     trainer = make_trainer(grader=Failing(), eepo=OPEN)
     with pytest.raises(ValueError, match="cannot start"):
         trainer.iteration()
+
+
+def test_what_is_sampled_again_is_graded_again(make_trainer, beside_grader):
+    """The guard's first stage 2 does not count: neither its answers, nor the seconds that they took."""
+    grader = beside_grader()
+    far = {"learning_rate": 2.0, "max_step": 1e30, "max_kl": 1e-9}
+    trainer = make_trainer(grader=grader, eepo={**OPEN, **far, "quorum": 0.25}, **LONG)
+    batch, row = trainer.iteration()
+    assert row["unlearn/resampled"] == 1
+    assert [r.reward for r in batch.rollouts] == [float(len(r.completion) % 2) for r in batch.rollouts]
+    assert sum(seconds == grader.calls[0][2] for _, _, seconds in grader.calls) == 2
+
+
+def test_a_ranks_chunks_are_a_part_of_its_share(test_config, coin_grader):
+    config = test_config(train={"prompts_per_iteration": 16, "prompts_per_update": 16}, rollout={"group_size": 8})
+    for size, chunk in ((1, 16), (8, 2), (64, 1)):
+        assert Ahead(config, coin_grader(), str, None, World(size=size)).graded.chunk == chunk
 
 
 def test_an_abandoned_iteration_leaves_no_thread(make_trainer, beside_grader):
@@ -155,7 +175,7 @@ def test_an_abandoned_iteration_leaves_no_thread(make_trainer, beside_grader):
     trainer.between = leave
     with pytest.raises(Interrupted):
         trainer.iteration()
-    assert not any(thread.is_alive() for thread in trainer.graded.background.pool._threads)
+    assert not any(thread.is_alive() for thread in trainer.ahead.graded.background.pool._threads)
 
 
 def test_reference_scores_beside_sampling(make_policy, make_rollouts):
@@ -163,7 +183,7 @@ def test_reference_scores_beside_sampling(make_policy, make_rollouts):
     policy = make_policy(micro_batch_tokens=40)
     rollouts = make_rollouts([9, 12, 7, 15, 8])
     expected = policy.score(rollouts)[0]
-    background = Background(threaded=True)
+    background = Background("score", threaded=True)
     ahead = ScoredAhead(policy, background)
     for r in rollouts[:4]:
         ahead.take(r)
@@ -179,10 +199,11 @@ def test_reference_scores_beside_sampling(make_policy, make_rollouts):
 def test_an_iteration_scores_with_the_reference_beside_sampling(make_trainer, monkeypatch):
     rows = []
     for threaded in (False, True):
-        monkeypatch.setattr("eepo_fast.trainer.Background", lambda threaded, _t=threaded: Background(threaded=_t))
+        made = lambda name, threaded, _t=threaded, **options: Background(name, threaded=_t)  # noqa: E731
+        monkeypatch.setattr("eepo_fast.ahead.Background", made)
         trainer = make_trainer(reference=True, eepo=OPEN, grpo={"kl_coef": 0.1}, train={"micro_batch_tokens": 40})
         _, row = trainer.iteration()
-        assert (trainer.scored is not None) == threaded
+        assert (trainer.ahead.scored is not None) == threaded
         rows.append(row)
     assert rows[1]["policy/kl"] == pytest.approx(rows[0]["policy/kl"], rel=1e-4, abs=1e-7)
     assert rows[1]["policy/loss"] == pytest.approx(rows[0]["policy/loss"], rel=1e-4, abs=1e-6)
@@ -200,9 +221,27 @@ def test_a_reference_that_runs_out_of_memory_waits(make_policy, make_rollouts):
         return score(batch)
 
     policy.score = failing
-    background = Background(threaded=True)
+    background = Background("score", threaded=True)
     ahead = ScoredAhead(policy, background)
     for r in rollouts:
         ahead.take(r)
     assert len(ahead.score(rollouts)) == 5 and ahead.gave_up and calls[1:] == [5]
+    background.close()
+
+
+def test_scores_belong_to_their_rollout(make_policy, make_rollouts):
+    """Rollouts that are gone must not lend their scores to others that come to lie where they lay."""
+    policy = make_policy(micro_batch_tokens=12)
+    background = Background("score", threaded=True)
+    ahead = ScoredAhead(policy, background)
+    for turn in range(6):
+        for r in make_rollouts([9, 12, 7, 15, 8]):
+            ahead.take(r)
+        del r
+        background.wait()
+        ahead.queue.drop(list(ahead.queue.waiting))
+        gc.collect()
+        rollouts = make_rollouts([5, 6 + turn, 4, 7, 6])
+        found = ahead.score(rollouts)
+        assert [len(found[id(r)]) for r in rollouts] == [r.num_tokens for r in rollouts]
     background.close()

@@ -211,7 +211,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(make_policy, make
 
 def stream(policy, rollouts, config, *, threaded=False, untaken=()):
     prompts = len({r.prompt.id for r in rollouts})
-    streamed = StreamedUnlearning(policy, config, len(rollouts), prompts, Background(threaded=threaded))
+    streamed = StreamedUnlearning(policy, config, len(rollouts), prompts, Background("unlearn", threaded=threaded))
     for r in reversed(rollouts):  # not in the order of the batch
         if id(r) not in untaken:
             streamed.take(r)
@@ -295,7 +295,7 @@ def test_an_iteration_streams(make_trainer):
 
 def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
     """Nothing goes on behind a run that saves and leaves, nor is what waits begun."""
-    monkeypatch.setattr("eepo_fast.trainer.Background", lambda threaded: Background(threaded=True))
+    monkeypatch.setattr("eepo_fast.ahead.Background", lambda name, **options: Background(name, threaded=True))
     trainer = make_trainer(eepo={"alpha": 3.0}, train={"micro_batch_tokens": 30})
     loss = trainer.policy.loss
     monkeypatch.setattr(trainer.policy, "loss", lambda *arguments: time.sleep(0.2) or loss(*arguments))
@@ -306,7 +306,7 @@ def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
     trainer.between = leave
     with pytest.raises(InterruptedError):
         trainer.iteration()
-    background = trainer.background
+    background = trainer.ahead.unlearning
     assert any(f.cancelled() for f in background.pending) and all(f.done() for f in background.pending)
     assert not any(thread.is_alive() for thread in background.pool._threads)
 
