@@ -40,6 +40,7 @@ from eepo_fast.warmup import make_tokenizer
 GPU = torch.cuda.is_available()
 LENGTHS = Path(__file__).parent / "lengths"
 GOAL = 1.03
+KEPT = ("seconds", "idle", "tokens/per_second", "unlearn/hidden_s")
 MICRO_BATCH_TOKENS = 4096
 
 
@@ -209,11 +210,23 @@ def summary(rounds: Rounds) -> dict:
     for name, part in rounds.rows.items():
         if not part:
             continue
-        keys = [k for k in part[0] if k.startswith("time/") or k in ("seconds", "idle", "tokens/per_second")]
+        keys = [k for k in part[0] if k.startswith("time/") or k in KEPT]
         found[name] = {k: statistics.median(r[k] for r in part[1:]) for k in keys}
         if name in rounds.peak_bytes:
             found[name]["peak_mib"] = rounds.peak_bytes[name] / 2**20
     return found
+
+
+def beyond_two_stages(grpo: dict[str, float], eepo: dict[str, float]) -> dict[str, float]:
+    """Of EEPO: what is neither its two stages nor done by GRPO too, the share of unlearning that was hidden."""
+    both = sum(grpo.get(f"time/{name}_s", 0.0) for name in ("sync", "reward", "update"))
+    stages = sum(eepo[f"time/rollout_stage{s}_s"] for s in (1, 2))
+    unlearning = eepo["time/unlearn_s"] + eepo["unlearn/hidden_s"]
+    return {
+        "beyond_two_stages": eepo["seconds"] / (both + stages) - 1,
+        "unlearning_hidden": eepo["unlearn/hidden_s"] / unlearning,
+        "forget_share": eepo["time/forget_s"] / eepo["seconds"],
+    }
 
 
 def ratios(rounds: Rounds, name: str, other: str) -> list[float]:
@@ -268,7 +281,8 @@ def main() -> None:
         trainers[name] = make_trainer(config, model, tokenizer, prompts, checkpointing=args.checkpointing)
     counted = {name: flops(trainer) for name, trainer in trainers.items()}
     rounds = Rounds(trainers, args.pairs)
-    if trl_peer.TRL:
+    peer = {"trl": trl_peer.TRL} if trl_peer.TRL and args.engine == "hf" else {}
+    if peer:
         trl_peer.run_iterations(
             args.pairs + 2, rounds.begin_trl, rounds.end_trl, model=model, tokenizer=tokenizer, prompts=prompts,
             lengths=[answers[i % len(answers)] for i in range(args.prompts * args.group_size)],
@@ -276,7 +290,11 @@ def main() -> None:
             checkpointing=args.checkpointing,
         )  # fmt: skip
     else:
-        print("trl: not installed, skipped")
+        print(
+            "trl: not installed, skipped"
+            if args.engine == "hf"
+            else "trl: has its turn beside the embedded engine only"
+        )
         for _ in range(args.pairs + 2):
             rounds.ours()
     tokens = {row["tokens/generated"] for name in trainers for row in rounds.rows[name]}
@@ -290,13 +308,13 @@ def main() -> None:
         "pairs": len(pair_ratios),
         "tokens": tokens.pop(),
     }
+    medians = summary(rounds)
+    found |= beyond_two_stages(medians["grpo"], medians["eepo"])
     top = {key: found[key] for key in ("eepo_over_grpo", "allowed")}
-    for name in trainers if trl_peer.TRL else ():
+    for name in trainers if peer else ():
         top[f"trl_over_{name}"] = statistics.median(ratios(rounds, "trl", name))
-        if args.engine == "hf":  # another engine has a pool of memory, whatever it needs
-            top[f"{name}_memory_over_trl"] = rounds.peak_bytes[name] / rounds.peak_bytes["trl"]
-    peer = {"trl": trl_peer.TRL} if trl_peer.TRL else {}
-    record([found | top | summary(rounds)], args.out, **peer, **top)
+        top[f"{name}_memory_over_trl"] = rounds.peak_bytes[name] / rounds.peak_bytes["trl"]
+    record([found | top | medians], args.out, **peer, **top)
 
 
 if __name__ == "__main__":

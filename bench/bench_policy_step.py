@@ -10,9 +10,11 @@ most trainers do: sequences padded in order of length, all logits at once. Rando
 
 from __future__ import annotations
 
-import copy
+import gc
 import json
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from bench_packing import LENGTHS
@@ -26,6 +28,7 @@ from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
 
 GPU = torch.cuda.is_available()
+VARIANTS = ("ours", "ours, checkpointing", "plain")
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b") if GPU else ("smollm2-135m, 4 layers",)
 
 
@@ -89,42 +92,54 @@ def plain_update(model, optimizer, rollouts: list[Rollout], micro_batch_tokens: 
     optimizer.zero_grad(set_to_none=True)
 
 
-def measure(name: str, args) -> dict:
+def make_update(key: str, name: str, rollouts: list[Rollout], micro_batch_tokens: int) -> Callable[[], None]:
     torch.manual_seed(0)
     model = make_model(name)
-    hidden, _, _, _, _, words, _ = SHAPES[name]
+    if key == "plain":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        return lambda: plain_update(model, optimizer, rollouts, micro_batch_tokens)
+    policy = TorchPolicy(
+        model,
+        compute_dtype=torch.bfloat16 if GPU else torch.float32,
+        temperature=1.0,
+        micro_batch_tokens=micro_batch_tokens,
+        pad_id=0,
+        packed=True,
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        gradient_checkpointing="checkpointing" in key,
+    )
+    return lambda: our_update(policy, rollouts)
+
+
+def measure(name: str, args) -> dict:
+    hidden, _, _, _, _, words, tied = SHAPES[name]
     rollouts = make_rollouts(words, args.tokens * args.micro_batches)
     tokens, asked = sum(map(input_length, rollouts)), sum(r.num_tokens for r in rollouts)
+    weights = sum(p.numel() for p in make_model(name, device="meta").parameters())
     head = words * hidden
-    flops = 6 * ((sum(p.numel() for p in model.parameters()) - head) * tokens + head * asked)
-    settings = OptimizerConfig(learning_rate=1e-6)
-    dtype = torch.bfloat16 if GPU else torch.float32
-    common = dict(compute_dtype=dtype, temperature=1.0, micro_batch_tokens=args.tokens, pad_id=0, packed=True)
-    variants = {}
-    for key, checkpointing in (("ours", False), ("ours, checkpointing", True)):
-        policy = TorchPolicy(copy.deepcopy(model), **common, optimizer=settings, gradient_checkpointing=checkpointing)
-        variants[key] = lambda policy=policy: our_update(policy, rollouts)
-    plain = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6)
-    variants["plain"] = lambda: plain_update(plain, optimizer, rollouts, args.tokens)
-    try:
-        variants["plain"]()
-    except torch.OutOfMemoryError:
-        print(f"{name}: all logits at once do not fit")
-        del variants["plain"], optimizer, plain
-    seconds = interleaved(variants, args.repeats)
-    rate = gemm_flops(name, args.tokens)
+    layers = weights - head * (1 if tied else 2)  # an embedding is looked up
+    flops, rate = 6 * (layers * tokens + head * asked), gemm_flops(name, args.tokens)
     row = {"model": name, "tokens": tokens, "completion_tokens": asked, "micro_batch_tokens": args.tokens}
     row |= {"gemm_tflops": rate / 1e12, "flops": flops}
-    for key, run in variants.items():
-        row[key] = {
-            "seconds": seconds[key],
-            "tokens_per_s": tokens / seconds[key],
-            "share": flops / rate / seconds[key],
-            "peak_mib": peak_bytes(run) / 2**20,
-        }
-    if "plain" in seconds:
-        row["plain_over_ours"] = seconds["plain"] / seconds["ours"]
+    seconds: dict[str, list[float]] = {key: [] for key in VARIANTS}
+    for turn in range(args.repeats):  # one at a time: two of the largest do not fit
+        for key in VARIANTS:
+            gc.collect()
+            try:
+                update = make_update(key, name, rollouts, args.tokens)
+                update()  # warms up
+                seconds[key].append(interleaved({key: update}, 1)[key])
+                if turn == 0:
+                    row[key] = {"peak_mib": peak_bytes(update) / 2**20}
+            except torch.OutOfMemoryError:
+                row[key] = {"skipped": "out of memory"}
+            update = None
+    for key, found in seconds.items():
+        if found:
+            middle = statistics.median(found)
+            row[key] |= {"seconds": middle, "tokens_per_s": tokens / middle, "share": flops / rate / middle}
+    if seconds["plain"] and seconds["ours"]:
+        row["plain_over_ours"] = row["plain"]["seconds"] / row["ours"]["seconds"]
     return row
 
 
@@ -135,7 +150,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=MODELS)
     args = parser.parse_args()
     rows = [measure(name, args) for name in args.model]
-    record(rows, args.out, share={row["model"]: row["ours"]["share"] for row in rows})
+    record(rows, args.out, share={row["model"]: row["ours"].get("share") for row in rows})
 
 
 if __name__ == "__main__":

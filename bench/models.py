@@ -21,11 +21,11 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, words, tied
 }  # fmt: skip
 
 
-def make_model(name: str) -> LlamaForCausalLM:
+def make_model(name: str, device: str = "cuda" if GPU else "cpu") -> LlamaForCausalLM:
     hidden, intermediate, layers, heads, kv, words, tied = SHAPES[name]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv, vocab_size=words, tie_word_embeddings=tied, max_position_embeddings=4096,
     )  # fmt: skip
-    with torch.device("cuda" if GPU else "cpu"):
+    with torch.device(device):
         return LlamaForCausalLM(config).eval()

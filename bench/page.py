@@ -22,6 +22,11 @@ PHASES = {  # of bench_iteration, as they are stacked
     "sync": "sync", "rollout_stage1": "stage 1", "unlearn": "unlearn", "forget": "forget", "rollout_stage2": "stage 2",
     "kl_guard": "guard of the step", "reward": "grading", "old_logprobs": "old log-probs", "update": "policy update",
 }  # fmt: skip
+SIMULATED_WAYS = {
+    "two_tails": "two waits alone", "plain": "one after another", "plain_quorum_0.75": "the same, quorum 0.75",
+    "streamed": "streamed", "streamed_quorum_0.9": "streamed, quorum 0.9",
+    "streamed_quorum_0.75": "streamed, quorum 0.75",
+}  # fmt: skip
 INTRODUCTION = """# What the benches found
 
 Drawn by `python bench/page.py` from the JSON beside it; each file says which device, versions, commit and command.
@@ -93,9 +98,12 @@ def readings(table: dict[str, tuple[str, Reading]], files: dict[str, dict]) -> d
     return {label: value for label, value in found.items() if value is not None}
 
 
-def draw_ratios(path: Path, files: dict[str, dict], device: str) -> None:
+def draw_ratios(path: Path, files: dict[str, dict], device: str) -> bool:
+    """Whether there is anything to draw."""
     tables = {"times as fast": readings(FASTER, files), "times less memory": readings(SMALLER, files)}
     tables = {title: values for title, values in tables.items() if values}
+    if not tables:
+        return False
     heights = [len(values) for values in tables.values()]
     figure, axes = plt.subplots(
         len(tables), 1, figsize=(8.5, 1.2 + 0.32 * sum(heights)), layout="constrained", squeeze=False,
@@ -117,6 +125,7 @@ def draw_ratios(path: Path, files: dict[str, dict], device: str) -> None:
     figure.suptitle(f"{device}: ours against what a user would pick instead", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return True
 
 
 def draw_iteration(path: Path, record: dict) -> None:
@@ -142,7 +151,7 @@ def draw_iteration(path: Path, record: dict) -> None:
 
 
 def draw_simulated(path: Path, record: dict) -> None:
-    ways = [key for key in record["rows"][0] if key in ("two_tails", "plain", "streamed") or key.startswith("quorum")]
+    ways = [key for key in SIMULATED_WAYS if key in record["rows"][0]]
     groups = {}
     for row in record["rows"]:
         groups.setdefault(row["lengths"], []).append(row)
@@ -150,7 +159,9 @@ def draw_simulated(path: Path, record: dict) -> None:
     for axis, (lengths, rows) in zip(axes[:, 0], groups.items(), strict=True):
         for number, way in enumerate(ways):
             places = [i + (number - len(ways) / 2) * 0.13 for i in range(len(rows))]
-            axis.bar(places, [row[way] - 1 for row in rows], 0.12, bottom=1, color=f"C{number}", label=label_of(way))
+            axis.bar(
+                places, [row[way] - 1 for row in rows], 0.12, bottom=1, color=f"C{number}", label=SIMULATED_WAYS[way]
+            )
         axis.set_xticks(range(len(rows)), [f"{row['model']}\n{row['machine']}" for row in rows], fontsize=6)
         axis.set_ylabel("EEPO / GRPO, wall time")
         axis.set_title(f"lengths of answers: {lengths}", fontsize=9, loc="left")
@@ -160,11 +171,6 @@ def draw_simulated(path: Path, record: dict) -> None:
     figure.suptitle("Simulated, not measured: a whole iteration", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def label_of(way: str) -> str:
-    named = {"two_tails": "two tails alone (the bound at quorum 1)", "plain": "one thing after another"}
-    return named.get(way) or way.replace("_", " ")
 
 
 def table(folder: Path, files: dict[str, dict]) -> list[str]:
@@ -190,8 +196,8 @@ def section(folder: Path) -> list[str]:
     else:
         cores = "" if folder.name != "cpu" else f", {max(r['threads'] for r in benches.values())} cores"
         lines.append(f"{some['device']}{cores}.\n")
-        draw_ratios(folder / "ratios.png", benches, folder.name)
-        lines.append(f"![Ratios]({folder.name}/ratios.png)\n")
+        if draw_ratios(folder / "ratios.png", benches, folder.name):
+            lines.append(f"![Ratios]({folder.name}/ratios.png)\n")
         if "bench_iteration" in benches:
             draw_iteration(folder / "iteration.png", benches["bench_iteration"])
             lines.append("Where the time of an iteration goes (`bench/bench_iteration.py`):\n")

@@ -6,9 +6,11 @@ From the lengths of answers, the time of a decoding step (weights and keys and v
 multiplied) and the rates of a GPU, which are assumptions (eepo_fast/estimate.py). The same simulation, with times taken
 from one run on the machine at hand, is held against other runs by bench/check_simulation.py.
 
-Left out: grading, and the host's work beside STEP_OVERHEAD_S. Assumed: lengths are those of bench/lengths, stretched so
-that the longest answer is max_new_tokens; the same in both stages; prompts are dealt to engines in turn; unlearning
-beside decoding gets what decoding leaves of the GPU's multiplications, and slows it by INTERFERENCE.
+Left out: grading, the guard's scores of 16 answers, and the host's work beside STEP_OVERHEAD_S. Streamed unlearning,
+beside sampling, is what this trainer does on one GPU; with DeepSpeed it comes after the stage, as in `plain`. Assumed:
+lengths are those of bench/lengths, stretched so that the longest answer is max_new_tokens; the same in both stages;
+prompts are dealt to engines in turn; unlearning beside decoding gets what decoding leaves of the GPU's multiplications,
+and slows it by INTERFERENCE.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ class Costs:
     """Of one token of the batch, all ranks at work."""
     train_token_s: float
     """Forward and backward, of such a token."""
+    reference_token_s: float = 0.0
+    """Of such a token, by the reference of the KL term."""
     update_s: float = 0.0
     """Beside the tokens: gradients and weights on the wire, the optimizer."""
     unlearn_s: float = 0.0
@@ -133,7 +137,8 @@ def sample_continuous(answers: Sequence[Answer], costs: Costs, setup: Setup, quo
         cached += rows * count - answer.prompt_tokens - answer.tokens
         steps_done = step
         stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
-        if not waiting and len(ends) <= may_wait:
+        tied = ends and ends[0][0] == steps_done  # ends in the same step
+        if not waiting and len(ends) <= may_wait and not tied:
             stage.left = [(a, a.tokens - (end - steps_done)) for end, _, a in ends]
             break
     stage.running.append((stage.seconds, 0))
@@ -156,7 +161,9 @@ def sample_static(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum:
             stage.steps.append((count, rows, at))
             done, running = answer.tokens, len(batch) - i - 1
             stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
-            if running <= may_wait and (not running or by_length[i + 1].tokens > done):
+            if running and by_length[i + 1].tokens == done:  # ends in the same step
+                continue
+            if running <= may_wait:
                 stage.left += [(a, done) for a in by_length[i + 1 :]]
                 break
             if running <= rows // 2:
@@ -178,16 +185,17 @@ def streamed_unlearning(stages: Sequence[Stage], costs: Costs, setup: Setup) -> 
     """(seconds that are left of the pass when the last answer has ended, by how much sampling took longer)."""
     ends = sorted((end for stage in stages for end in stage.ends), key=lambda end: end[0])
     over = max(stage.seconds for stage in stages)
-    free = hidden = tokens = 0.0
+    free = beside = late = tokens = 0.0
     for when, answer, busy in ends:
         tokens += answer.prompt_tokens + answer.tokens
         if tokens >= setup.stream_tokens and when < over:
+            seconds, speed = tokens * costs.train_token_s, max(1e-3, 1 - busy)
             begin = max(free, when)
-            free = begin + tokens * costs.train_token_s / max(1e-3, 1 - busy)
-            hidden += max(0.0, min(free, over) - min(begin, over))
+            free = begin + seconds / speed
+            there = max(0.0, min(free, over) - begin)  # beside sampling
+            beside, late = beside + there, late + seconds - there * speed  # the rest at full speed
             tokens = 0.0
-    late = max(0.0, free - over)  # and at full speed from here on
-    return late + tokens * costs.train_token_s, hidden * INTERFERENCE
+    return late + tokens * costs.train_token_s, beside * INTERFERENCE
 
 
 class Iteration(NamedTuple):
@@ -229,7 +237,9 @@ def iteration(
         shifted = [m._replace(prompt=m.prompt + (i + 1) * setup.prompts) for i, m in enumerate(more)]
         both = [stages, one_stage([*shifted, *second], costs, setup)]
         found["stage 2"] = max(s.seconds for s in both[1])
-        found["old log-probs"] = sum(m.prompt_tokens + m.tokens for m in more) * costs.forward_token_s
+        late = sum(m.prompt_tokens + m.tokens for m in more) * (1 - 1 / setup.updates)
+        found["old log-probs"] = late * costs.forward_token_s
+    found["reference"] = tokens * costs.reference_token_s
     found["update"] = tokens * costs.train_token_s + setup.updates * costs.update_s
     return Iteration(found, both)
 
@@ -250,6 +260,7 @@ def gpu_costs(config: Config, shape: Shape, machine: Machine, mean_length: float
         ),
         prefill_token_s=multiplied / tp / machine.flops,
         forward_token_s=forward / n,
+        reference_token_s=forward / n if config.grpo.kl_coef else 0.0,
         train_token_s=forward * (4 if config.train.gradient_checkpointing else 3) / n,
         update_s=6 * wire + 20 * shape.weights / n / machine.bytes_per_s,
         unlearn_s=4 * wire,
@@ -297,11 +308,13 @@ def compare(case: Case) -> dict:
     grpo, plain = iteration(*case, eepo=False), iteration(*case, eepo=True)
     free = case._replace(costs=replace(case.costs, train_token_s=0.0, unlearn_s=0.0, forget_s=0.0))
     tails = iteration(*free, eepo=True).phases
-    bound = grpo.phases["sync"] + tails["stage 1"] + tails["stage 2"] + grpo.phases["update"]
-    row = {"grpo_s": grpo.seconds, "two_tails": bound / grpo.seconds, "plain": plain.seconds / grpo.seconds}
+    bound = sum(tails[name] for name in ("stage 1", "stage 2"))
+    bound += sum(grpo.phases[name] for name in ("sync", "reference", "update"))
+    row = {"grpo_s": grpo.seconds, "two_tails": bound / grpo.seconds}
     for quorum in QUORUMS:
-        name = "streamed" if quorum == 1 else f"quorum_{quorum:g}"
-        row[name] = iteration(*case, eepo=True, streamed=True, quorum=quorum).seconds / grpo.seconds
+        for streamed in (False, True):
+            name = ("streamed" if streamed else "plain") + (f"_quorum_{quorum:g}" if quorum < 1 else "")
+            row[name] = iteration(*case, eepo=True, streamed=streamed, quorum=quorum).seconds / grpo.seconds
     return row | {"grpo": grpo.phases, "eepo": plain.phases}
 
 
@@ -328,11 +341,13 @@ def draw(path: Path, case: Case, title: str) -> None:
                 label=f"stage {number}" if len(found.stages) > 1 else "all",
             )  # fmt: skip
             begun += found.phases[f"stage {number}"]
-            names = ("unlearn", "forget") if number == 1 and len(found.stages) > 1 else ("old log-probs", "update")
+            last = number == len(found.stages)
+            names = ("old log-probs", "reference", "update") if last else ("unlearn", "forget")
             seconds = sum(found.phases.get(n, 0.0) for n in names)
-            axis.axvspan(begun, begun + seconds, color="0.8" if names[1] == "update" else "C3", alpha=0.6, lw=0)
-            axis.text(begun + seconds / 2, axis.get_ylim()[1] / 2, names[0] if names[1] == "forget" else "update",
-                      ha="center", va="center", rotation=90, fontsize=8)  # fmt: skip
+            axis.axvspan(begun, begun + seconds, color="0.8" if last else "C3", alpha=0.6, lw=0)
+            phase = "policy" if last else "unlearn"
+            place = (begun + seconds / 2, axis.get_ylim()[1] / 2)
+            axis.text(*place, phase, ha="center", va="center", rotation=90, fontsize=8)
             begun += seconds
         axis.set_title(f"{name}: {found.seconds:.0f} s", loc="left", fontsize=10)
         axis.set_ylabel("answers")
