@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eepo_fast.policy import micro_batches
 from eepo_fast.policy.module import prepare_model
 from eepo_fast.unlearn import GradientPass
 
@@ -70,3 +71,33 @@ def test_the_unlearning_pass_waits_for_no_micro_batch(make_policy, make_rollouts
         assert not waits.seen
         whole.result(rollouts)
     assert waits.seen
+
+
+def test_every_tensor_of_a_micro_batch_is_moved_without_waiting(make_rollouts, monkeypatch):
+    moved = []
+
+    def recorded(tensor, device):
+        moved.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(micro_batches, "move", recorded)
+    batch = micro_batches.collate(make_rollouts([9, 12]), 0, torch.device("cpu"), True)
+    fields = [batch.input_ids, batch.position_ids, batch.boundaries, batch.positions, batch.targets, batch.starts]
+    fields += [batch.per_token([1.0, 2.0]), batch.concatenate([[0.0] * 9, [0.0] * 12])]
+    known = {t.data_ptr() for t in moved}
+    assert all(field.data_ptr() in known for field in fields)
+
+
+@pytest.mark.gpu
+def test_a_micro_batch_goes_to_a_gpu_without_waiting(make_rollouts):
+    rollouts, device = make_rollouts([9, 12]), torch.device("cuda")
+    micro_batches.collate(rollouts, 0, device, True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = micro_batches.collate(rollouts, 0, device, True)
+        batch.per_token([1.0, 2.0])
+        batch.concatenate([[0.0] * 9, [0.0] * 12])
+        with pytest.raises(RuntimeError):
+            batch.targets.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,90 @@
+"""bench/simulate_rollout.py by hand: seconds of stages whose steps are easily added up."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from simulate_rollout import (
+    INTERFERENCE,
+    Answer,
+    Costs,
+    Setup,
+    Stage,
+    StepTime,
+    iteration,
+    sample_continuous,
+    sample_static,
+    streamed_unlearning,
+)
+
+SECOND = Costs(StepTime(1.0, 0.0, 0.0), 0.0, 0.0, 0.0)  # a step is a second, all else is free
+SETUP = Setup(prompts=2, group_size=4, updates=1, engines=1, max_sequences=100, stream_tokens=1)
+BOTH = pytest.mark.parametrize("sample", [sample_continuous, sample_static])
+
+
+def answers(*lengths, prompt_tokens=0):
+    return [Answer(i // 4, prompt_tokens, n) for i, n in enumerate(lengths)]
+
+
+@BOTH
+def test_a_stage_lasts_as_long_as_its_longest(sample):
+    stage = sample(answers(3, 7, 5, 7), SECOND, SETUP)
+    assert stage.seconds == 7 and [end for end, *_ in stage.ends] == [3, 5, 7, 7] and not stage.left
+
+
+@BOTH
+def test_a_quorum_leaves_the_longest(sample):
+    stage = sample(answers(3, 7, 5, 9), SECOND, SETUP, 0.5)
+    assert stage.seconds == 5 and sorted((a.tokens, n) for a, n in stage.left) == [(7, 5), (9, 5)]
+
+
+@BOTH
+def test_what_ends_in_the_same_step_is_no_straggler(sample):
+    stage = sample(answers(*[5] * 10), SECOND, SETUP, 0.5)
+    assert stage.seconds == 5 and len(stage.ends) == 10 and not stage.left
+
+
+def test_rows_are_dropped_at_a_half():
+    """Ten rows, six of which end together: four are held from there on."""
+    stage = sample_static(answers(*[2] * 6, *[5] * 4), SECOND, SETUP)
+    assert [(count, rows) for count, rows, _ in stage.steps if count] == [(2, 10), (3, 4)]
+
+
+def test_free_rows_are_taken_by_the_next():
+    stage = sample_continuous(answers(4, 2, 3), SECOND, replace(SETUP, max_sequences=2))
+    assert stage.seconds == 5 and [end for end, *_ in stage.ends] == [2, 4, 5]
+
+
+def test_what_a_step_costs():
+    """Two answers of two tokens after prompts of ten: the cache grows by a token each."""
+    costs = replace(SECOND, step=StepTime(0.0, 1.0, 0.1), prefill_token_s=0.5)
+    stage = sample_continuous([Answer(0, 10, 2), Answer(0, 10, 2)], costs, SETUP)
+    assert stage.seconds == pytest.approx(5 + 2 * (2 + 0.1 * 22))  # one prefill of ten tokens for both
+    limited = StepTime(1.0, 2.0, 0.1, weights_s=3.0, overlapped=True)
+    assert limited(1, 10) == 1 + max(3 + 1, 2) and limited(5, 10) == 1 + max(3 + 1, 10)
+
+
+def test_streamed_unlearning_is_slow_beside_sampling_and_fast_behind_it():
+    costs = replace(SECOND, train_token_s=1.0)
+    stage = Stage(10.0, [(9.0, Answer(0, 0, 5), 0.9), (10.0, Answer(0, 0, 2), 0.0)])
+    left, slower = streamed_unlearning([stage], costs, SETUP)
+    assert left == pytest.approx(5 - 0.1 + 2) and slower == pytest.approx(1 * INTERFERENCE)
+
+
+def test_an_iteration_adds_up():
+    costs = replace(SECOND, train_token_s=0.1, forward_token_s=0.01, reference_token_s=0.02, forget_s=3.0, sync_s=2.0)
+    batch = answers(3, 7, 5, 6, 4, 4, 4, 8)
+    tokens = 41
+    grpo = iteration(batch, costs, SETUP, eepo=False)
+    assert grpo.seconds == pytest.approx(2 + 8 + tokens * 0.12)
+    eepo = iteration(batch, costs, SETUP, eepo=True)
+    # stage 1: 3, 7, 4, 4; stage 2: 5, 6, 4, 8
+    assert eepo.seconds == pytest.approx(2 + 7 + 18 * 0.1 + 3 + 8 + tokens * 0.12)
+    streamed = iteration(batch, costs, SETUP, eepo=True, streamed=True)
+    assert streamed.seconds < eepo.seconds
+    two = iteration(batch, costs, replace(SETUP, updates=2), eepo=True, quorum=0.5)
+    assert two.phases["stage 1"] == 4 and two.phases["unlearn"] == pytest.approx(11 * 0.1)
+    assert two.phases["stage 2"] == 8 and two.phases["old log-probs"] == pytest.approx(0.5 * 7 * 0.01)
