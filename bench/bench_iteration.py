@@ -41,7 +41,6 @@ GPU = torch.cuda.is_available()
 LENGTHS = Path(__file__).parent / "lengths"
 GOAL = 1.03
 KEPT = ("seconds", "idle", "tokens/per_second", "unlearn/hidden_s")
-MICRO_BATCH_TOKENS = 4096
 
 
 class Grader:
@@ -246,17 +245,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--quorum", type=float, default=1.0)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="in all trainers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all trainers")
     return parser.parse_args()
 
 
-def make_config(*, eepo: bool, quorum: float, engine: str, prompts: int, group_size: int, longest: int) -> Config:
+def make_config(
+    *,
+    eepo: bool,
+    quorum: float,
+    engine: str,
+    prompts: int,
+    group_size: int,
+    longest: int,
+    micro_batch_tokens: int = 4096,
+) -> Config:
     return load_config([], [
         "model.path=unused", "data.train=unused", f"eepo.enabled={str(eepo).lower()}", "eepo.alpha=9.0",
         f"eepo.quorum={quorum}", f"rollout.engine={engine}", f"rollout.group_size={group_size}",
         f"rollout.max_new_tokens={longest}", f"rollout.dtype={'bfloat16' if GPU else 'float32'}",
         f"train.prompts_per_iteration={prompts}", f"train.prompts_per_update={max(1, prompts // 2)}",
-        f"train.micro_batch_tokens={MICRO_BATCH_TOKENS}", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
+        f"train.micro_batch_tokens={micro_batch_tokens}", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
         "eepo.learning_rate=1e-4",
     ])  # fmt: skip
 
@@ -276,7 +285,7 @@ def main() -> None:
     for name in ("grpo", "eepo"):
         config = make_config(
             eepo=name == "eepo", quorum=args.quorum, engine=args.engine, prompts=args.prompts,
-            group_size=args.group_size, longest=max(answers),
+            group_size=args.group_size, longest=max(answers), micro_batch_tokens=args.micro_batch_tokens,
         )  # fmt: skip
         trainers[name] = make_trainer(config, model, tokenizer, prompts, checkpointing=args.checkpointing)
     counted = {name: flops(trainer) for name, trainer in trainers.items()}
@@ -286,7 +295,7 @@ def main() -> None:
         trl_peer.run_iterations(
             args.pairs + 2, rounds.begin_trl, rounds.end_trl, model=model, tokenizer=tokenizer, prompts=prompts,
             lengths=[answers[i % len(answers)] for i in range(args.prompts * args.group_size)],
-            group_size=args.group_size, updates=2, micro_batch_tokens=MICRO_BATCH_TOKENS,
+            group_size=args.group_size, updates=2, micro_batch_tokens=args.micro_batch_tokens,
             checkpointing=args.checkpointing,
         )  # fmt: skip
     else:
