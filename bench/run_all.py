@@ -27,7 +27,7 @@ SMALL = {  # on a CPU
     "bench_policy_step": ["--repeats", "1", "--tokens", "2048"],
     "bench_report": ["--iterations", "40", "--completions", "256"],
     "bench_rollout": ["--repeats", "2"],
-    "bench_weight_update": ["--repeats", "2"],
+    "bench_weight_update": ["--repeats", "2", "--speed"],
 }
 MORE_ON_A_GPU = {"bench_iteration_quorum": ["--quorum", "0.9"]}
 
