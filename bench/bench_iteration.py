@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import resource
 import statistics
 import time
@@ -210,7 +211,8 @@ def summary(rounds: Rounds) -> dict:
         if not part:
             continue
         keys = [k for k in part[0] if k.startswith("time/") or k in KEPT]
-        found[name] = {k: statistics.median(r[k] for r in part[1:]) for k in keys}
+        medians = {k: statistics.median(r[k] for r in part[1:]) for k in keys}
+        found[name] = {k: v for k, v in medians.items() if math.isfinite(v)}  # GRPO hides no unlearning
         if name in rounds.peak_bytes:
             found[name]["peak_mib"] = rounds.peak_bytes[name] / 2**20
     return found

@@ -132,7 +132,7 @@ def draw_iteration(path: Path, record: dict) -> None:
     """Seconds of an iteration by phase; TRL's, which has none of these names, as one."""
     row = record["rows"][0]
     names = [name for name in ("grpo", "eepo", "trl") if name in row]
-    figure, axis = plt.subplots(figsize=(8.5, 0.9 + 0.55 * len(names)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 1.4 + 0.5 * len(names)), layout="constrained")
     for place, name in enumerate(names):
         values, left = row[name], 0.0
         for number, (key, label) in enumerate(PHASES.items()):
@@ -145,7 +145,7 @@ def draw_iteration(path: Path, record: dict) -> None:
     axis.invert_yaxis()
     axis.set_xlabel(f"seconds of an iteration, {row['tokens']:.0f} tokens sampled")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7, ncols=2, loc="center right")
+    figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -162,12 +162,16 @@ def draw_simulated(path: Path, record: dict) -> None:
             axis.bar(
                 places, [row[way] - 1 for row in rows], 0.12, bottom=1, color=f"C{number}", label=SIMULATED_WAYS[way]
             )
-        axis.set_xticks(range(len(rows)), [f"{row['model']}\n{row['machine']}" for row in rows], fontsize=6)
+        axis.set_xticks(
+            range(len(rows)),
+            [f"{row['model'].removesuffix('-instruct')}\n{row['machine']}" for row in rows],
+            fontsize=6,
+        )
         axis.set_ylabel("EEPO / GRPO, wall time")
         axis.set_title(f"lengths of answers: {lengths}", fontsize=9, loc="left")
         axis.axhline(1, color="0.4", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=7, ncols=len(ways), loc="upper left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=len(ways), loc="outside lower center")
     figure.suptitle("Simulated, not measured: a whole iteration", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

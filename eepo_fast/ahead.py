@@ -71,10 +71,12 @@ class GradedAhead:
         self.waiting.append(rollout)
         if len(self.waiting) >= self.chunk:
             chunk, self.waiting = self.waiting, []
-            self.background.run(self._grade, chunk, [self.decode(r) for r in chunk])
+            for r in chunk:
+                r.completion = self.decode(r)
+            self.background.run(self._grade, chunk)
 
-    def _grade(self, rollouts: Sequence[Rollout], completions: Sequence[str]) -> None:
-        started = time.monotonic()
+    def _grade(self, rollouts: Sequence[Rollout]) -> None:
+        started, completions = time.monotonic(), [r.completion for r in rollouts]
         limit = {"seconds": self.seconds} if self.grader.beside_sampling else {}
         grades = self.grader.grade([r.prompt.problem for r in rollouts], completions, **limit)
         self.seconds = max(0.0, self.seconds - (time.monotonic() - started))
@@ -86,7 +88,7 @@ class GradedAhead:
         known = {key: grade for part in world.gather(self.known) for key, grade in part.items()}
         mine = [r for r in rollouts if _key(r) not in known][world.rank :: world.size]
         self.known = {}
-        self._grade(mine, [r.completion for r in mine])
+        self._grade(mine)
         known |= {key: grade for part in world.gather(self.known) for key, grade in part.items()}
         return [known[_key(r)] for r in rollouts]
 

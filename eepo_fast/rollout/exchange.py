@@ -37,7 +37,7 @@ def generate_everywhere(
             world.gather(None)  # the others wait for what was sampled here
         raise
     for rollout in rollouts:
-        rollout.completion = decode(rollout)
+        rollout.completion = rollout.completion or decode(rollout)  # it may have been graded already
     if world.size == 1:
         return rollouts
     places = [(i, k) for i in share for k in range(len(requests[i].seeds))]
