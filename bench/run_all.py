@@ -29,13 +29,18 @@ SMALL = {  # on a CPU
     "bench_rollout": ["--repeats", "2"],
     "bench_weight_update": ["--repeats", "2", "--speed"],
 }
-MORE_ON_A_GPU = {"bench_iteration_quorum": ["--quorum", "0.9"]}
+TAIL = ["--lengths", str(HERE / "lengths" / "long_tail.json")]  # an eighth of the lengths, for the embedded engine
+ON_A_GPU = {
+    "bench_iteration": TAIL,
+    "bench_iteration_quorum": [*TAIL, "--quorum", "0.9"],
+    "bench_policy_step": ["--repeats", "2"],
+}
 
 
 def commands(out: Path | None) -> dict[str, list[str]]:
     """By name: what to run, with where its JSON goes."""
     runs = {path.stem: [] for path in sorted(HERE.glob("bench_*.py"))}
-    runs = runs | MORE_ON_A_GPU if torch.cuda.is_available() else {name: SMALL.get(name, []) for name in runs}
+    runs |= ON_A_GPU if torch.cuda.is_available() else SMALL
     found = {}
     for name, more in runs.items():
         file = next(p for p in (HERE / f"{name}.py", HERE / f"{name.rpartition('_')[0]}.py") if p.exists())
