@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]  # paths are relative to it: they go into the JSON
 LIMIT_S = 480
 SMALL = {  # on a CPU
     "bench_checkpoint": ["--repeats", "1"],
@@ -29,7 +29,7 @@ SMALL = {  # on a CPU
     "bench_rollout": ["--repeats", "2"],
     "bench_weight_update": ["--repeats", "2", "--speed"],
 }
-TAIL = ["--lengths", str(HERE / "lengths" / "long_tail.json")]  # an eighth of the lengths, for the embedded engine
+TAIL = ["--lengths", "bench/lengths/long_tail.json"]  # an eighth of the lengths, for the embedded engine
 ON_A_GPU = {
     "bench_iteration": TAIL,
     "bench_iteration_quorum": [*TAIL, "--quorum", "0.9"],
@@ -39,13 +39,13 @@ ON_A_GPU = {
 
 def commands(out: Path | None) -> dict[str, list[str]]:
     """By name: what to run, with where its JSON goes."""
-    runs = {path.stem: [] for path in sorted(HERE.glob("bench_*.py"))}
+    runs = {path.stem: [] for path in sorted((ROOT / "bench").glob("bench_*.py"))}
     runs |= ON_A_GPU if torch.cuda.is_available() else SMALL
     found = {}
     for name, more in runs.items():
-        file = next(p for p in (HERE / f"{name}.py", HERE / f"{name.rpartition('_')[0]}.py") if p.exists())
+        file = next(p for p in (f"bench/{name}.py", f"bench/{name.rpartition('_')[0]}.py") if (ROOT / p).exists())
         target = ["--out", str(out / f"{name}.json")] if out else []
-        found[name] = [sys.executable, str(file), *more, *target]
+        found[name] = [sys.executable, file, *more, *target]
     return found
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         begun = time.perf_counter()
         print(f"== {' '.join(command[1:])}", flush=True)
         try:
-            code = subprocess.run(command, timeout=LIMIT_S).returncode
+            code = subprocess.run(command, timeout=LIMIT_S, cwd=ROOT).returncode
         except subprocess.TimeoutExpired:
             code = f"not done within {LIMIT_S} s"
         if code:
