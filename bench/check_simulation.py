@@ -3,7 +3,7 @@
     python bench/check_simulation.py [--repeats 3] [--out FILE]
 
 From the calibrating runs: the time of a decoding step over the rows and cached tokens of that step (non-negative least
-squares), the prefill, forward and backward a token, sync and forget. Each other setting is run in turns with the
+squares), forward (a prefill is one) and backward a token, what else a stage begins with, sync and forget. Each other setting is run in turns with the
 calibrated one, whose drift since the calibration is divided out: a noisy machine slows both. The embedded engine, a
 random model of the demo's shape.
 """
@@ -117,11 +117,13 @@ def calibrate(case: Case, forget_s: float, repeats: int) -> tuple[Costs, float]:
     found = non_negative_fit(features[: len(durations)], durations)
     prompt_tokens = len(case.prompts) * max(len(p.token_ids) for p in case.prompts)
     tokens = sum(a.prompt_tokens + a.tokens for a in case.answers())
-    first = middle["time/rollout_stage1_s"] - float(durations.sum())
+    forward_token_s = middle["time/old_logprobs_s"] / (tokens / 2)
+    first = middle["time/rollout_stage1_s"] - float(durations.sum()) - prompt_tokens * forward_token_s
     return Costs(
         step=StepTime(*map(float, found)),
-        prefill_token_s=max(0.0, first) / prompt_tokens,
-        forward_token_s=middle["time/old_logprobs_s"] / (tokens / 2),
+        prefill_token_s=forward_token_s,  # it is a forward pass
+        first_step_s=max(0.0, first),
+        forward_token_s=forward_token_s,
         train_token_s=middle["time/update_s"] / tokens,
         sync_s=middle["time/sync_s"],
         forget_s=forget_s,
