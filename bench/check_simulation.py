@@ -3,9 +3,9 @@
     python bench/check_simulation.py [--repeats 3] [--out FILE]
 
 From the calibrating runs: the time of a decoding step over the rows and cached tokens of that step (non-negative least
-squares), forward (a prefill is one) and backward a token, what else a stage begins with, sync and forget. Each other setting is run in turns with the
-calibrated one, whose drift since the calibration is divided out: a noisy machine slows both. The embedded engine, a
-random model of the demo's shape.
+squares), forward (a prefill is one) and backward a token, what else a stage begins with, sync and forget. Each other
+setting is run in turns with the calibrated one, whose drift since the calibration is divided out: a noisy machine slows
+both. The embedded engine, a random model of the demo's shape.
 """
 
 from __future__ import annotations
