@@ -41,7 +41,7 @@ lint: $(STAMP)
 chaos: $(VLLM)
 	$(PY) -m pytest tests -m "(chaos or fault) and not gpu" --chaos bench/results/cpu/chaos.json
 
-# A quarter of an hour on two cores. OUT=bench/results/cpu keeps what they find, as JSON, and draws it.
+# Eight minutes on two cores. OUT=bench/results/cpu keeps what they find, as JSON, and draws it.
 bench: $(VLLM)
 	$(PY) bench/run_all.py $(if $(OUT),--out $(OUT))
 	$(if $(OUT),$(PY) bench/page.py)
