@@ -110,6 +110,8 @@ class Ahead:
         size = config.train.prompts_per_iteration * config.rollout.group_size
         share = size / max(1, world.size // config.rollout.tensor_parallel)  # sampled here
         chunk = math.ceil(share / CHUNKS_GRADED)
+        self.leads_engine = world.rank % config.rollout.tensor_parallel == 0
+        """The other ranks of an engine see the same completions."""
         self.graded = GradedAhead(grader, decode, chunk=chunk, seconds=config.reward.step_seconds)
         self.unlearning = Background("unlearn", threaded=torch.cuda.is_available())
         scoring = Background("score", threaded=torch.cuda.is_available())
@@ -119,7 +121,8 @@ class Ahead:
         self.backgrounds = (self.graded.background, self.unlearning, scoring)
 
     def take(self, rollout: Rollout) -> None:
-        self.graded.take(rollout)
+        if self.leads_engine:
+            self.graded.take(rollout)
         if self.scored:
             self.scored.take(rollout)
 

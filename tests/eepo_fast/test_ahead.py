@@ -166,6 +166,22 @@ def test_a_ranks_chunks_are_a_part_of_its_share(test_config, coin_grader):
         assert Ahead(config, coin_grader(), str, None, World(size=size)).graded.chunk == chunk
 
 
+def test_one_rank_of_an_engine_grades_its_completions(test_config, beside_grader, make_rollouts):
+    together = {"engine": "vllm", "tensor_parallel": 2, "group_size": 4}
+    config = test_config(train={"engine": "deepspeed"}, rollout=together)
+    called = []
+    for rank in range(4):
+        grader = beside_grader()
+        ahead = Ahead(config, grader, lambda r: "x", None, World(rank=rank, size=4))
+        for i, rollout in enumerate(make_rollouts([3] * ahead.graded.chunk)):
+            rollout.sample_index = i
+            ahead.take(rollout)
+        ahead.graded.background.wait()
+        ahead.close()
+        called.append(len(grader.calls))
+    assert called == [1, 0, 1, 0]
+
+
 def test_an_abandoned_iteration_leaves_no_thread(make_trainer, beside_grader):
     trainer = make_trainer(grader=beside_grader(), eepo=OPEN)
 
