@@ -20,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from methods import METHODS, SHARED, TUNING_SEEDS, run_config, study_base
+from methods import FIRST_SEED, METHODS, SHARED, TUNING_SEEDS, run_config, study_base
 
 KS = (1, 4, 16, 32)
 NUM_SAMPLES = 32
+NUM_SCORED = 8  # of these samples a problem, whose tokens' entropy is taken
 # held-out problems: in distribution (as trained on), larger numbers, more numbers
 SETS = {"in": "arithmetic:3:9:375", "larger": "arithmetic:3:15:350", "more": "arithmetic:4:9:250"}
 LARGEST = 9  # in training; of "larger" those problems are taken that have a larger number
@@ -41,6 +42,7 @@ WATCHED = [  # while training, in the final runs
 ]  # fmt: skip
 SMALLEST_RATIO = 0.9
 FORGET_STEP = "eepo.learning_rate"
+OPEN = "unlearn/active_fraction"
 EVERY = 5  # iterations averaged into one point of a curve
 PHASES = ["base", "tune", "mass", "final", "targets", "targets_strong"]
 TARGETS = {"targets": (0.15, 0.25, 0.35, 0.45, 0.55), "targets_strong": (0.16, 0.2, 0.24, 0.28)}
@@ -74,9 +76,10 @@ def best_value(out: Path, name: str) -> float:
 
 
 def stage_ratio(run: dict) -> float:
-    """Stage 2's reward over stage 1's, over all of training; 1 without a stage 2."""
-    first, second = (run["curves"].get(f"reward/stage{s}") for s in (1, 2))
-    return statistics.fmean(second) / statistics.fmean(first) if second else 1.0
+    """Stage 2's reward over stage 1's, where anything was forgotten; 1 where nothing was."""
+    first, second, gate = (run["curves"].get(k, []) for k in ("reward/stage1", "reward/stage2", OPEN))
+    pairs = [(a, b) for a, b, share in zip(first, second, gate, strict=False) if share]
+    return sum(b for _, b in pairs) / sum(a for a, _ in pairs) if pairs else 1.0
 
 
 def run_file(out: Path, phase: str, name: str, value: float | None, seed: int) -> Path:
@@ -91,7 +94,7 @@ def plan(out: Path, phase: str, names: list[str]) -> list[tuple[str, float | Non
     if phase in TARGETS:
         return [("aepo", target, seed) for seed in (0, 1, 2) for target in TARGETS[phase]]
     most = max(METHODS[n].num_seeds for n in names)
-    return [(n, None, seed) for seed in range(most) for n in names if seed < METHODS[n].num_seeds]
+    return [(n, None, FIRST_SEED + k) for k in range(most) for n in names if k < METHODS[n].num_seeds]
 
 
 def overrides_of(out: Path, phase: str, name: str, value: float | None) -> list[str]:
@@ -143,6 +146,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     from eepo_fast.evaluation.samples import Sampler, sample_set
     from eepo_fast.evaluation.sets import load_set
     from eepo_fast.models import load_model
+    from eepo_fast.policy.plain import TorchPolicy
     from eepo_fast.rewards import make_grader
     from eepo_fast.rollout.engine import Sampling
     from eepo_fast.rollout.hf import HfEngine
@@ -151,6 +155,8 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     engine = HfEngine(model, dtype=torch.float32, max_sequences=1024, pad_id=tokenizer.pad_token_id)
     stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
     sampler = Sampler(engine, tokenizer, Sampling(1.0, config.rollout.max_new_tokens, stops), seed=0)
+    policy = TorchPolicy(model, compute_dtype=torch.float32, temperature=1.0, micro_batch_tokens=8192,
+                         pad_id=tokenizer.pad_token_id, packed=True)  # fmt: skip
     found = {}
     for name, spec in SETS.items():
         prompts = make_eval_prompts(load_set(name, spec, config.data), config, tokenizer, None)
@@ -162,9 +168,15 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
         elif phase == "tune":
             continue
         found[name] = summarise(sample_set(sampler, make_grader("arithmetic", config.reward), prompts, NUM_SAMPLES), KS)
+        found[name]["entropy"] = mean_entropy(policy, sampler.sample(prompts, NUM_SCORED, greedy=False))
     metrics = found["in"]["metrics"]
     score = (metrics["pass@1"]["value"] + metrics["pass@16"]["value"]) / 2
     return {"score": score, "sets": found}
+
+
+def mean_entropy(policy, rollouts: list) -> float:
+    """Nats a token, at temperature 1 whatever training sampled at."""
+    return statistics.fmean(value for values in policy.score(rollouts)[1].values() for value in values)
 
 
 def curves(lines: list[dict]) -> dict[str, list[float | None]]:
@@ -187,8 +199,14 @@ def rounded(value):
     return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
+def is_done(out: Path, phase: str, name: str, value: float | None, seed: int) -> bool:
+    """Its numbers are there, and of the settings that it would have today."""
+    path = run_file(out, phase, name, value, seed)
+    return path.exists() and json.loads(path.read_text())["overrides"] == overrides_of(out, phase, name, value)
+
+
 def run_phase(out: Path, phase: str, names: list[str], workers: int) -> None:
-    jobs = [job for job in plan(out, phase, names) if not run_file(out, phase, *job).exists()]
+    jobs = [job for job in plan(out, phase, names) if not is_done(out, phase, *job)]
     print(f"{phase}: {len(jobs)} runs to do", flush=True)
 
     def launch(job: tuple[str, float | None, int]) -> None:
