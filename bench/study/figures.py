@@ -1,7 +1,9 @@
-"""The study's figures, one function each, after the paper's."""
+"""The study's figures, one function each, after the paper's. `final`: {method: {seed: run}}, the base among them."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,22 +11,39 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from numbers_of import LAST, ending, interval, load_runs, mean_curve, score
+from numbers_of import (
+    LAST,
+    MEASURES,
+    PLACES,
+    Run,
+    bands,
+    ending,
+    interval,
+    load_runs,
+    mean_curve,
+    median_of,
+    paired,
+    score,
+)
 
 COLOURS = {
-    "base": "#8c8c8c", "grpo": "#c44e52", "eepo": "#1f77b4", "eepo_random": "#7f7f7f", "high_temperature": "#dd8452",
-    "entropy_bonus": "#55a868", "clip_higher": "#8172b3", "more_rollouts": "#937860", "aepo": "#da8bc3",
-    "eepo_aepo": "#17becf", "eepo_nll": "#bcbd22", "eepo_always": "#64b5cd", "eepo_multistep": "#e377c2",
-    "eepo_iteration_gate": "#2ca02c",
+    "base": "#000000", "grpo": "#c44e52", "eepo": "#1f77b4", "eepo_random": "#7f7f7f", "high_temperature": "#dd8452",
+    "entropy_bonus": "#55a868", "clip_higher": "#8172b3", "more_rollouts": "#937860", "aepo": "#da3b93",
+    "eepo_aepo": "#17becf", "eepo_nll": "#bcbd22", "eepo_always": "#64b5cd", "eepo_multistep": "#f2a6c8",
+    "eepo_iteration_gate": "#0b5d1e",
 }  # fmt: skip
+PLACE_TITLES = {"in": "trained-on kind", "larger": "larger numbers", "more": "more numbers"}
 EVERY = 5
 
+Final = dict[str, dict[int, Run]]
 
-def _axes(columns: int, height: float = 3.8):
-    figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns, height), constrained_layout=True, squeeze=False)
-    for axis in axes[0]:
+
+def _axes(columns: int, rows: int = 1, height: float = 3.6, **options):
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, height * rows), constrained_layout=True,
+                                squeeze=False, **options)  # fmt: skip
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, axes
 
 
 def _save(figure, path: Path) -> None:
@@ -32,52 +51,87 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _curve(axis, runs, key: str, label: str, colour: str, style: str = "-") -> None:
-    means, halves = map(np.array, mean_curve(runs, key))
-    steps = EVERY * (np.arange(len(means)) + 0.5)
-    axis.plot(steps, means, style, color=colour, label=f"{label}, {len(runs)} seeds")
-    axis.fill_between(steps, means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
+def _band(axis, x, means, halves, label: str, colour: str, style: str = "-", **options) -> None:
+    axis.plot(x, means, style, color=colour, label=label, **options)
+    axis.fill_between(x, means - halves, means + halves, color=colour, alpha=0.13, linewidth=0)
 
 
-def stages(out: Path, path: Path) -> None:
-    """The paper's Figure 6: entropy, reward and length of the two stages of EEPO, and of GRPO."""
-    final = load_runs(out, "final")
-    figure, axes = _axes(3)
-    for axis, key in zip(axes, ("entropy", "reward", "length"), strict=True):
-        _curve(axis, final["grpo"], f"{key}/stage1", "GRPO", COLOURS["grpo"])
-        _curve(axis, final["eepo"], f"{key}/stage1", "EEPO, stage 1", COLOURS["eepo"])
-        _curve(axis, final["eepo"], f"{key}/stage2", "EEPO, stage 2", "#7fb7e0", "--")
-        axis.set(xlabel="iteration", title=key)
-    axes[0].legend(frameon=False, fontsize=8)
+def _curve(axis, runs: dict[int, Run], key: str, label: str, colour: str, style: str = "-") -> None:
+    means, halves = mean_curve(runs, key)
+    _band(axis, EVERY * (np.arange(len(means)) + 0.5), means, halves, f"{label}, {len(runs)} seeds", colour, style)
+
+
+def forest(final: Final, path: Path) -> None:
+    """Table 1 as differences to GRPO, paired by seed, with their intervals."""
+    names = [n for n in reversed(final) if n != "grpo"]
+    figure, axes = _axes(3, 2, 0.24 * len(names) + 1.1, sharey=True)
+    for axis, (title, value) in zip(axes.flat, MEASURES.items(), strict=True):
+        axis.axvline(0, color="#bbbbbb", linewidth=1)
+        for i, name in enumerate(names):
+            found = paired(final[name], final["grpo"], value)
+            if found and found[3] > 1:
+                axis.errorbar(found[0], i, xerr=found[0] - found[1], fmt="o", markersize=4, color=COLOURS[name])
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        unit = "" if "mnat" in title else ", points"
+        axis.set_title(f"{title}{unit}, minus GRPO's", fontsize=9)
     _save(figure, path)
 
 
-def watched(out: Path, path: Path) -> None:
-    """Figures 2 and 7: entropy against accuracy, and accuracy and pass@8 over training, in and out of distribution."""
-    final = load_runs(out, "final")
-    figure, axes = _axes(4)
-    for name in ("grpo", "eepo"):
-        runs = list(final[name].values())
-        steps = [row["step"] for row in runs[0]["watched"]]
-        for place, style in (("in", "-"), ("more", "--")):
-            greedy, many = (
-                np.mean([[100 * row[f"eval/{place}/{m}"] for row in run["watched"]] for run in runs], axis=0)
-                for m in ("greedy", "pass@8")
-            )
-            entropy = np.mean(
-                [[run["curves"]["entropy/policy"][min(s // EVERY, 30) - 1] for s in steps] for run in runs], axis=0
-            )
-            label = f"{name.upper()}, {'trained-on kind' if place == 'in' else 'more numbers'}"
-            axes[0 if place == "in" else 1].plot(entropy, greedy, "o-", color=COLOURS[name], markersize=3, label=label)
-            axes[2].plot(steps, greedy, style, color=COLOURS[name], label=label)
-            axes[3].plot(steps, many, style, color=COLOURS[name], label=label)
-    for axis, title in zip(axes[:2], ("in distribution", "out of distribution"), strict=True):
-        axis.set(xlabel="entropy of the policy", ylabel="greedy, percent", title=f"greedy against entropy, {title}")
-        axis.invert_xaxis()
-        axis.legend(frameon=False, fontsize=7)
-    axes[2].set(xlabel="iteration", title="greedy, percent")
-    axes[3].set(xlabel="iteration", title="pass@8, percent")
-    axes[3].legend(frameon=False, fontsize=7)
+def stages(final: Final, path: Path) -> None:
+    """The paper's Figure 6: entropy, reward and length of the two stages of EEPO, and of GRPO."""
+    figure, axes = _axes(3)
+    units = {"entropy": "nats a token", "reward": "mean reward", "length": "tokens (axis does not begin at 0)"}
+    for axis, (key, unit) in zip(axes.flat, units.items(), strict=True):
+        _curve(axis, final["grpo"], f"{key}/stage1", "GRPO", COLOURS["grpo"])
+        _curve(axis, final["eepo"], f"{key}/stage1", "EEPO, stage 1", COLOURS["eepo"])
+        _curve(axis, final["eepo"], f"{key}/stage2", "EEPO, stage 2", "#7fb7e0", "--")
+        axis.set(xlabel="iteration", ylabel=unit, title=key)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def watched(final: Final, path: Path) -> None:
+    """Figures 2 and 7a: accuracy against entropy and over training, in and out of distribution, on the first 125
+    held-out problems, which are easier than the rest; the tables' sets share most of them."""
+    figure, axes = _axes(3, 2)
+    for row, place in enumerate(("in", "more")):
+        for name in ("grpo", "eepo"):
+            runs = list(final[name].values())
+            steps = [line["step"] for line in runs[0]["watched"]]
+            found = {
+                metric: bands([[100 * run["watched"][k][f"eval/{place}/{metric}"] for run in runs]
+                               for k in range(len(steps))])
+                for metric in ("greedy", "pass@8")
+            }  # fmt: skip
+            entropy = [
+                statistics.fmean(run["curves"]["entropy/stage1"][min(s // EVERY, 30) - 1] for run in runs)
+                for s in steps
+            ]
+            colour, label = COLOURS[name], f"{name.upper()}, {len(runs)} seeds"
+            axes[row][0].plot(entropy, found["greedy"][0], "o-", color=colour, markersize=3, label=label)
+            axes[row][0].annotate("end", (entropy[-1], found["greedy"][0][-1]), fontsize=7, color=colour)
+            for axis, metric in zip(axes[row][1:], found, strict=True):
+                _band(axis, steps, *found[metric], label, colour)
+                axis.set(xlabel="iteration", title=f"{metric}, percent, {PLACE_TITLES[place]}")
+        axes[row][0].set(xlabel="entropy of stage 1, nats a token (falls to the right)", ylabel="greedy, percent",
+                         title=f"greedy against entropy, {PLACE_TITLES[place]}")  # fmt: skip
+        axes[row][0].invert_xaxis()
+    axes[0][1].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def pass_at_k(final: Final, ks: Sequence[int], path: Path) -> None:
+    """Figure 7b: pass@k of the last policy, by set."""
+    figure, axes = _axes(len(PLACES))
+    for axis, place in zip(axes.flat, PLACES, strict=True):
+        for name in ("base", "grpo", "eepo"):
+            runs = list(final[name].values())[: 1 if name == "base" else None]
+            found = bands([[score(run, place, f"pass@{k}") for run in runs] for k in ks])
+            label = name if name == "base" else f"{name.upper()}, {len(runs)} seeds"
+            _band(axis, range(len(ks)), *found, label, COLOURS[name], "o-", markersize=3)
+        axis.set_xticks(range(len(ks)), list(map(str, ks)))
+        axis.set(xlabel="k", ylabel="percent", title=f"pass@k, {PLACE_TITLES[place]}")
+    axes[0][0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -89,10 +143,9 @@ def sweeps(out: Path, path: Path, methods: dict, chosen: dict[str, float]) -> No
     def scores(name: str, value: float) -> list[float]:
         return [100 * run["score"] for run in tuned.get(f"{name}-{value:g}", {}).values()]
 
-    names = [n for n, m in methods.items() if n in chosen and all(scores(n, v) for v in m.values)]
+    names = [n for n in methods if n in chosen]
     rows = -(-len(names) // 4)
-    figure, axes = plt.subplots(rows, min(4, len(names)), figsize=(3.3 * min(4, len(names)), 3.2 * rows), sharey=True,
-                                squeeze=False, constrained_layout=True)  # fmt: skip
+    figure, axes = _axes(min(4, len(names)), rows, 2.9, sharey=True)
     for axis, name in zip(axes.flat, names, strict=False):
         values = methods[name].values
         means = [float(np.mean(scores(name, v))) for v in values]
@@ -103,87 +156,78 @@ def sweeps(out: Path, path: Path, methods: dict, chosen: dict[str, float]) -> No
         axis.plot(place, means[place], "o", markersize=11, markerfacecolor="none", color=COLOURS[name])
         axis.set_xticks(range(len(values)), [f"{v:g}" for v in values], fontsize=8)
         axis.set(title=name, xlabel=methods[name].key)
-        if "eepo" in names:
-            taken = float(np.mean(scores("eepo", chosen["eepo"])))
-            axis.axhline(taken, color="#888888", linestyle="--", linewidth=1, label="EEPO's")
+        taken = scores("eepo", chosen["eepo"])
+        axis.axhspan(min(taken), max(taken), color="#888888", alpha=0.15, linewidth=0)
+        axis.axhline(np.mean(taken), color="#888888", linestyle="--", linewidth=1, label="EEPO's, and its two seeds")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set(ylabel="(pass@1 + pass@16) / 2, percent")
-    if "eepo" in names:
-        axes.flat[0].legend(frameon=False, fontsize=8)
+    axes.flat[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
-def costs(out: Path, path: Path) -> None:
-    """Figure 8: seconds of an iteration against GRPO's in the same study, and length of the completions."""
-    final = load_runs(out, "final")
-    figure, (seconds, length) = _axes(2)
-    names = [n for n in COLOURS if n in final]
-    grpo = np.mean([np.mean(run["curves"]["time/iteration_s"]) for run in final["grpo"].values()])
-    for i, name in enumerate(names):
-        ratios = [np.mean(run["curves"]["time/iteration_s"]) / grpo for run in final[name].values()]
-        seconds.barh(i, np.mean(ratios), color=COLOURS[name])
-        lengths = [ending(run, "length/mean") for run in final[name].values()]
-        length.barh(i, np.mean(lengths), color=COLOURS[name])
-    seconds.set_yticks(range(len(names)), names, fontsize=8)
-    length.set_yticks(range(len(names)), [""] * len(names))
-    seconds.set(title="seconds of an iteration, GRPO = 1")
-    length.set(title=f"tokens a completion, last {LAST * EVERY} iterations")
+def sampled(run: Run) -> float:
+    """Tokens an iteration, AEPO's with them."""
+    curves = run["curves"]
+    return float(np.mean(curves["tokens/generated"]) + np.mean(curves.get("tokens/aepo", 0.0)))
+
+
+def costs(final: Final, path: Path) -> None:
+    """Figure 8: seconds of an iteration against GRPO's median, tokens sampled, and the completions' length, each run a
+    dot at its median or mean."""
+    names = [n for n in COLOURS if n in final and n != "base"]
+    grpo = statistics.median(median_of(run, "time/iteration_s") for run in final["grpo"].values())
+    panels = {
+        "seconds of an iteration, GRPO = 1\n(beside other work: see the page)":
+            lambda run: median_of(run, "time/iteration_s") / grpo,
+        "tokens sampled an iteration": sampled,
+        f"tokens of an answer, last {LAST * EVERY} iterations": lambda run: ending(run, "length/mean"),
+    }  # fmt: skip
+    figure, axes = _axes(3, 1, 0.28 * len(names) + 1.2, sharey=True)
+    for axis, (title, value) in zip(axes.flat, panels.items(), strict=True):
+        for i, name in enumerate(names):
+            found = list(map(value, final[name].values()))
+            axis.barh(i, statistics.median(found), color=COLOURS[name], alpha=0.5)
+            axis.plot(found, [i] * len(found), ".", color=COLOURS[name], markersize=4)
+        axis.set_title(title, fontsize=9)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
     _save(figure, path)
 
 
 def targets(out: Path, path: Path) -> None:
-    """AEPO's Figure 1: the policy's entropy over training, by target."""
+    """AEPO's Figure 1: the policy's entropy over training, by target (dotted)."""
     kinds = {"targets": "coefficient as tuned", "targets_strong": "a strong term"}
-    found = {phase: load_runs(out, phase) for phase in kinds}
-    figure, axes = _axes(len(kinds))
-    for axis, (phase, title) in zip(axes, kinds.items(), strict=True):
-        values = sorted(float(name.rpartition("-")[2]) for name in found[phase])
-        shades = plt.cm.viridis(np.linspace(0.1, 0.85, len(values)))
+    figure, axes = _axes(len(kinds), height=4.2)
+    grpo = load_runs(out, "final").get("grpo", {})
+    for axis, (phase, title) in zip(axes.flat, kinds.items(), strict=True):
+        found = load_runs(out, phase)
+        values = sorted(float(name.rpartition("-")[2]) for name in found)
+        shades = plt.cm.viridis(np.linspace(0.0, 0.85, len(values)))
         for value, colour in zip(values, shades, strict=True):
-            _curve(axis, found[phase][f"aepo-{value:g}"], "entropy/policy", f"target {value:g}", colour)
+            _curve(axis, found[f"aepo-{value:g}"], "entropy/policy", f"target {value:g}", colour)
+            axis.axhline(value, color=colour, linestyle=":", linewidth=1)
+        if grpo:
+            _curve(axis, grpo, "entropy/policy", "GRPO", COLOURS["grpo"], "--")
         axis.set(xlabel="iteration", ylabel="nats a token", title=f"AEPO: entropy of the policy, {title}")
-        if values:
-            axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=7)
     _save(figure, path)
 
 
 def mass(content: dict, path: Path) -> None:
     """Figure 4: probability of what stage 1 said, before and after the forget step, and where the mass went."""
-    figure, axes = _axes(2)
-    rows = content["prompts"]
-    before, after = (np.array([row[f"stage1_{k}"] for row in rows]) for k in ("before", "after"))
-    axes[0].plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
-    axes[0].scatter(before, after, s=8, color=COLOURS["eepo"])
-    axes[0].set(xlabel="before", ylabel="after", title="probability of a prompt's stage-1 answers")
-    kinds = content["kinds"]
-    for i, when in enumerate(("before", "after")):
-        bottom = 0.0
-        for kind, colour in zip(kinds, ("#1f77b4", "#7fb7e0", "#c44e52", "#e6a5a7"), strict=True):
-            share = content["mass"][when][kind]
-            axes[1].bar(i, share, bottom=bottom, color=colour, label=kind if i == 0 else None)
-            axes[1].text(i, bottom + share / 2, f"{share:.2f}", ha="center", va="center", fontsize=8)
-            bottom += share
-    axes[1].set_xticks([0, 1], ["before", "after"])
-    axes[1].set(title="share of fresh samples")
-    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, path)
-
-
-def final_scores(out: Path, path: Path) -> None:
-    """Table 1 as points with intervals: greedy and pass@16, by set."""
-    final = load_runs(out, "final")
-    names = [n for n in COLOURS if n in final]
-    figure, axes = _axes(2, 0.35 * len(names) + 1.6)
-    for axis, metric in zip(axes, ("greedy", "pass@16"), strict=True):
-        for offset, (place, marker) in enumerate((("in", "o"), ("larger", "s"), ("more", "^"))):
-            for i, name in enumerate(names):
-                values = [score(run, place, metric) for run in final[name].values()]
-                mean, low, _ = interval(values) if len(values) > 1 else (values[0], values[0], values[0])
-                axis.errorbar(mean, i + 0.18 * (offset - 1), xerr=mean - low, fmt=marker, markersize=4,
-                              color=COLOURS[name], label=place if i == 0 else None)  # fmt: skip
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.set(title=f"{metric}, percent")
-    axes[1].legend(frameon=False, fontsize=8)
+    figure, axes = _axes(2, height=3.8)
+    scatter, changes = axes.flat
+    before, after = (np.array([row[f"stage1_{k}"] for row in content["prompts"]]) for k in ("before", "after"))
+    scatter.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
+    scatter.scatter(before, after, s=8, color=COLOURS["eepo"])
+    scatter.set(xlabel="before", ylabel="after", title="probability of a prompt's stage-1 answers")
+    changes.axvline(0, color="#bbbbbb", linewidth=1)
+    colours = ("#1f77b4", "#7fb7e0", "#c44e52", "#e6a5a7")
+    for k, colour in enumerate(colours):
+        moved = [100 * (row["mass_after"][k] - row["mass_before"][k]) for row in content["prompts"]]
+        mean, low, _ = interval(moved)
+        changes.errorbar(mean, -k, xerr=mean - low, fmt="o", color=colour)
+    changes.set_yticks([-k for k in range(len(content["kinds"]))], content["kinds"], fontsize=8)
+    changes.set(xlabel="points, 95% over prompts", title="change of the share of new samples")
     _save(figure, path)

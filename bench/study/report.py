@@ -9,109 +9,114 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import figures
-from methods import METHODS, TARGET_ENTROPY, TUNING_SEEDS
-from numbers_of import Run, ending, interval, load_runs, paired, score, text
-from paper_claims import average_greedy, paper_claims
-from run import SMALLEST_RATIO, STRONG, best_value, stage_ratio
+from claims import OURS, PAPER, Final, claims, verdicts
+from methods import FIRST_SEED, METHODS, TARGET_ENTROPY, TUNING_SEEDS
+from numbers_of import (
+    MEASURES,
+    PLACES,
+    Run,
+    average,
+    ending,
+    interval,
+    load_runs,
+    mean_of,
+    median_of,
+    paired,
+    plain,
+    score,
+    text,
+)
+from run import KS, SMALLEST_RATIO, STRONG, best_value, stage_ratio
 
-COLUMNS = [(place, metric) for place in ("in", "larger", "more") for metric in ("greedy", "pass@1", "pass@16")]
-MATTERS = 3.0  # points: a loss smaller than this is called none
-
-
-def table(final: dict[str, dict[int, Run]], base: Path) -> list[str]:
-    """The paper's Table 1 at this scale. base: the numbers of the model that all begin with, where they are there."""
-    heads = [f"{place} {metric}" for place, metric in COLUMNS]
-    lines = [
-        "| method | seeds | " + " | ".join(heads) + " | greedy, average |",
-        "| --- |" + " ---: |" * (len(heads) + 2),
-    ]
-    begin = {"base": {0: json.loads(base.read_text())}} if base.exists() else {}
-    for name, runs in (begin | final).items():
-        cells = [f"{interval([score(r, *c) for r in runs.values()])[0]:.1f}" for c in COLUMNS]
-        average = interval([average_greedy(r) for r in runs.values()])[0]
-        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + f" | {average:.1f} |")
-    return lines
-
-
-def unique(run: Run) -> float:
-    """Different answers of a training group, percent, at the end."""
-    return 100 * ending(run, "group/unique_fraction")
+METRICS = ("greedy", "pass@1", "pass@16")
+EXPLORED = {"7e-3": "final_0.007", "5e-3": "final_0.005"}
+"""The runs of the seeds before FIRST_SEED, by η; GRPO's are with the first."""
 
 
-DIFFERENCES: dict[str, Callable[[Run], float]] = {
-    "greedy, in": lambda r: score(r, "in", "greedy"),
-    "greedy, average": average_greedy,
-    "pass@16, in": lambda r: score(r, "in", "pass@16"),
-    "pass@16, larger": lambda r: score(r, "larger", "pass@16"),
-    "pass@16, more": lambda r: score(r, "more", "pass@16"),
-    "final entropy, mnat": lambda r: 1000 * ending(r, "entropy/policy"),
-    "unique answers, points": unique,
-}
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def differences(final: dict[str, dict[int, Run]], against: str) -> list[str]:
+def scores(final: Final) -> list[str]:
+    """The paper's Table 1 at this scale."""
+    heads = ["method", "seeds", *(f"{place} {metric}" for place in PLACES for metric in METRICS), "average greedy"]
+    rows = []
+    for name, runs in final.items():
+        cells = [
+            f"{interval([score(r, place, metric) for r in runs.values()])[0]:.1f}"
+            for place in PLACES
+            for metric in METRICS
+        ]
+        mean = interval([average("greedy")(r) for r in runs.values()])
+        shown = plain(mean) if len(runs) > 1 and name != "base" else f"{mean[0]:.1f}"
+        rows.append([name, "" if name == "base" else str(len(runs)), *cells, shown])
+    return table(heads, rows)
+
+
+def differences(final: Final, against: str) -> list[str]:
     """Every method minus one, paired by seed."""
-    lines = [
-        f"| minus {against} | pairs | " + " | ".join(DIFFERENCES) + " |",
-        "| --- |" + " ---: |" * (len(DIFFERENCES) + 1),
-    ]
+    rows = []
     for name, runs in final.items():
         if name != against and runs.keys() & final[against].keys():
-            found = [paired(runs, final[against], value) for value in DIFFERENCES.values()]
-            lines.append(f"| {name} | {found[0][3]} | " + " | ".join(map(text, found)) + " |")
-    return lines
+            found = [paired(runs, final[against], value) for value in MEASURES.values()]
+            cells = [text(each) if each else "" for each in found]
+            rows.append([name, str(found[0][3]), *cells])
+    return table([f"minus {against}", "pairs", *MEASURES], rows)
 
 
-def claims(final: dict[str, dict[int, Run]]) -> list[str]:
-    """The claims that need no large model, each with its figure and whether its interval says so."""
-    eepo, grpo = final["eepo"], final["grpo"]
-    stage_gap = interval([1000 * (mean_of(r, "entropy/stage2") - mean_of(r, "entropy/stage1")) for r in eepo.values()])
-    quality = interval([mean_of(r, "reward/stage2") / mean_of(r, "reward/stage1") for r in eepo.values()])
-    length = interval([mean_of(r, "length/stage2") / mean_of(r, "length/stage1") for r in eepo.values()])
-    entropy = paired(eepo, grpo, DIFFERENCES["final entropy, mnat"])
-    diverse = paired(eepo, grpo, unique)
-    many = paired(eepo, grpo, DIFFERENCES["pass@16, in"])
-    greedy = paired(eepo, grpo, DIFFERENCES["greedy, in"])
-    rows = [
-        ("stage 2's entropy above stage 1's, mnat, over training", text(stage_gap), stage_gap[1] > 0),
-        ("EEPO's final entropy above GRPO's, mnat", text(entropy), entropy[1] > 0),
-        ("EEPO's unique answers a group above GRPO's, points", text(diverse), diverse[1] > 0),
-        (f"pass@16 not below GRPO's by {MATTERS:g} points", text(many), many[1] > -MATTERS),
-        (f"greedy not below GRPO's by {MATTERS:g} points", text(greedy), greedy[1] > -MATTERS),
-        ("stage 2's reward at least 0.9 of stage 1's, over training", ratio(quality), quality[1] >= 0.9),
-        ("stage 2's length within 10% of stage 1's", ratio(length), length[1] > 0.9 and length[2] < 1.1),
-    ]  # fmt: skip
-    lines = [f"| claim | EEPO, {len(eepo)} seeds | holds |", "| --- | --- | --- |"]
-    return lines + [f"| {name} | {value} | {'yes' if held else 'no'} |" for name, value, held in rows]
+def stages(final: Final) -> list[str]:
+    """Numbers of the paper's Figure 6: what the two stages were like over training."""
+    rows = []
+    for name, runs in final.items():
+        if "entropy/stage2" not in next(iter(runs.values())).get("curves", {}):
+            continue
+        cells = []
+        for key, factor in (("entropy", 1000), ("reward", 100), ("length", 1)):
+            for stage in (1, 2):
+                mean = statistics.fmean(mean_of(r, f"{key}/stage{stage}") for r in runs.values())
+                cells.append(f"{factor * mean:.{2 if key == 'length' else 1}f}")
+        gate = statistics.fmean(mean_of(r, "unlearn/active_fraction") for r in runs.values())
+        moved = statistics.fmean(mean_of(r, "unlearn/kl") for r in runs.values())
+        rows.append([name, *cells, f"{gate:.2f}", f"{moved:.4f}"])
+    heads = [f"{what}, stage {stage}" for what in ("entropy (mnat)", "reward (%)", "tokens") for stage in (1, 2)]
+    return table(["method", *heads, "share forgotten", "KL of the step, nats a token"], rows)
 
 
-def earlier(out: Path, final: dict[str, dict[int, Run]]) -> list[str]:
-    """The same claims at the step that was taken first."""
-    first = load_runs(out, "final_0.005")
-    if "eepo" not in first:
-        return []
-    return [
-        "### At η = 5e-3, which was tried first",
-        *claims({"grpo": final["grpo"], "eepo": first["eepo"]}),
-        "",
-        *differences({"eepo": first["eepo"], "eepo_random": first["eepo_random"], "grpo": final["grpo"]}, "grpo"),
-        "",
-    ]
+def costs(final: Final) -> list[str]:
+    """Numbers of the paper's Figure 8."""
+    grpo = statistics.median(median_of(r, "time/iteration_s") for r in final["grpo"].values())
+    rows = []
+    for name, runs in final.items():
+        if name == "base":
+            continue
+        seconds = statistics.median(median_of(r, "time/iteration_s") for r in runs.values()) / grpo
+        sampled = statistics.fmean(figures.sampled(r) for r in runs.values())
+        length = statistics.fmean(ending(r, "length/mean") for r in runs.values())
+        rows.append([name, f"{seconds:.2f}", f"{sampled:.0f}", f"{length:.2f}"])
+    heads = ["method", "seconds of an iteration, GRPO = 1", "tokens sampled an iteration", "tokens an answer"]
+    return table(heads, rows)
 
 
-def ratio(triple: tuple[float, float, float]) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(*triple)
-
-
-def mean_of(run: Run, key: str) -> float:
-    known = [v for v in run["curves"][key] if v is not None]
-    return sum(known) / len(known)
+def choices(out: Path) -> list[str]:
+    """What the sweeps tried, and what was taken of it."""
+    tuned, rows = load_runs(out, "tune"), []
+    for name, best in taken(out).items():
+        found = {float(key[len(name) + 1 :]): runs for key, runs in tuned.items() if key.rpartition("-")[0] == name}
+        cells = []
+        for value, runs in sorted(found.items()):
+            ratio = statistics.fmean(map(stage_ratio, runs.values()))
+            mean = 100 * statistics.fmean(r["score"] for r in runs.values())
+            cell = f"{value:g}: {mean:.1f}" + (f" ({ratio:.3f})" if ratio != 1 else "")
+            cells.append(f"**{cell}**" if value == best else cell)
+        rows.append([name, f"`{METHODS[name].key}`", ", ".join(cells)])
+    return table(["method", "setting", "tried: mean score of the tuning seeds, percent"], rows)
 
 
 def taken(out: Path) -> dict[str, float]:
@@ -125,111 +130,143 @@ def taken(out: Path) -> dict[str, float]:
     return {name: best_value(out, name) for name in done}
 
 
-def choices(out: Path) -> list[str]:
-    """What the sweeps chose."""
-    tuned = load_runs(out, "tune")
-    lines = [
-        "Score: mean of pass@1 and pass@16 on validation problems; in brackets stage 2's reward over stage 1's. Taken: "
-        f"the best score; of a forget step the largest whose ratio is at least {SMALLEST_RATIO}.",
-        "",
-        "| method | setting | tried: mean score on the tuning seeds, percent |",
-        "| --- | --- | --- |",
-    ]
-    for name, best in taken(out).items():
-        method = METHODS[name]
-        found = {v: tuned[f"{name}-{v:g}"] for v in method.values}
-        means = {v: 100 * sum(r["score"] for r in runs.values()) / len(runs) for v, runs in found.items()}
-        ratios = {v: sum(map(stage_ratio, runs.values())) / len(runs) for v, runs in found.items()}
-        shown = {v: f"{v:g}: {m:.1f}" + (f" ({ratios[v]:.2f})" if ratios[v] != 1 else "") for v, m in means.items()}
-        cells = ", ".join(f"**{cell}**" if v == best else cell for v, cell in shown.items())
-        lines.append(f"| {name} | `{method.key}` | {cells} |")
-    return lines
-
-
 def target_table(runs: dict[str, dict[int, Run]]) -> list[str]:
-    lines = [
-        "| target entropy | seeds | final entropy, 95% over seeds | greedy, in | pass@16, in |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in sorted(runs, key=lambda n: float(n.rpartition("-")[2])):
+    """The paper's summary of AEPO's Figure 1 in numbers, and how much of the targets' distance shows in entropy."""
+    rows, names = [], sorted(runs, key=lambda n: float(n.rpartition("-")[2]))
+    for name in names:
         part = runs[name].values()
-        mean, low, high = interval([ending(r, "entropy/policy") for r in part])
-        scores = [f"{interval([score(r, 'in', m) for r in part])[0]:.1f}" for m in ("greedy", "pass@16")]
-        lines.append(
-            f"| {name.rpartition('-')[2]} | {len(part)} | {mean:.3f} ({low:.3f} to {high:.3f}) | {' | '.join(scores)} |"
-        )
-    return lines
+        entropy = plain(interval([ending(r, "entropy/policy") for r in part]), 3)
+        cells = [f"{interval([score(r, 'in', m) for r in part])[0]:.1f}" for m in ("greedy", "pass@16")]
+        rows.append([name.rpartition("-")[2], str(len(part)), entropy, *cells])
+    lowest, highest = names[0], names[-1]
+    found = paired(runs[highest], runs[lowest], lambda r: ending(r, "entropy/policy"))
+    apart = float(highest.rpartition("-")[2]) - float(lowest.rpartition("-")[2])
+    return [
+        *table(["target entropy", "seeds", "entropy at the end", "greedy, in", "pass@16, in"], rows),
+        f"From the lowest target to the highest, {apart:.2f} apart, entropy changes by {text(found, 3)}.",
+        "",
+    ]
+
+
+def mass_table(content: dict) -> list[str]:
+    """Numbers of the paper's Figure 4; intervals over the prompts."""
+    prompts, rows = content["prompts"], []
+    pairs = {"probability of the answers of stage 1": [(p["stage1_before"], p["stage1_after"]) for p in prompts]}
+    for k, kind in enumerate(content["kinds"]):
+        pairs[f"new samples: {kind}"] = [(p["mass_before"][k], p["mass_after"][k]) for p in prompts]
+    for name, values in pairs.items():
+        before, after = (100 * statistics.fmean(column) for column in zip(*values, strict=True))
+        change = interval([100 * (b - a) for a, b in values])
+        fell = 100 * statistics.fmean(b < a for a, b in values)
+        rows.append([name, f"{before:.1f}", f"{after:.1f}", text(change), f"{fell:.0f}"])
+    return table(["percent", "before", "after", "change, points", "prompts where it fell"], rows)
+
+
+def explored(out: Path) -> list[str]:
+    """What the seeds before the final ones gave, which the rule for η was changed on."""
+    parts = []
+    grpo = load_runs(out, EXPLORED["7e-3"])["grpo"]
+    for eta, phase in EXPLORED.items():
+        runs = load_runs(out, phase)
+        final = {"grpo": grpo, "eepo": runs["eepo"], "eepo_random": runs["eepo_random"]}
+        parts += [f"η = {eta}:", "", *claims(runs["eepo"], grpo), "", *differences(final, "grpo")]
+    return parts
+
+
+def with_base(out: Path, final: Final) -> Final:
+    """The model that all begin with under every seed, first."""
+    base = json.loads((out / "base.json").read_text())
+    return {"base": {seed: base for runs in final.values() for seed in runs}} | final
+
+
+def results(out: Path, final: Final) -> list[str]:
+    figures.forest(final, out / "table1.png")
+    figures.stages(final, out / "figure6_stages.png")
+    figures.watched(final, out / "figure2_7_training.png")
+    figures.pass_at_k(final, KS, out / "figure7_pass_at_k.png")
+    figures.costs(final, out / "figure8_costs.png")
+    eepo = {name: runs for name, runs in final.items() if name.startswith("eepo")}
+    return [
+        "## The claims",
+        f"Seeds {FIRST_SEED} and up, each run once, with everything settled before the first of them began.",
+        "",
+        *claims(final["eepo"], final["grpo"]),
+        "",
+        "## What the paper says, and what showed here",
+        *verdicts(final, PAPER, "the paper says"),
+        "",
+        "What the study adds:",
+        "",
+        *verdicts(final, OURS, "the question"),
+        "",
+        "## Every method",
+        *scores(final),
+        *differences(final, "grpo"),
+        (Path(__file__).parent / "measures.md").read_text(),
+        "![differences](table1.png)",
+        "",
+        "## Ablations and the random control",
+        *differences(eepo, "eepo"),
+        "## Training",
+        *stages(final),
+        "![stages](figure6_stages.png)",
+        "",
+        "![training](figure2_7_training.png)",
+        "",
+        "![pass@k](figure7_pass_at_k.png)",
+        "",
+        "## Cost",
+        "Two runs at a time on two cores that others used too, so the seconds are medians over a run and not a bench: "
+        "[bench_iteration.py](../README.md) times EEPO and GRPO in turns.",
+        "",
+        *costs(final),
+        "![costs](figure8_costs.png)",
+        "",
+    ]
 
 
 def page(out: Path) -> str:
-    final, targets, strong = (load_runs(out, phase) for phase in ("final", "targets", "targets_strong"))
+    final = load_runs(out, "final")
     final = {name: final[name] for name in METHODS if name in final}
     parts = [(Path(__file__).parent / "preface.md").read_text()]
-    missing = [
-        f"{n} ({len(final.get(n, {}))} of {m.num_seeds})"
-        for n, m in METHODS.items()
-        if len(final.get(n, {})) < m.num_seeds
-    ]
+    counts = {name: (len(final.get(name, {})), method.num_seeds) for name, method in METHODS.items()}
+    missing = [f"{name} ({found} of {wanted})" for name, (found, wanted) in counts.items() if found < wanted]
     if missing:
-        parts.append("Not finished: " + ", ".join(missing) + ".")
+        parts += ["Not finished: " + ", ".join(missing) + ".", ""]
     if {"grpo", "eepo"} <= final.keys():
-        figures.stages(out, out / "figure6_stages.png")
-        figures.watched(out, out / "figure2_7_training.png")
-        figures.costs(out, out / "figure8_costs.png")
-        figures.final_scores(out, out / "table1.png")
-        parts += [
-            "## The claims",
-            *claims(final),
-            "",
-            "## What the paper says, and what showed here",
-            *paper_claims(final),
-            "",
-            *earlier(out, final),
-            "## Every method",
-            *table(final, out / "base.json"),
-            "",
-            *differences(final, "grpo"),
-        ]
-        parts += ["", "![scores](table1.png)", "", "## Ablations and the random control", *differences(
-            {n: r for n, r in final.items() if n.startswith("eepo")}, "eepo")]  # fmt: skip
-        parts += ["", "## Training", "![stages](figure6_stages.png)", "", "![training](figure2_7_training.png)", "",
-                  "![costs](figure8_costs.png)"]  # fmt: skip
-    mass = out / "forget_mass.json"
-    if mass.exists():
-        figures.mass(json.loads(mass.read_text()), out / "figure4_mass.png")
-        parts += ["", "## Where the mass goes", "![mass](figure4_mass.png)"]
-    chosen = choices(out)
-    if len(chosen) > 4:
-        figures.sweeps(out, out / "figure5_sweeps.png", METHODS, taken(out))
-        parts += [
-            "",
-            f"## Sweeps (seeds {', '.join(map(str, TUNING_SEEDS))})",
-            *chosen,
-            "",
-            "![sweeps](figure5_sweeps.png)",
-        ]
-    if targets:
-        figures.targets(out, out / "aepo_targets.png")
-        parts += [
-            "",
-            f"## AEPO's target (elsewhere {TARGET_ENTROPY})",
-            "With the coefficient that its sweep chose, and the paper's temperatures:",
-            "",
-            *target_table(targets),
-            "",
-            *(
-                [
-                    f"With a term strong enough to hold entropy up ({', '.join(f'`{s}`' for s in STRONG)}):",
-                    "",
-                    *target_table(strong),
-                    "",
-                ]
-                if strong
-                else []
-            ),
-            "![targets](aepo_targets.png)",
-        ]
-    return "\n".join(parts) + "\n"
+        parts += results(out, with_base(out, final))
+    if (out / "forget_mass.json").exists():
+        mass = json.loads((out / "forget_mass.json").read_text())
+        figures.mass(mass, out / "figure4_mass.png")
+        parts += ["## Where the mass goes", f"One forget step on {mass['prompts_a_step']} prompts from the policy that "
+                  f"GRPO ends with, {len(mass['prompts'])} prompts in all, 128 new samples of each before and after.",
+                  "", *mass_table(mass), "![mass](figure4_mass.png)", ""]  # fmt: skip
+    figures.sweeps(out, out / "figure5_sweeps.png", METHODS, taken(out))
+    parts += [
+        f"## Sweeps (seeds {', '.join(map(str, TUNING_SEEDS))})",
+        "Score: mean of pass@1 and pass@16 on validation problems; in brackets stage 2's reward over stage 1's where "
+        "anything was forgotten. Taken: the best score; of a forget step the largest whose ratio is at least "
+        f"{SMALLEST_RATIO}.",
+        "",
+        *choices(out),
+        "![sweeps](figure5_sweeps.png)",
+        "",
+        f"## AEPO's target (elsewhere {TARGET_ENTROPY})",
+        "With the coefficient that its sweep chose, and the paper's temperatures:",
+        "",
+        *target_table(load_runs(out, "targets")),
+        f"With a term strong enough to hold entropy up ({', '.join(f'`{s}`' for s in STRONG)}):",
+        "",
+        *target_table(load_runs(out, "targets_strong")),
+        "![targets](aepo_targets.png)",
+        "",
+        "## What was explored before",
+        f"Seeds 0 to {FIRST_SEED - 1}. η was chosen knowing what these gave: they describe, and confirm nothing.",
+        "",
+        *explored(out),
+    ]
+    figures.targets(out, out / "aepo_targets.png")
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def main() -> None:

@@ -243,10 +243,12 @@ def main() -> None:
                 (args.out / "base.json").write_text(json.dumps(rounded(found)) + "\n")
             continue
         if phase == "mass":
-            if not (args.out / "forget_mass.json").exists():
-                from forget_mass import write
+            from forget_mass import is_done as measured
+            from forget_mass import write
 
-                write(args.out / "forget_mass.json", choose(args.out, "eepo"))
+            file, overrides = args.out / "forget_mass.json", {n: choose(args.out, n) for n in (SHARED, "eepo")}
+            if not measured(file, overrides):
+                write(file, overrides)
             continue
         if phase == "tune":  # leaders first: their followers' sweeps start from what they chose
             for leader in (SHARED, *dict.fromkeys(m.follows for m in METHODS.values() if m.follows)):
