@@ -9,20 +9,26 @@ from __future__ import annotations
 import re
 
 ANSWER_IS = re.compile(
-    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice))\s{0,9}(?:is|:)"
+    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice)|^answer(?=\s{0,9}:))"
+    r"\s{0,9}(?:is|:)"
     r"(?:\s{1,9}(?:therefore|thus|hence|then))?\s{0,9}[,:]?\s{0,9}",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\[{}]|[{}]")
 SENTENCE_END = re.compile(r"\.(?=\s|$)")
-FRACTION = r"\\[dtc]?frac\s?\{-?[0-9]{1,40}\}\s?\{-?[0-9]{1,40}\}"
-DIGITS = r"[0-9](?:[0-9]|,(?=[0-9]{3}))*(?:\.[0-9]+)?"
+FRACTION = r"\\[dtc]?frac\s?(?:\{-?[0-9]{1,40}\}|[0-9])\s?(?:\{-?[0-9]{1,40}\}|[0-9])"
+DIGITS = r"[0-9](?:[0-9]|(?:,|\{,\}|\\[,!]|,\\!)(?=[0-9]{3}))*(?:\.[0-9]+)?"
+MINUS = r"[-−–]"
+FORMULA = re.compile(r"(?<!\\)\$([^$\n]{1,400})(?<!\\)\$")
 LAST_NUMBER = re.compile(
-    rf"(?<![0-9.])(?:-\s?)?\$?(?:{FRACTION}|[0-9]{{1,9}}\s?{FRACTION}|[0-9]{{1,9}} [0-9]{{1,9}}/[0-9]{{1,9}}|"
+    rf"(?<![0-9.^_])(?<![_^]\{{)(?:{MINUS}(?:\s|\\,)?)?\$?(?:[¼½¾⅓⅔⅕⅙⅛]|{FRACTION}|"
+    rf"[0-9]{{1,9}}\s?{FRACTION}|[0-9]{{1,9}} [0-9]{{1,9}}/[0-9]{{1,9}}|"
     rf"[0-9]{{1,3}}(?::[0-9]{{1,2}}){{1,2}}(?![0-9])|"
-    rf"(?:{DIGITS}|\.[0-9]+)(?:\s?(?:\\times|\\cdot|×)\s?10\^(?:\{{[-+]?[0-9]{{1,6}}\}}|[0-9])|"
-    rf"[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+|\^(?:\{{-?[0-9]{{1,6}}\}}|-?[0-9]{{1,6}}))?)"
+    rf"(?:{DIGITS}|\.[0-9]+)(?:\s?(?:\\times|\\cdot|[×x*])\s?(?:10|\{{10\}})\^"
+    rf"(?:\{{\s?[-+−]?[0-9]{{1,6}}\s?\}}|[-+−]?[0-9]{{1,6}})|"
+    rf"[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+|\^(?:\{{-?[0-9]{{1,6}}\}}|-?[0-9]{{1,6}}))?)(?:\s?\\?%)?"
 )
+MINUS_SIGN = re.compile(rf"{MINUS}(?:\s|\\,)?")
 MAX_LINE = 2001  # one more than an answer may have: what is longer is too large, and is said to be
 
 
@@ -43,16 +49,30 @@ def extract_answer(completion: str) -> str | None:
         last = match
     if last is None:
         return None
-    number = last.group().replace("$", "").replace("- ", "-")
+    formula = _formula_around(completion, last.start())
+    if formula:
+        return formula
+    number = MINUS_SIGN.sub("-", last.group().replace("$", "").replace("{10}^", "10^"))
     before = completion[max(0, last.start() - 9) : last.start()].rstrip()[-1:]
     minus = number.startswith("-") and (before.isdigit() or before in (")", "}"))  # 5 - 3 ends with 3, not -3
     return number[1:] if minus else number
+
+
+def _formula_around(text: str, place: int) -> str | None:
+    """The right side of the $formula$ around a place, where the number there is not all that it says: 2\\sqrt{3}."""
+    begin, end = text.rfind("\n", 0, place) + 1, text.find("\n", place)
+    for match in FORMULA.finditer(text, begin, end if end >= 0 else len(text)):
+        if match.end() > place:
+            whole = match.start() <= place and ("\\" in match[1] or "^" in match[1])
+            return match[1].rpartition("=")[2].strip() if whole else None
+    return None
 
 
 def _announced(rest: str) -> str:
     """The sentence that announces an answer; of an equation in words ("9 months * $5 = $45") its right side."""
     rest = rest.split("\n", 1)[0] if rest[:1] != "\n" else ""
     rest = SENTENCE_END.split(rest[:MAX_LINE], maxsplit=1)[0].strip().strip("*").strip()
+    rest = re.split(r"\s(?:because|since)\s", rest, maxsplit=1)[0]
     if rest.count("$") in (2, 4) and "$" not in rest.strip("$") and rest.startswith("$") and rest.endswith("$"):
         rest = rest.strip("$").strip()
     left, equals, right = rest.rpartition("=")

@@ -15,6 +15,9 @@ TEXT = re.compile(r"\\text\{([^{}]*)\}")
 BASE = re.compile(r"(-?[0-9A-Fa-f.]+)_\{?([0-9]{1,2})\}?")
 WORD = re.compile(r"\\text\{([A-Za-z]{2,})\}")
 MAX_COMMUTED = 3
+CLOCK = re.compile(r"\\text\{[ap]\.?m")
+PRODUCT = re.compile(r"\\text\{([A-Za-z]{2,3}|[A-Za-z]\^1(?:\.[A-Za-z]\^1){1,2})\}")
+LONE_LETTERS = re.compile(r"\\text\{([A-Za-z]{1,3})(?:\^([0-9]))?\}(?:\^\{?([0-9])\}?)?")
 
 
 def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
@@ -25,10 +28,17 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
     if any(text.startswith("[") and text.endswith("]") for text in (gold, answer)) and gold[:1] != answer[:1]:
         return False  # [18] may be a floor, an interval, a reference: not 18
     (gold, gold_unit), (answer, answer_unit) = without_unit(gold), without_unit(answer)
+    one_unit = gold and answer and not (gold_unit and answer_unit)
+    lone = LONE_LETTERS.fullmatch(gold_unit or answer_unit) if one_unit else None
+    other = re.findall(r"\\[A-Za-z]+|[A-Za-z]", answer if gold_unit else gold)
+    if lone and set(lone[1]) <= set(other):  # 6 m and 6m, 2 m g and 2mg
+        variable = lone[1] + (f"^{lone[2] or lone[3]}" if lone[2] not in (None, "1") or lone[3] else "")
+        pair = (gold + variable, answer) if gold_unit else (gold, answer + variable)
+        return pair[0] == pair[1] or ask("equal", *pair)
     if not gold or not answer:
         return _same_text(gold_unit, answer_unit) if not gold and not answer else False
     percents = "percent" in gold_unit, "percent" in answer_unit
-    if not same_unit(gold_unit, answer_unit):
+    if not same_unit(gold_unit, answer_unit) and _letters(gold_unit) != _letters(answer_unit):
         return False
     if percents[1] and not percents[0] and not read_number(gold):
         return False  # \\sqrt{2} percent
@@ -41,6 +51,8 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
         )
     if ":" in gold or ":" in answer:
         parts = gold.split(":"), answer.split(":")
+        if CLOCK.search(gold_unit + answer_unit):  # 9 a.m. is 9:00 a.m.
+            parts = tuple(part[:-1] if len(part) == 2 and part[1] == "00" else part for part in parts)
         return len(parts[0]) == len(parts[1]) and _parts(*parts, ask)
     bases = BASE.fullmatch(gold), BASE.fullmatch(answer)
     if bases[0] or bases[1]:
@@ -63,10 +75,17 @@ def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
         return True
     if gold.isalpha() and answer.isalpha():
         product = len(gold) <= MAX_COMMUTED and gold.islower() and sorted(gold) == sorted(answer)
-        return product or (len(gold) > 2 and gold.casefold() == answer.casefold())
+        named = gold.istitle() or answer.istitle()  # Red is red, but mgL is not mgl
+        return product or (len(gold) > 2 and named and gold.casefold() == answer.casefold())
     if "\\infty" in (gold.lstrip("-"), answer.lstrip("-")):
         return False
     return ask("equal", gold, answer)
+
+
+def _letters(unit: str) -> list[str] | str:
+    """Of 2 m g and 2mg, which may be a product and no unit."""
+    match = PRODUCT.fullmatch(unit)
+    return sorted(match[1].replace("^1", "").replace(".", "")) if match else unit
 
 
 def _is_share(gold: str) -> bool:
@@ -91,7 +110,11 @@ def _words(text: str) -> list[str]:
     return [word.rstrip(".") if word not in ("a.m.", "p.m.") else word for word in found]
 
 
+def _singular(word: str) -> str:
+    return word.removesuffix("s") if len(word) > 4 else word
+
+
 def _same_text(gold: str, answer: str) -> bool:
     articles = ("the", "a", "an")
-    golds, answers = ([word for word in _words(text) if word not in articles] for text in (gold, answer))
+    golds, answers = ([_singular(w) for w in _words(text) if w not in articles] for text in (gold, answer))
     return "".join(golds) == "".join(answers) and bool(golds)

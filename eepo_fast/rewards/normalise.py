@@ -23,18 +23,23 @@ UNICODE = {
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
     "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
     "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
-    "✓": "", "∼": "\\approx ",
+    "✓": "", "∼": "\\approx ", "¢": "\\text{cents}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
+    "⌉": "\\rceil ", "∖": "\\setminus ",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "times": "cdot", "ast": "cdot", "leq": "le", "leqslant": "le",
     "geq": "ge", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}", "mathrm": "text", "textrm": "text",
     "textbf": "text", "textit": "text", "textnormal": "text", "mbox": "text", "operatorname": "text", "mathbf": "text",
-    "mathit": "text", "boldsymbol": "text", "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "",
+    "mathit": "text", "boldsymbol": "text", "mathsf": "text", "textsf": "text", "texttt": "text", "emph": "text",
+    "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "", "large": "", "Large": "", "small": "", "huge": "",
+    "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom", "bigcup": "cup", "backslash": "setminus",
+    "textdegree": "^\\circ ",
     "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
     "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
-    "gt": ">", "underline": "", "checkmark": "", "euro": "", "pounds": "", "dollar": "",
+    "gt": ">", "underline": "", "checkmark": "", "blacksquare": "", "square": "", "euro": "", "pounds": "",
+    "dollar": "",
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
@@ -51,22 +56,47 @@ UNITS = word_set(
     "pound gallons gallon au pc ly and or to of is about approximately roughly no yes odd even true false none "
     "empty rs hundred thousand million billion trillion times more less than the a an be"
 ) - {"a", "in", "au", "to"}
-ENVIRONMENTS = ("matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "array", "cases", "overline", "mathbb")
+ENVIRONMENTS = (
+    "matrix",
+    "smallmatrix",
+    "pmatrix",
+    "bmatrix",
+    "vmatrix",
+    "Bmatrix",
+    "array",
+    "cases",
+    "overline",
+    "mathbb",
+)
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-WORDS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}(?:['-][A-Za-z]+)*")
+# non-negative is a word, xy-yz is none
+WORDS = re.compile(
+    r"(?<![A-Za-z\\])(?:(?=[A-Za-z-]{0,40}[A-Za-z]{4})[A-Za-z]{3,}(?:-[A-Za-z]{3,})+|[A-Za-z]{2,}(?:'[A-Za-z]+)*)"
+)
+PRODUCT = re.compile("a?[bcdfghj-np-tv-z]{3,5}")  # letters that make no word: abxy, xyzw
+PHRASE = re.compile(r"[A-Za-z]+(?:[ ,.'-]{1,3}[A-Za-z]+)+")
+LONG_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]{4,}")
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-WHOLE = re.compile(r"\\(?:text|boxed|fbox|mathcal)\s*\{(.*)\}", re.DOTALL)
-ONE_WORD = re.compile(r"\\text\s*\{\s*[A-Za-z]{2,}\s*\}")  # stays one: its letters are no product
-DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"))
+WHOLE = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|cal)|emph|mbox|boxed|fbox)\s*\{(.*)\}", re.DOTALL
+)
+# stays text: its letters are no product
+WORDED = re.compile(
+    r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)\s*[A-Za-z]{2,}\s*\}|"
+    r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)(?=[^{}]*[A-Za-z]{3})[A-Za-z ,.'-]*\}"
+)
+DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"),
+              ('"', '"'))  # fmt: skip
 BETWEEN = re.compile(r",?\s*\\text\{\s*[,;]?\s*(?:and|or|and/or)\s*[,;]?\s*\}\s*,?", re.IGNORECASE)
 THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}\s*|\\,|\\!)(?=[0-9]{3}(?![0-9]))")
+MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!\s*|\{,\}\s*|\\,|\\!)(?=[0-9]{3}(?![0-9]))")
 SPACED_THOUSANDS = re.compile(r"(?<![0-9.,^_])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
 MIXED = re.compile(
     r"(?<![0-9.}^_\\A-Za-z)])([0-9]+)\s*(?:\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|\s([0-9]+)\s*/\s*([0-9]+))"
 )
-AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])")
-DOLLARS = re.compile(r"(?:\\\$|\$)\s*([0-9]+(?:\.[0-9]+)?)(?:\s*dollars)?")
+AM_PM = re.compile(r"(?<![A-Za-z\\])([apAP])\.\s?[mM](?:\.|(?![A-Za-z]))|"
+                   r"(?<=:[0-9]{2})\s{0,3}([apAP])[mM](?![A-Za-z])|(?<=[0-9])\s{0,3}([AP])M(?![A-Za-z])")  # fmt: skip
+DOLLARS = re.compile(r"(?:\\\$|\$)\s*([0-9]+(?:\.[0-9]+)?)(?:\s*dollars)?(\s*(?:/|per )\s*[a-z]{3,9})?")
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
@@ -76,6 +106,20 @@ SPOKEN |= {f"{ONES[n]} {word}": f"{n}" + "0" * zeros for n in range(1, 20) for w
 ANSWER_IS = re.compile(r"^(?:the )?(?:final |correct )?answer is:? +(?=[-$\\0-9])", re.IGNORECASE)
 IN_WORDS = re.compile(r"(?:\\text\s*\{\s*)?([A-Za-z]+(?:[- ][A-Za-z]+)?)\s*\}?")
 TWICE = re.compile(r"([0-9]+)\s*\(([A-Za-z]+(?:[- ][A-Za-z]+)?)\)")
+LABEL = re.compile(
+    r"^(?:\\text\s*\{\s*)?(?:the )?(?:final |correct )?(?:answer|result|total|sum|solution|value):\s*\}?\s*"
+    r"(?=[-$\\0-9(])",
+    re.IGNORECASE,
+)
+OPTION = re.compile(r"(?:\\text\s*\{\s*)?(?:option|choice)\s{0,3}\(?([A-Za-z])\)?\s*\}?", re.IGNORECASE)
+OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)$")
+COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
+DEGREES_ABOVE = re.compile(r"\\frac\s*\{([^{}]*)\^\s*\{?\\circ\s*\}?\s*\}\s*\{([^{}]*)\}")
+QUOTIENT_BEFORE_FACTOR = re.compile(
+    r"(?<![0-9A-Za-z.^_/}\\])([0-9]{1,9}|[a-z])/([0-9]{1,9})\s+(?=[A-Za-z(]|\\(?:sqrt|sin|cos|pi))"
+)
+IDLE = re.compile(r"\\(?:begin|end)\{(?:aligned|align|equation|gathered)\*?\}&?|\\phantom\s*(?:\{[^{}]*\}|-)")
+LONE_NUMBER = re.compile(r"(\\text\s*\{[^{}]*\}\s*|[,(]\s*|^)\{\s*(-?[0-9.]+)\s*\}")
 RATIO = re.compile(r"^([0-9]+) to ([0-9]+)$")
 TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
 NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
@@ -85,15 +129,15 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean so
 NEW_ROW = "\x03"  # stands for \\ meanwhile
 PER_UNIT = re.compile(r"(\\text\{[^{}]*\}\s*(?:\^[0-9]\s*)?/\s*)([A-Za-z]{1,3})(?![A-Za-z])")
 UNIT_LETTERS = frozenset("msghJNWVKLACTFH")
-UNITS_TO_THE_END = re.compile(r"(?:[\s/.]|\\cdot|\^\{?-?[0-9]\}?|\\text\s*\{[^{}]*\}|per\b|[a-z]{1,3}\b)*")
-SMALL_WORDS = word_set("or is of no be to an")
+UNITS_TO_THE_END = re.compile(r"(?:[\s/.]|\\cdot|\^\{?-?[0-9]\}?|\\text\s*\{[^{}]*\}|per\b|units?\b|[a-z]{1,3}\b)*")
+SMALL_WORDS, PRODUCTS = word_set("or is of no be to an"), word_set("no be an")
 UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?\s*$")
 
 
 def normalise(answer: str, thousands: bool = True) -> str:
     """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
-    text = _plain_characters(CONTROL.sub("\ufffd", answer))
-    text = _said(_unwrap(text))
+    text = _plain_characters(COLOUR.sub("", CONTROL.sub("\ufffd", answer)))
+    text = _phrase(_said(_unwrap(text)))
     text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # backslashes written twice
@@ -104,15 +148,15 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = THOUSANDS.sub(lambda m: m.group().replace(",", "") if thousands or ",0" in m.group() else m.group(), text)
     text = text.replace("\\!", "").replace("{,}", ",")
     dollars = DOLLARS.fullmatch(text)
-    text = f"{dollars.group(1)} dollars" if dollars else text
+    text = f"{dollars.group(1)} dollars{dollars.group(2) or ''}" if dollars else text
     text = text.replace("\\$", "").replace("$", "")
     for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
         text = text.replace(spacing, " ")
     text = COMMAND.sub(_command, text)
-    text = TIMES_TEN.sub(r"\1\\cdot 10^", text)
+    text = _small_commands(text)
     text = re.sub(r"\\not(?![A-Za-z])", "\ufffd", re.sub(r"\\not\s*=", r"\\ne ", text))
     text = NOT_EQUAL.sub(r"\\ne ", text)
-    text = mark_unit(text)
+    text = mark_unit(QUOTIENT_BEFORE_FACTOR.sub(r"\\frac{\1}{\2} ", text))
     text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
     text = _texts(text)
     text = _unwrap(text)
@@ -126,6 +170,25 @@ def normalise(answer: str, thousands: bool = True) -> str:
     return _spaces(
         re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
     ).replace(NEW_ROW, "\\\\")
+
+
+def _small_commands(text: str) -> str:
+    """{a \\over b}, degrees inside a fraction, x 10^3, a base in brackets, braces around nothing or a number."""
+    text = TIMES_TEN.sub(r"\1\\cdot 10^", IDLE.sub("", text).replace("\\&", ","))
+    for _ in range(2):  # as deep as people nest them
+        text = OVER.sub(_over, text)
+    text = re.sub(r"\\text\s*\{\s*\^\\circ\s*\}|\{\}\s*\^\s*\{?\\circ\s*\}?", r"^\\circ ", text)
+    text = re.sub(r"(?<=[0-9])\s*\\deg\s*$", r"^\\circ ", DEGREES_ABOVE.sub(r"\\frac{\1}{\2}^\\circ ", text))
+    text = re.sub(r"^\(([0-9A-F]+)\)\s*_", r"\1_", re.sub(r"_\s*\{\s*\(([0-9]{1,2})\)\s*\}", r"_{\1}", text))
+    text = re.sub(
+        r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
+    )
+    return text.replace("\\equiv", "=") if "mod" not in text else text
+
+
+def _over(match: re.Match) -> str:
+    above, name, below = match.groups()[:3] if match.group(2) else match.groups()[3:]
+    return f"\\{'frac' if name == 'over' else 'binom'}{{{above.strip()}}}{{{below.strip()}}}"
 
 
 def _plain_characters(text: str) -> str:
@@ -149,7 +212,7 @@ def _unwrap(text: str) -> str:
             if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
                 text = text[len(opening) : len(text) - len(closing)]
         match = WHOLE.fullmatch(text)
-        if match and _balanced(match.group(1)) and not ONE_WORD.fullmatch(text):
+        if match and _balanced(match.group(1)) and not WORDED.fullmatch(text):
             text = match.group(1)
         elif text.startswith("{") and text.endswith("}") and _balanced(text[1:-1]):
             text = text[1:-1]
@@ -158,9 +221,20 @@ def _unwrap(text: str) -> str:
     return text
 
 
+def _phrase(text: str) -> str:
+    """Several words, and nothing but words, as one \\text{}."""
+    words = text.replace("~", " ")
+    if PHRASE.fullmatch(words) and LONG_WORD.search(words) and not FUNCTIONS.union(("and", "or")) & set(words.split()):
+        return f"\\text{{{words}}}"
+    return text
+
+
 def _said(text: str) -> str:
     """Without "the answer is" before it, and in digits what is a number in words: eighteen, 18 (eighteen), 2 to 1."""
-    text = ANSWER_IS.sub("", text)
+    text = LABEL.sub("", ANSWER_IS.sub("", text))
+    match = OPTION.fullmatch(text)
+    if match:
+        return match.group(1)
     match = IN_WORDS.fullmatch(text)
     if match and match.group(1).lower() in SPOKEN:
         return SPOKEN[match.group(1).lower()]
@@ -209,7 +283,9 @@ def _texts(text: str) -> str:
     for match in TEXT.finditer(text):
         parts.append(_plain(text[position : match.start()]))
         inner = AM_PM.sub(_am_pm, match.group(1)).strip()
-        if inner in FUNCTIONS:
+        if inner.lower() in ("am", "pm") and _after_number(parts):
+            parts.append(f"\\text{{{inner.lower()}}}")
+        elif inner in FUNCTIONS:
             parts.append(f"\\{inner} ")
         elif inner in UNIT_LETTERS and UNITS_TO_THE_END.fullmatch(text, match.end()) and _after_number(parts):
             parts.append("\\text{" + inner + "}")  # a unit such as m or s
@@ -235,7 +311,7 @@ def _plain(text: str) -> str:
 
 
 def _am_pm(match: re.Match) -> str:
-    return (match.group(1) or match.group(2)).lower() + "m"
+    return next(filter(None, match.groups())).lower() + "m"
 
 
 def _after_number(parts: list[str]) -> bool:
@@ -251,13 +327,27 @@ def _word(match: re.Match) -> str:
     at_end = before[-1:].isdigit() and UNITS_TO_THE_END.fullmatch(match.string, match.end())
     if word in FUNCTIONS and not (low in UNITS and at_end):
         return f"\\{word} "
-    if len(word) == 2 and low in UNITS and low not in SMALL_WORDS and not at_end:
+    if (
+        len(word) == 2
+        and low in UNITS
+        and (low not in SMALL_WORDS or (low in PRODUCTS and _beside_sign(match)))
+        and not at_end
+    ):
         return word  # a product of variables
+    glued = match.string[max(0, match.start() - 1) : match.start()].isdigit()
+    if low not in UNITS and (PRODUCT.fullmatch(word) or (glued and len(word) < 6 and word not in ENVIRONMENTS)):
+        return word
     if word in ENVIRONMENTS:
         return word
     if low in UNITS or (len(word) >= 4 and not word.isupper()):
         return "\\text{" + ("percent" if low == "pct" else word) + "}"
     return word
+
+
+def _beside_sign(match: re.Match) -> bool:
+    """`an+b` is no article."""
+    before, after = match.string[: match.start()].rstrip()[-1:], match.string[match.end() :].lstrip()[:1]
+    return before in tuple("+-=*/^") or after in tuple("+-=*/^_")
 
 
 def _braces(text: str) -> str:
@@ -273,7 +363,8 @@ def _braces(text: str) -> str:
     text = re.sub(
         r"_\s*\{\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}", lambda m: "_{" + SPOKEN.get(m[1], m[0][2:-1]) + "}", text
     )
-    text = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", text)
+    text = re.sub(r"\\binom\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}(?!\s*[0-9])", r"\1\2", text)
     return re.sub(r"\\log_e(?![A-Za-z])", r"\\ln ", text)
 
 

@@ -47,8 +47,9 @@ RENAMED = (
     (re.compile(r"\\odot"), "0"),
     (re.compile(r"\\gamma(?![A-Za-z])"), r"\\xi_{g}"),  # alone it would be Euler's constant
     (re.compile(r"\\pi(?=\()"), r"\\pi \\cdot "),  # a factor, not a function
-    (re.compile(r"(?<![A-Za-z\\])E(?=_)"), r"\\Xi"),
-    (re.compile(r"(?<![A-Za-z\\])E(?![A-Za-z])"), r"\\Xi_{0}"),
+    (re.compile(r"(?<![A-Z\\])E(?=_)"), r"\\Xi"),
+    (re.compile(r"(?<![A-Z\\])E(?![A-Za-z])"), r"\\Xi_{0}"),
+    (re.compile(r"_\{?\\(max|min) *\}?"), r"_{\1}"),
     (re.compile(r"\\imath"), "i"),
     (re.compile(r"_\{\\text\{([A-Za-z ]{1,20})\}\}"), lambda m: "_{" + m.group(1).replace(" ", "") + "}"),
     (re.compile(r"\(([0-9]+)\+(\\frac\{[0-9]+\}\{[0-9]+\})\)"), r"(\1+\2)"),
@@ -94,6 +95,8 @@ def parse_latex(text: str) -> Basic:
         raise NotMathematicsError
     for pattern, replacement in RENAMED:
         text = pattern.sub(replacement, text)
+    if not re.search(r"\\frac\{d|\\i?int|\\text", text):  # db is a product, no differential
+        text = re.sub(r"\\[A-Za-z]+|d(?=[A-Za-z])", lambda m: "{d}" if m.group() == "d" else m.group(), text)
     if "\\angle" in text or "\\triangle" in text:  # of no points
         raise NotMathematicsError
     text = DECIMAL.sub(lambda m: f"(\\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}})", text)

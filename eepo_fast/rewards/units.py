@@ -24,6 +24,7 @@ UNIT_NAMES = {
     "seconds": "s", "second": "s", "secs": "s", "hours": "h", "hour": "h", "hr": "h", "hrs": "h", "mins": "min",
     "minutes": "min", "minute": "min", "pm": "p.m.", "a.m": "a.m.", "p.m": "p.m.", "sq": "square", "liters": "l",
     "liter": "l", "litres": "l", "litre": "l", "yards": "yard", "miles": "mile", "mi": "mile", "percentage": "percent",
+    "gm": "g", "gms": "g", "usd": "dollar",
 }  # fmt: skip
 LONG_NAMES = {
     **{name: short for name, short in UNIT_NAMES.items() if len(name) > 3 and short not in ("percent", "degree")},
@@ -40,7 +41,9 @@ SHORT_NAMES = {
     "lbs": "lb", "oz": "oz", "erg": "erg", "dyn": "dyn", "dyne": "dyn", "AU": "AU", "au": "AU", "ly": "ly",
     "day": "day", "mph": "mph", "kph": "kph", "arcsec": "arcsec", "ppm": "ppm", "cd": "cd", "rad": "rad", "sr": "sr",
     "rpm": "rpm", "cc": "cc", "kmh": "kmh", "atm": "atm", "Å": "Å", "h": "h", "amu": "amu", "dB": "dB",
+    "gm": "g", "gms": "g",
 }  # fmt: skip
+QUOTIENTS = {"mph": {"mile": 1, "h": -1}, "kph": {"km": 1, "h": -1}, "kmh": {"km": 1, "h": -1}}
 SCALED = word_set("m g s A K mol Hz N Pa J W C V F T Wb H L l eV pc Ω bar yr cal Wh G Bq Sv lm")
 PREFIXES = frozenset("fpnμumcdkMGTP")
 SUNS = re.compile(r"([MLR])_(?:\\odot|\{\\odot\s*\}|⊙|\{⊙\}|\{?\\text\{sun\}\}?)")
@@ -58,7 +61,11 @@ BEFORE = re.compile(r"(?:.*(?:=|\\approx))?[\s+-]*", re.DOTALL)
 NO_UNIT = word_set(
     "! dozen dozens score scores pair pairs half halves third thirds quarter quarters not or and wrong minus plus less "
     "fewer more times over under twice double doubled triple hundred thousand million billion trillion hundredth "
-    "hundredths tenth tenths except but negative false no none incorrect divided multiplied factorial gross"
+    "hundredths tenth tenths except but negative false no none incorrect divided multiplied factorial gross "
+    "root roots tens ones lakh crore"
+)
+ORDINAL = re.compile(
+    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*(?:teen|tie|dred|sand|illion))ths?|[a-z]*illions?"
 )
 IDLE = word_set("is of to be the a an than at")
 BARE_LETTERS = frozenset("msghJNWVKLAC")
@@ -144,6 +151,7 @@ class _Reader:
         self.position += 1
         before = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}.get(token, 1)
         if before > 1:
+            self.position += self._peek() == "."  # sq. cm
             token = self.tokens[self.position]
             self.position += 1
         if token == "\\text":
@@ -154,7 +162,7 @@ class _Reader:
             above, below = self._braced(depth), self._braced(depth)
             powers = {name: above.get(name, 0) - below.get(name, 0) for name in above | below}
         else:
-            powers = {_name(token): 1}
+            powers = QUOTIENTS.get(token) or {_name(token): 1}
         power = before * self._power()
         return {name: power * times for name, times in powers.items()}
 
@@ -215,7 +223,8 @@ def same_unit(gold: str, answer: str) -> bool:
     if not gold or not answer:
         words = set(re.findall(r"[a-z]+|!", (gold + answer).lower())) - {"text"}
         squared = words & {"squared", "cubed"} and not (words - {"squared", "cubed"})
-        return not (squared or words & NO_UNIT or (words and not words - IDLE))
+        other_number = words & NO_UNIT or any(map(ORDINAL.fullmatch, words))
+        return not (squared or other_number or (words and not words - IDLE))
     return unit_words(gold) == unit_words(answer)
 
 
@@ -227,7 +236,7 @@ def unit_words(text: str) -> list[str]:
         return known.split(".")
     words = []
     for word in re.findall(r"[a-z.]+|[0-9]", re.sub(r"\\text|\\cdot", " ", text.lower())):
-        name = UNIT_NAMES.get(word, word)
+        name = UNIT_NAMES.get(word) or UNIT_NAMES.get(word.rstrip("."), word)
         words.append(name if name in ("a.m.", "p.m.") or len(name) < 3 else name.rstrip("s."))
     swapped = [w for w in words if w not in ("square", "cubic", "2", "3", "of", "unit")]
     powers = [{"square": "2", "cubic": "3"}.get(w, w) for w in words if w in ("square", "cubic", "2", "3")]

@@ -51,6 +51,14 @@ def test_right_and_wrong_answers(grader):
     assert not wrong, wrong
 
 
+def test_completions_without_a_box(grader):
+    cases = rows("completions.jsonl")
+    problems = [Problem(str(i), "", case["gold"], "") for i, case in enumerate(cases)]
+    grades = grader.grade(problems, [case["completion"] for case in cases])
+    wrong = [(c, g) for c, g in zip(cases, grades, strict=True) if g.reward != c["reward"]]
+    assert len(cases) >= 40 and not wrong, wrong
+
+
 HOSTILE = "hostile answers executed, past the deadline or silently zero"
 
 

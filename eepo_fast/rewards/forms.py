@@ -1,0 +1,82 @@
+"""The form of a normalised text: its parts between separators, its brackets, its relation signs."""
+
+from __future__ import annotations
+
+import re
+
+OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")
+TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "\\le", "\\ge": "\\ge", "\\ne": "\\ne", "\\in": "\\in",
+             "\\approx": "\\approx", "\\equiv": "\\equiv"}  # fmt: skip
+FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+NAME = re.compile(
+    r"(?:\\text\{[^{}]*\}|(?:\\angle |\\triangle |m\\angle )?(?:\\[A-Za-z]+|[A-Za-z]{1,4}))"
+    r"(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?(?:'|\^\{?\\prime\}?)*(?:\([A-Za-z0-9,]*\))?"
+)
+
+
+def closes_at_end(text: str) -> bool:
+    """The bracket that opens the text is closed by its last character."""
+    depth = 0
+    tokens = TOKEN.findall(text)
+    for i, token in enumerate(tokens):
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth == 0:
+            return i == len(tokens) - 1
+    return False
+
+
+def split(text: str, *separators: str) -> list[str]:
+    """Parts between separators outside of all brackets; in intervals the kinds of a pair may differ."""
+    if not any(separator in text for separator in separators):
+        return [text]
+    parts, current, depth = [], [], 0
+    for token in TOKEN.findall(text):
+        if token in OPENING:
+            depth += 1
+        elif token in CLOSING:
+            depth -= 1
+        if depth == 0 and token in separators:
+            parts.append("".join(current))
+            current = []
+        else:
+            current.append(token)
+    parts.append("".join(current))
+    return [part.strip() for part in parts]
+
+
+def group(text: str) -> tuple[tuple[str, str], list[str]] | None:
+    """(brackets, parts) of a tuple or an interval."""
+    for opening in ("(", "[", "\\langle"):
+        for closing in (")", "]", "\\rangle"):
+            if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+                if not closes_at_end(text):
+                    return None
+                parts = split(text[len(opening) : len(text) - len(closing)], ",")
+                kinds = ("(" if opening == "\\langle" else opening, ")" if closing == "\\rangle" else closing)
+                return (kinds, parts) if len(parts) > 1 else None
+    return None
+
+
+def relation(text: str) -> tuple[list[str], list[str]] | None:
+    """(sides, relation signs) of an equation, an inequality or a chain of them."""
+    signs = [t for t in top_level(text) if t in RELATIONS]
+    return (split(text, *RELATIONS), signs) if signs else None
+
+
+def top_level(text: str) -> list[str]:
+    if not any(sign in text for sign in RELATIONS):
+        return []
+    tokens, depth = [], 0
+    for token in TOKEN.findall(text):
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth == 0:
+            tokens.append(token)
+    return tokens
+
+
+def oriented(sides: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
+    """With the smaller side first."""
+    if signs and all(sign in (">", "\\ge") for sign in signs):
+        return sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
+    return sides, signs
