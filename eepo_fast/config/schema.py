@@ -311,7 +311,7 @@ class Config(Section):
         _require(
             temperature == 1,
             f"rollout.temperature: expected 1 with aepo.enabled, found {temperature}: AEPO sets its own temperatures "
-            "beside it",
+            "beside it; set rollout.temperature=1",
         )
         _require(
             aepo.temperature_low < aepo.temperature_high,
