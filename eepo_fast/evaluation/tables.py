@@ -84,5 +84,6 @@ def to_markdown(results: dict[str, Any]) -> str:
         counts = [p["status"].get(status, 0) for p in parts]
         if any(counts):
             lines.append(f"| {status} | " + " | ".join(map(str, counts)) + " | |")
-    settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items() if not isinstance(value, dict))
+    plain = {key: value for key, value in results["settings"].items() if not isinstance(value, dict | list)}
+    settings = ", ".join(f"{key} {value}" for key, value in plain.items())
     return "\n".join([*lines, "", f"Percent, with 95% bootstrap intervals over problems. {settings}.", ""])
