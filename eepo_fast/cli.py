@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eepo_fast.config import Config
 
 EVAL_EXAMPLE = "example: eepo-fast eval --model runs/demo-eepo --data test=arithmetic --k 1,8 --out runs-eval"
+TABLES_EXAMPLE = "example: eepo-fast tables results-grpo results-eepo --metric pass@8"
 PREPARE_EXAMPLE = "example: eepo-fast data prepare math500=HuggingFaceH4/MATH-500 --split test"
 TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
@@ -102,6 +103,13 @@ def _eval(args: argparse.Namespace) -> int:
     world = start_world()
     evaluate_model(args.model, options, world, Display() if world.is_main else Display.silent())
     world.close()
+    return 0
+
+
+def _tables(args: argparse.Namespace) -> int:
+    from eepo_fast.evaluation.tables import join
+
+    print(join([Path(out).expanduser() for out in args.outs], args.metric))
     return 0
 
 
@@ -234,6 +242,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mode", choices=("strict", "paper"), help="paper: graded as the recipe did")
     evaluate.add_argument("--out", required=True, help="folder of completions and tables; a second call goes on")
     evaluate.set_defaults(run=_eval)
+    tables = commands.add_parser("tables", help="several evaluations of the same sets", epilog=TABLES_EXAMPLE)
+    tables.add_argument("outs", nargs="+", metavar="OUT", help="what --out of an evaluation was: a row of the table")
+    tables.add_argument("--metric", default="greedy", help="greedy (the default), pass@8, ...")
+    tables.set_defaults(run=_tables)
     data = commands.add_parser("data", help="prepare data", epilog=PREPARE_EXAMPLE)
     kinds = data.add_subparsers(dest="what", required=True)
     prepare = kinds.add_parser("prepare", help="fetch and pin a hub data set", epilog=PREPARE_EXAMPLE)

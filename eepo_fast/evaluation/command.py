@@ -234,7 +234,7 @@ def fingerprint(model) -> str:
 
 def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: Display) -> dict[str, Any]:
     """Grade completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They
-    are reported as samples, also where they were decoded greedily."""
+    are reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
     from eepo_fast.config import DataConfig, RewardConfig
 
     sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
@@ -258,7 +258,7 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
     # a call grades all of a set: an answer's own limit holds, and no budget of a training step
     reward = RewardConfig(mode=mode, step_seconds=UNLIMITED)
     for eval_set in sets:
-        pairs = [(p, k, r) for p in eval_set.problems for k, r in enumerate(responses[p.id])]
+        pairs = [(p, k, r) for p in eval_set.problems for k, r in responses[p.id]]
         with closing(make_answer_grader(eval_set.task, reward)) as grader:
             grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
         rows[eval_set.name] = [
@@ -274,31 +274,43 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
     return _finish(str(file), options, settings, rows, display)
 
 
-def read_responses(file: Path) -> dict[str, list[str]]:
-    responses: dict[str, list[str]] = {}
+Responses = dict[str, list[tuple[int | None, str]]]
+"""(number of the sample, or None for the greedy one; text), by id."""
+
+
+def read_responses(file: Path) -> Responses:
+    """Of lines with `response`, or, as an evaluation writes them, `completion` and `sample`."""
+    responses: Responses = {}
     for number, row in iter_jsonl(file):
-        for key in ("id", "response"):
+        ours = "completion" in row and "response" not in row
+        text = "completion" if ours else "response"
+        for key in ("id", text):
             if not isinstance(row.get(key), str):
                 raise UserError(f"{file}, line {number}: expected a string in `{key}`, found {row.get(key)!r}")
             if any("\ud800" <= character <= "\udfff" for character in row[key]):
                 raise UserError(f"{file}, line {number}: `{key}` holds half of a surrogate pair, which is no text")
-        responses.setdefault(row["id"], []).append(row["response"])
+        known = responses.setdefault(row["id"], [])
+        greedy = ours and row.get("sample", 0) is None
+        known.append((None if greedy else sum(k is not None for k, _ in known), row[text]))
     if not responses:
         raise UserError(f"{file}: expected lines of id and response, found an empty file")
     return responses
 
 
-def _check_responses(eval_set: EvalSet, responses: dict[str, list[str]], file: Path, ks: list[int]) -> None:
+def _check_responses(eval_set: EvalSet, responses: Responses, file: Path, ks: list[int]) -> None:
     """UserError where problems have different numbers of responses, or too few for k."""
-    count = len(responses.get(eval_set.problems[0].id, []))
+    first = [k for k, _ in responses.get(eval_set.problems[0].id, [])]
     for problem in eval_set.problems:
-        found = len(responses.get(problem.id, []))
-        if found == 0 or found != count:
+        found = [k for k, _ in responses.get(problem.id, [])]
+        if not found or len(found) != len(first) or found.count(None) != first.count(None):
             raise UserError(
-                f"{file}: expected {max(1, count)} responses to every problem of {eval_set.name}, found {found} to "
-                f"{problem.id!r}"
+                f"{file}: expected {max(1, len(first))} responses to every problem of {eval_set.name}, "
+                f"{first.count(None)} of them greedy, found {len(found)} and {found.count(None)} to {problem.id!r}"
             )
-    if max(ks) > count:
+        if found.count(None) > 1:
+            raise UserError(f"{file}: expected one greedy completion of {problem.id!r}, found {found.count(None)}")
+    count = len(first) - first.count(None)
+    if max(ks) > max(count, first.count(None)):
         raise UserError(f"--k: expected at most the {count} responses a problem of {file}, found {max(ks)}")
 
 

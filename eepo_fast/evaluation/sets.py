@@ -65,4 +65,5 @@ def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:
         )
     defaults = [data.numbers, data.max_number, HELD_OUT]
     numbers, largest, rows = [int(part) for part in parts] + defaults[len(parts) :]
-    return arithmetic_problems(rows, numbers, largest, seed=0, split="test")
+    asked_by = f"evaluation data {name}"
+    return arithmetic_problems(rows, numbers, largest, seed=0, split="test", asked_by=asked_by)

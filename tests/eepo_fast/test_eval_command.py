@@ -210,11 +210,88 @@ def test_completions_made_elsewhere(tmp_path):
     assert len(rows_of(tmp_path / "o" / "completions" / "a.jsonl")) == 4
 
 
+def test_completions_of_our_own_are_graded_again(tmp_path, capsys):
+    """As what they were: a greedy one is no sample."""
+    data, file = problems(tmp_path / "a.jsonl", "1", "2"), tmp_path / "r.jsonl"
+    rows = [
+        {"id": f"p{i}", "sample": k, "completion": text, "status": "ok"}
+        for i, texts in enumerate((["1", "3", "1"], ["3", "2", "2"]))
+        for k, text in zip((None, 0, 1), texts, strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert grade(file, [f"a={data}"], tmp_path / "o", "--k", "1,2") == 0
+    metrics = json.loads((tmp_path / "o/results.json").read_text())["sets"]["a"]["metrics"]
+    found = {name: cell["value"] for name, cell in metrics.items()}
+    assert found == {"greedy": 0.5, "pass@1": 0.75, "pass@2": 1.0, "unique": 0.75}
+    assert grade(tmp_path / "o/completions/a.jsonl", [f"a={data}"], tmp_path / "p", "--k", "1,2") == 0
+    assert json.loads((tmp_path / "p/results.json").read_text())["sets"]["a"]["metrics"] == metrics
+    capsys.readouterr()
+    for more, message in ((["--k", "3"], "expected at most the 2"), ([], "expected one greedy completion of 'p0'")):
+        assert grade(file, [f"a={data}"], tmp_path / "q", *more) == 2
+        assert message in complaint(capsys)
+        file.write_text("".join(json.dumps({**row, "sample": None}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["sample"] is None))
+    assert grade(file, [f"a={data}"], tmp_path / "r") == 0, "greedy ones alone"
+    assert set(json.loads((tmp_path / "r/results.json").read_text())["average"]) == {"greedy"}
+
+
+def evaluated(folder, model, values, **settings):
+    """The results.json of an evaluation; values: of greedy, by set."""
+    from eepo_fast.evaluation.tables import make_results, write_results
+
+    rows = {
+        name: [
+            {"id": f"{name}{i}", "sample": None, "completion": "", "num_tokens": 3, "finished": True, "status": "ok",
+             "reward": float(i < value)}
+            for i in range(8)
+        ]
+        for name, value in values.items()
+    }  # fmt: skip
+    data = {name: 64 * "0" for name in values}
+    write_results(folder, make_results(model, {"data": data, "grading": "strict", **settings}, rows, [1]))
+    return folder
+
+
+def test_evaluations_side_by_side(tmp_path, capsys):
+    first = evaluated(tmp_path / "a", "base", {"math500": 2, "amc23": 4})
+    second = evaluated(tmp_path / "b", "eepo", {"amc23": 6, "math500": 3}, step=50)
+    assert main(["tables", str(first), str(second)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| greedy pass@1, percent | math500 | amc23 | average |",
+        "| --- | ---: | ---: | ---: |",
+        "| base | 25.0 | 50.0 | 37.5 |",
+        "| eepo, step 50 | 37.5 | 75.0 | 56.2 |",
+    ]
+    text = (second / "results.md").read_text()
+    assert "| mean length of all completions, tokens | 3 | 3 | |" in text and "| cut off, of all completions |" in text
+    assert "length of all completions" in (second / "results.csv").read_text()
+    same = evaluated(tmp_path / "c", "base", {"math500": 8, "amc23": 8})
+    assert main(["tables", str(first), str(same)]) == 0 and f"| base ({same}) | 100.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "values, settings, more, message",
+    [
+        ({"a": 1}, {"data": {"a": 64 * "1"}}, [], "cannot be compared: expected the same data, found {'a': '111111111"),
+        ({"b": 1}, {}, [], "expected the same data, found {'b'"),
+        ({"a": 1}, {"grading": "paper"}, [], "expected the same grading, found paper and strict"),
+        ({"a": 1}, {}, ["--metric", "pass@8"], "--metric: "),
+        (None, {}, [], "results.json cannot be read: No such file"),
+        ({"a": 1}, {"data": None}, [], "is not the results of `eepo-fast eval`"),
+    ],
+)
+def test_evaluations_that_cannot_be_compared(tmp_path, capsys, values, settings, more, message):
+    first = evaluated(tmp_path / "a", "base", {"a": 2})
+    second = evaluated(tmp_path / "b", "eepo", values, **settings) if values else tmp_path / "none"
+    assert main(["tables", str(first), str(second), *more]) == 2
+    assert message in complaint(capsys)
+
+
 @pytest.mark.parametrize(
     "pairs, more, message",
     [
         ([("p0", "1"), ("p1", "2")], ["--k", "2"], "--k: expected at most the 1 responses a problem"),
-        ([("p0", "1")], [], "expected 1 responses to every problem of a, found 0 to 'p1'"),
+        ([("p0", "1")], [], "expected 1 responses to every problem of a, 0 of them greedy, found 0 and 0 to 'p1'"),
         ([("p0", "1"), ("p1", "2"), ("x", "3")], [], "id 'x' is in none of the sets"),
         ([], [], "found an empty file"),
         ([("p0", "\ud83d"), ("p1", "2")], [], "line 1: `response` holds half of a surrogate pair"),
@@ -237,13 +314,14 @@ def test_completions_that_do_not_fit(tmp_path, capsys, pairs, more, message):
     [
         ("", "expected problems, found an empty file"),
         (problems, "id 'same' was already used in line 1"),
+        ("id,problem,answer", "line 1: not valid JSON: Expecting value: line 1 column 1 (char 0); expected JSON Lines"),
         ("\\frac{1}{", "evaluation data a: the answer '\\\\frac{1}{' of 'p0' is neither"),
     ],
 )
 def test_data_that_cannot_be_used(base, tmp_path, capsys, content, message):
     file = tmp_path / "a.jsonl"
-    if content == "":
-        file.write_text("")
+    if content in ("", "id,problem,answer"):
+        file.write_text(content)
     elif content is problems:
         problems(file, "1", "2", ids=["same", "same"])
     else:
@@ -279,6 +357,7 @@ def test_no_sets_are_named_before_anything_is_sampled(base, tmp_path, capsys):
         (["data.template=chat"], "`chat` needs a tokenizer with a chat template"),
         (["train.iterations=3"], "eval takes keys of model, data, rollout, reward"),
         (["--data", "test=arithmetic"], "--data: test is given twice"),
+        (["--data", "b=arithmetic:1:3:20"], "evaluation data b: 20 different problems were asked for, but 1 numbers"),
         (["--data", "b=arithmetic:3"], "expected arithmetic or arithmetic:NUMBERS:MAX_NUMBER[:ROWS]"),
         (["--data", "b=org/name"], "no file org/name, and no prepared data of that name"),
     ],
@@ -348,6 +427,14 @@ def test_which_of_two_prepared_sets_is_meant(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert grade(file, [f"c={source}"], tmp_path / "p") == 2
     assert "is prepared as a (split train), b (split test)" in complaint(capsys)
+    Path("data/foreign.manifest.json").write_text("{}")
+    assert grade(file, [f"b={source}"], tmp_path / "o") == 0, "another program's file is passed over"
+    Path("data/b.manifest.json").write_text("{")
+    capsys.readouterr()
+    assert grade(file, [f"b={source}"], tmp_path / "o") == 2
+    assert "b.manifest.json: not a manifest of `eepo-fast data prepare`" in complaint(capsys)
+    assert main(["data", "prepare", f"a={source}", "--split", "none"]) == 2
+    assert f"data prepare: {source} is a folder, and could not be loaded: " in capsys.readouterr().err
     assert main(["data", "prepare", f"a={source}", "--revision", "abc"]) == 2
     assert "--revision: expected none for the folder" in complaint(capsys)
     (tmp_path / "file").write_text("")
