@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import AepoConfig
+from eepo_fast.config.schema import SHARE_OF_PROMPTS
 from eepo_fast.losses import reinforce_loss
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
@@ -33,7 +34,6 @@ from eepo_fast.types import Prompt, Rollout, RolloutBatch
 
 AEPO_STAGE = 3  # of the extra samples: their seeds, and how the rollout log tells them apart
 SMALLEST_ADVANTAGE = 0.05
-SHARE_OF_PROMPTS = 4
 
 
 @dataclass

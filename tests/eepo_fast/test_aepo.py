@@ -115,6 +115,13 @@ def test_half_as_many_replace_above_the_target(make_rollouts, test_config):
         assert [r.sample_index for r in extra.used] == list(range(1, 16, 2))[:limit]
 
 
+@pytest.mark.parametrize("changes", [{}, {"mode": "replace"}, {"num_samples": 3}])
+def test_the_plan_counts_the_extra_samples(prompts, test_config, changes):
+    config = test_config(aepo=settings(**changes)).aepo
+    requests = aepo.extra_requests(config, prompts, 4, 0, 0)
+    assert sum(len(r.seeds) for r in requests) == config.num_extra(len(prompts), 4) > 0
+
+
 def test_a_negative_reward_is_not_a_right_answer(make_rollouts, test_config):
     rollouts = make_rollouts([3] * 4)
     for r, reward in zip(rollouts, (-1.0, 0.0, 0.5, None), strict=True):
