@@ -4,8 +4,8 @@
 where the policy's entropy is below the target, else temperature_low. log π_θ is at temperature 1.
 
 `mode: replace`, as the authors' released code: extra groups for the first quarter of the prompts at T; samples whose
-advantage in their own group is above 0.05 get the advantage 1; num_samples of them where entropy is at or below the
-target, else half as many, take the place of the first rows of the ordinary batch, with old log-probs at temperature 1.
+advantage in their own group is above 0.05 get the advantage 1; num_samples of them, or all where they are fewer, take
+the place of the first rows of the ordinary batch, with old log-probs at temperature 1; above the target, half as many.
 
 Deviations from the paper:
 - The term is a mean over the tokens of all extra samples, right or not, as GRPO's is over its batch's, so that `coef`
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from eepo_fast.advantages import set_advantages
 from eepo_fast.config import AepoConfig
+from eepo_fast.config.schema import SHARE_OF_PROMPTS
 from eepo_fast.losses import reinforce_loss
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
@@ -33,7 +34,6 @@ from eepo_fast.types import Prompt, Rollout, RolloutBatch
 
 AEPO_STAGE = 3  # of the extra samples: their seeds, and how the rollout log tells them apart
 SMALLEST_ADVANTAGE = 0.05
-SHARE_OF_PROMPTS = 4
 
 
 @dataclass
@@ -76,7 +76,7 @@ def extra_requests(
 def choose_samples(config: AepoConfig, extra: ExtraSamples, group_size: int, batch_size: int) -> None:
     """Once they are graded: which of them are used, and with which advantage. batch_size: of the ordinary batch."""
     if config.mode == "term":
-        extra.used = [r for r in extra.rollouts if r.reward]
+        extra.used = [r for r in extra.rollouts if r.reward is not None and r.reward > 0]
         extra.num_positive = len(extra.used)
         for r in extra.used:
             r.advantage = r.reward
@@ -84,8 +84,8 @@ def choose_samples(config: AepoConfig, extra: ExtraSamples, group_size: int, bat
     set_advantages(RolloutBatch(extra.rollouts, group_size))
     positive = [r for r in extra.rollouts if r.advantage > SMALLEST_ADVANTAGE]
     extra.num_positive = len(positive)
-    limit = config.num_samples if extra.entropy <= config.target_entropy else config.num_samples // 2
-    extra.used = positive[: min(limit, batch_size)]
+    count = min(config.num_samples, batch_size, len(positive))
+    extra.used = positive[: count if extra.entropy <= config.target_entropy else count // 2]
     for r in extra.used:
         r.advantage = 1.0
 

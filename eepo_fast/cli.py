@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eepo_fast.config import Config
 
 EVAL_EXAMPLE = "example: eepo-fast eval --model runs/demo-eepo --data test=arithmetic --k 1,8 --out runs-eval"
+TABLES_EXAMPLE = "example: eepo-fast tables results-grpo results-eepo --metric pass@8"
 PREPARE_EXAMPLE = "example: eepo-fast data prepare math500=HuggingFaceH4/MATH-500 --split test"
 TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=gsm8k.jsonl train.iterations=3"
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
@@ -76,33 +77,49 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from eepo_fast.config import Config
     from eepo_fast.display import Display
     from eepo_fast.distributed import start_world
     from eepo_fast.evaluation.command import EvalOptions, evaluate_completions, evaluate_model
 
     if (args.model is None) == (args.completions is None):
         raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
-    # a list of options takes all that follows it: what has a dot in its name is an override
-    args.overrides = [text for text in args.data if "." in text.partition("=")[0]] + args.overrides
-    args.data = [text for text in args.data if "." not in text.partition("=")[0]]
-    ks = _ks(args.k)
-    options = EvalOptions(args.data, Path(args.out), ks, args.n, args.temperature, args.seed, args.overrides)
+    # a list of options takes all that follows it: what begins with a section of the config is an override
+    overrides = [text for text in args.data if "=" in text and text.partition(".")[0] in Config.model_fields]
+    data, overrides = [text for text in args.data if text not in overrides], overrides + args.overrides
+    temperature, seed = 1.0 if args.temperature is None else args.temperature, args.seed or 0
+    options = EvalOptions(data, Path(args.out), _ks(args.k), args.n, temperature, seed, overrides)
     if args.completions is not None:
-        if args.overrides:
-            raise UserError(f"eval: --completions takes no overrides, found {args.overrides[0]!r}; --mode sets grading")
-        evaluate_completions(Path(args.completions), options, args.mode, Display())
+        if overrides:
+            raise UserError(f"eval: --completions takes no overrides, found {overrides[0]!r}; --mode sets grading")
+        of_sampling = {"--num-samples": args.n, "--temperature": args.temperature, "--seed": args.seed}
+        found = next((name for name, value in of_sampling.items() if value is not None), None)
+        if found:
+            raise UserError(f"eval: --completions are sampled already: expected no {found}; remove it")
+        evaluate_completions(Path(args.completions), options, args.mode or "strict", Display())
         return 0
-    options.overrides.append(f"reward.mode={args.mode}")
+    if args.mode is not None:
+        options.overrides.append(f"reward.mode={args.mode}")
     world = start_world()
     evaluate_model(args.model, options, world, Display() if world.is_main else Display.silent())
     world.close()
     return 0
 
 
+def _tables(args: argparse.Namespace) -> int:
+    from eepo_fast.evaluation.tables import join
+
+    print(join([Path(out).expanduser() for out in args.outs], args.metric))
+    return 0
+
+
 def _ks(text: str) -> list[int]:
+    from eepo_fast.evaluation.command import MOST_SAMPLES
+
     parts = text.split(",")
-    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--k: expected whole numbers such as 1,8,32, found {text!r}")
+    digits = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
+    if not digits or not all(0 < int(part) <= MOST_SAMPLES for part in parts):
+        raise UserError(f"--k: expected whole numbers up to {MOST_SAMPLES} such as 1,8,32, found {text[:100]!r}")
     return sorted({int(part) for part in parts})
 
 
@@ -115,6 +132,12 @@ def _prepare(args: argparse.Namespace) -> int:
         raise UserError(
             f"data prepare: expected NAME=HUB_NAME, such as math500=HuggingFaceH4/MATH-500, found {args.source!r}"
         )
+    for text in args.overrides:
+        if not re.match(r"data\.(columns[.=]|files=|answer_marker=)", text):
+            raise UserError(
+                f"data prepare: expected keys of data.columns, data.files or data.answer_marker, found {text!r}; "
+                "see eepo-fast data prepare --help"
+            )
     config = load_config([], ["model.path=unused", f"data.train={source}", *args.overrides]).data
     folder = Path(args.out)
     manifest = prepare(
@@ -211,14 +234,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="JSON Lines, a prepared hub name, or arithmetic",
     )
     evaluate.add_argument("--k", default="1", help="pass@k, such as 1,8; 1 alone: greedy only")
-    evaluate.add_argument("--n", type=int, help="samples a problem; default the largest k")
-    evaluate.add_argument("--temperature", type=float, default=1.0, help="of the samples")
-    evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
-        "--mode", choices=("strict", "paper"), default="strict", help="paper: graded as the recipe did"
+        "--num-samples", "--n", dest="n", type=int, help="a problem; default the largest k; torchrun takes no --n"
     )
+    evaluate.add_argument("--temperature", type=float, help="of the samples; default 1")
+    evaluate.add_argument("--seed", type=int, help="of the samples; default 0")
+    evaluate.add_argument("--mode", choices=("strict", "paper"), help="paper: graded as the recipe did")
     evaluate.add_argument("--out", required=True, help="folder of completions and tables; a second call goes on")
     evaluate.set_defaults(run=_eval)
+    tables = commands.add_parser("tables", help="several evaluations of the same sets", epilog=TABLES_EXAMPLE)
+    tables.add_argument("outs", nargs="+", metavar="OUT", help="what --out of an evaluation was: a row of the table")
+    tables.add_argument("--metric", default="greedy", help="greedy (the default), pass@8, ...")
+    tables.set_defaults(run=_tables)
     data = commands.add_parser("data", help="prepare data", epilog=PREPARE_EXAMPLE)
     kinds = data.add_subparsers(dest="what", required=True)
     prepare = kinds.add_parser("prepare", help="fetch and pin a hub data set", epilog=PREPARE_EXAMPLE)

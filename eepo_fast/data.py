@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from eepo_fast.types import Problem, Prompt, UserError
 ARITHMETIC = "arithmetic"
 BASE = "arithmetic-base"  # model.path of the base that warmup.py teaches this task
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
+THOUSANDS = re.compile(r"[-+]?\$?[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 # Names under which model families keep their end-of-turn token.
 STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
@@ -68,59 +71,79 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     with file:
         for number, raw in enumerate(file, 1):
+            # where the first line is none, the file is likely of another kind
+            hint = "; expected JSON Lines; `eepo-fast data prepare` converts others" if number == 1 else ""
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}, line {number}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+                    f"{path}, line {number}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8{hint}"
                 ) from None
             if not text:
                 continue
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:  # ValueError also where a number has too many digits
-                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
+                raise UserError(f"{path}, line {number}: not valid JSON: {error}{hint}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")
+                found = type(row).__name__
+                raise UserError(f"{path}, line {number}: expected a JSON object, found a {found}{hint}")
             yield number, row
 
 
 def read_hub(
-    config: DataConfig, *, revision: str | None = None, subset: str | None = None, split: str = "train"
+    config: DataConfig,
+    *,
+    revision: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    asked_by: str = "data.train",
 ) -> list[Problem]:
+    """Problems of `data.train`, a hub data set or a folder. asked_by: what errors begin with."""
     from datasets import load_dataset
 
     try:
         rows = load_dataset(config.train, subset, data_files=config.files, revision=revision, split=split)
     except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data.train: {config.train} is no file, and could not be loaded from the hub: {reason}"
-        ) from None
+        kind = "a folder, and" if Path(config.train).is_dir() else "no file or folder, and from the hub it"
+        raise UserError(f"{asked_by}: {config.train} is {kind} could not be loaded: {reason}") from None
     problems, unanswered = [], 0
     for number, row in enumerate(rows):
-        values = {name: _column(row, column, config.train) for name, column in config.columns}
+        values = {name: _column(row, column, f"{config.train}, row {number}") for name, column in config.columns}
         if config.answer_marker:
-            values["answer"] = values["answer"].rpartition(config.answer_marker)[2].strip().replace(",", "")
+            _, marker, answer = values["answer"].rpartition(config.answer_marker)
+            answer = answer.strip() if marker else ""  # a text without the marker has no final answer
+            values["answer"] = answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
         if not values["answer"].strip() or not values["problem"].strip():
             unanswered += 1
             continue
         problems.append(Problem(f"{config.train}/{number:06d}", values["problem"], values["answer"], config.train))
     if unanswered:
-        print(f"{config.train}: {unanswered} of {len(rows)} rows have no problem or no answer and are left out")
+        no_marker = f" (or no {config.answer_marker!r} before one)" if config.answer_marker else ""
+        print(f"{config.train}: {unanswered} of {len(rows)} rows have no problem or no answer{no_marker}: left out")
     if not problems:
-        raise UserError(f"data.train: {config.train} has no row with a problem and an answer")
+        raise UserError(f"{asked_by}: {config.train} has no row with a problem and an answer")
     return problems
 
 
-def _column(row: dict[str, Any], column: str, name: str) -> str:
+def _column(row: dict[str, Any], column: str, where: str) -> str:
+    """As text: strings and numbers, and lists of them. where: data set and row."""
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, dict) or part not in value:
             known = ", ".join(value) if isinstance(value, dict) else "none"
-            raise UserError(f"data.columns: {name} has no column {column!r}; found at that place: {known}")
+            raise UserError(f"data.columns: {where}: no column {column!r}; found at that place: {known}")
         value = value[part]
-    return "" if value is None else str(value)
+    parts = value if isinstance(value, list) else [] if value is None else [value]
+    for part in parts:
+        if not isinstance(part, str | int | float):
+            found = type(part).__name__ if part is value else f"a list with a {type(part).__name__}"
+            raise UserError(
+                f"data.columns: {where}, column {column!r}: expected text, a number or a list of them, found {found}; "
+                "name another column"
+            )
+    return ", ".join(map(str, parts))
 
 
 # The procedural task: write an expression over the given numbers, each used once, that reaches the target.
@@ -156,8 +179,10 @@ def arithmetic_split(problem: str) -> str:
     return "test" if random.Random(problem).randrange(5) == 0 else "train"
 
 
-def arithmetic_problems(size: int, count: int, max_number: int, seed: int, split: str = "train") -> list[Problem]:
-    """`size` different problems of one split. UserError where the task has not that many."""
+def arithmetic_problems(
+    size: int, count: int, max_number: int, seed: int, split: str = "train", *, asked_by: str = "data.num_rows"
+) -> list[Problem]:
+    """`size` different problems of one split. UserError, beginning with `asked_by`, where it has not that many."""
     rng = random.Random(f"{split}/{seed}")
     problems: dict[str, Problem] = {}
     for _ in range(200 * size + 10_000):
@@ -168,8 +193,8 @@ def arithmetic_problems(size: int, count: int, max_number: int, seed: int, split
             if len(problems) == size:
                 return list(problems.values())
     raise UserError(
-        f"data.num_rows: {size} different problems were asked for, but {count} numbers up to {max_number} gave only "
-        f"{len(problems)}; lower it, or raise data.numbers or data.max_number"
+        f"{asked_by}: {size} different problems were asked for, but {count} numbers up to {max_number} gave only "
+        f"{len(problems)}; ask for fewer, or for more or larger numbers"
     )
 
 
@@ -186,8 +211,15 @@ def render(template: str, problem: str, tokenizer: Any) -> str:
     if template == "question_answer":
         return f"Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
     if template == "chat":
+        from jinja2 import TemplateError  # what transformers writes chat templates with
+
         messages = [{"role": "user", "content": f"{problem}\n{BOXED}"}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(
+                f"data.template: the tokenizer's chat template cannot render a problem alone: {error}; use another"
+            ) from None
     return problem
 
 

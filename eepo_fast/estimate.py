@@ -215,24 +215,31 @@ def samples(config: Config, machine: Machine) -> int:
 def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     """Of an iteration's phases. Rollout: a step reads the weights and the cache once and multiplies a token a sequence;
     the stage lasts as long as its longest answer. Passes: 2 FLOP a weight and token forward, 4 backward, 2 again where
-    activations are recomputed."""
+    activations are recomputed. AEPO's extra samples are a stage of their own; each is counted as right, and so has a
+    gradient: once for the term's norm, and again in the update it is added to."""
     rollout, train, n = config.rollout, config.train, machine.ranks
     mean = MEAN_LENGTH * rollout.max_new_tokens
     prompt = config.data.max_prompt_tokens * 0.2
     itemsize = 4 if rollout.dtype == "float32" else 2
     room = engine_memory(config, shape, machine)[1] * GIB / shape.kv_bytes(itemsize) * rollout.tensor_parallel
-    running = max(1, min(rollout.max_sequences, samples(config, machine), int(room / (prompt + mean))))
-    waves = -(-samples(config, machine) // running)
     tp = rollout.tensor_parallel
-    read = itemsize * shape.weights / tp + running * (prompt + mean / 2) * shape.kv_bytes(itemsize) / tp * MEAN_LENGTH
-    multiply = 2 * shape.multiplied_weights * running * MEAN_LENGTH / machine.flops / tp
-    stage = waves * rollout.max_new_tokens * (read / machine.bytes_per_s + multiply)
+
+    def stage(count: int) -> float:
+        running = max(1, min(rollout.max_sequences, count, int(room / (prompt + mean))))
+        cache = running * (prompt + mean / 2) * shape.kv_bytes(itemsize) / tp * MEAN_LENGTH
+        multiply = 2 * shape.multiplied_weights * running * MEAN_LENGTH / machine.flops / tp
+        step = (itemsize * shape.weights / tp + cache) / machine.bytes_per_s + multiply
+        return -(-count // running) * rollout.max_new_tokens * step
+
     completions = train.prompts_per_iteration * rollout.group_size
     tokens = completions * (prompt + mean) / n
     forward = tokens * (2 * shape.multiplied_weights + shape.attention_flops(prompt + mean)) / machine.flops
     step = forward * (4 if train.gradient_checkpointing else 3)
     stages = 2 if config.eepo.enabled else 1
-    result = {"rollout": stages * stage}
+    result = {"rollout": stages * stage(samples(config, machine))}
+    extra = config.aepo.num_extra(train.prompts_per_iteration, rollout.group_size)
+    if extra:
+        result["aepo"] = stage(-(-extra // max(1, n // tp))) + step * extra / completions
     if config.eepo.enabled:
         result["unlearn"] = step / 2
         gathered = 2 * shape.weights / machine.link_bytes_per_s if n > 1 else 0.0
@@ -241,7 +248,8 @@ def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         result["reference"] = forward
     updates = train.prompts_per_iteration // train.prompts_per_update
     wire = (6 * shape.weights / machine.link_bytes_per_s if n > 1 else 0.0) * updates
-    result["update"] = step + wire + updates * 20 * shape.weights / n / machine.bytes_per_s
+    added = extra / completions if config.aepo.mode == "term" else 0.0  # else they replace others
+    result["update"] = step * (1 + added) + wire + updates * 20 * shape.weights / n / machine.bytes_per_s
     result["sync"] = 6 * shape.weights / machine.bytes_per_s
     return result
 

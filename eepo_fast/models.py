@@ -38,7 +38,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
                 raise ValueError(f"its files lack {len(absent)} weights of the model, such as {absent[0]}")
     except Exception as error:  # loaders of several libraries raise many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.path: {config.path} cannot be loaded: {reason}") from None
+        nor = "" if Path(path).exists() else "; nor is there a folder of that name"
+        raise UserError(f"model.path: {config.path} cannot be loaded: {reason}{nor}") from None
     check_fit(model, tokenizer, config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -57,8 +58,12 @@ def find_model(path: str) -> str:
         return str(files[0])
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") > 1
+    # under a folder that is there, a name is meant for a path: asking the hub for it would take a minute
+    looks_local = looks_local or (local.parent != Path() and local.parent.is_dir())
     if looks_local and not local.exists():
-        raise UserError(f"model.path: nothing at {path}; give a model folder, a .gguf file or a hub id")
+        raise UserError(
+            f"model.path: nothing at {path}, no such folder or file; give a model folder, a .gguf file or a hub id"
+        )
     if local.is_dir() and not (local / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no config.json; give the folder of a Hugging Face model")
     return str(local) if local.exists() else path

@@ -66,6 +66,8 @@ def batch_plan(config: Config) -> dict[str, int | str]:
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens - 1
     per_micro_batch = max(1, train.micro_batch_tokens // longest)
     per_update = train.prompts_per_update * group
+    extra = config.aepo.num_extra(train.prompts_per_iteration, group)
+    aepo = {"AEPO's samples an iteration": extra} if extra else {}
     return {
         "training problems": rows,
         "iterations an epoch": rows // train.prompts_per_iteration,
@@ -74,10 +76,11 @@ def batch_plan(config: Config) -> dict[str, int | str]:
         "group size": group,
         "stage sizes": " + ".join(map(str, stages)),
         "completions an iteration": completions,
+        **aepo,
         "updates an iteration": updates,
         "completions an update": per_update,
         "completions a micro-batch, at full length": per_micro_batch,
         "micro-batches an update, at most": math.ceil(per_update / per_micro_batch),
-        "sampled tokens an iteration, at most": completions * rollout.max_new_tokens,
-        "tokens an iteration with prompts, at most": completions * (longest + 1),
+        "sampled tokens an iteration, at most": (completions + extra) * rollout.max_new_tokens,
+        "tokens an iteration with prompts, at most": (completions + extra) * (longest + 1),
     }

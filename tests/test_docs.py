@@ -73,6 +73,9 @@ def place(tmp_path_factory):
     for name, enabled in (("my-run", True), ("demo-eepo", True), ("demo-grpo", False)):
         settings = [*SMALL, f"run.name={name}", f"model.path={folder / 'base'}", f"eepo.enabled={str(enabled).lower()}"]
         assert main(["train", "configs/demo.yaml", *settings]) == 0
+    graded = ["eval", "--completions", "completions.jsonl", "--data", "math500=math500.jsonl"]
+    for name in ("results-grpo", "results-eepo"):
+        assert main([*graded, "--out", name]) == 0
     yield folder
     os.chdir(before)
 

@@ -18,6 +18,7 @@ Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SHARE_OF_PROMPTS = 4  # aepo.mode: replace draws groups for the first quarter of the prompts
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -148,6 +149,12 @@ class AepoConfig(Section):
         0.3,
         description="of the term; of 0.03, 0.1, 0.3, 1 the best on the study's tuning seeds: 63.3, 64.2, 64.3, 64.2",
     )
+
+    def num_extra(self, num_prompts: int, group_size: int) -> int:
+        """Completions an iteration beside the batch's own."""
+        if not self.enabled:
+            return 0
+        return self.num_samples if self.mode == "term" else max(1, num_prompts // SHARE_OF_PROMPTS) * group_size
 
 
 class OptimizerConfig(Section):
@@ -311,7 +318,7 @@ class Config(Section):
         _require(
             temperature == 1,
             f"rollout.temperature: expected 1 with aepo.enabled, found {temperature}: AEPO sets its own temperatures "
-            "beside it",
+            "beside it; set rollout.temperature=1",
         )
         _require(
             aepo.temperature_low < aepo.temperature_high,

@@ -7,32 +7,37 @@ OUT/results.{json,csv,md}
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import re
 from collections import Counter
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, make_config
 from eepo_fast.config.files import merge, read_override
-from eepo_fast.data import BASE, iter_jsonl, stop_token_ids
+from eepo_fast.data import ARITHMETIC, BASE, iter_jsonl, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
 from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
-from eepo_fast.evaluation.sets import EvalSet, load_set
+from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
 from eepo_fast.rewards import make_answer_grader
-from eepo_fast.rollout.engine import Sampling
+from eepo_fast.rollout.engine import Progress, Sampling
 from eepo_fast.types import UserError, WeightsVersion
 
 UNLIMITED = 1e9
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
+OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # in their place
+MOST_SAMPLES = 100_000
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write says without naming its file
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,12 @@ class EvalOptions:
 
 def parse_data(specs: list[str]) -> dict[str, str]:
     result = {}
-    for text in specs:
+    for text in specs or [""]:
         name, _, spec = text.partition("=")
         if not re.fullmatch(r"[\w-]{1,100}", name) or not spec or name == "average":
             raise UserError(
-                f"--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found {text!r}; a name has letters, "
-                "digits, _ and -, and is not `average`"
+                "--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found "
+                f"{repr(text) if text else 'none'}; a name has letters, digits, _ and -, and is not `average`"
             )
         if name in result:
             raise UserError(f"--data: {name} is given twice; names tell the sets apart")
@@ -64,8 +69,8 @@ def parse_data(specs: list[str]) -> dict[str, str]:
 
 def number_of_samples(options: EvalOptions) -> int:
     """Beside the greedy completion; UserError where some k is larger."""
-    if options.num_samples is not None and options.num_samples < 0:
-        raise UserError(f"--n: expected 0 or more samples, found {options.num_samples}")
+    if options.num_samples is not None and not 0 <= options.num_samples <= MOST_SAMPLES:
+        raise UserError(f"--n: expected 0 to {MOST_SAMPLES} samples, found {options.num_samples}")
     if not 0 < options.temperature < math.inf:
         raise UserError(f"--temperature: expected a positive number, found {options.temperature}")
     largest = max(options.ks)
@@ -78,7 +83,8 @@ def number_of_samples(options: EvalOptions) -> int:
 def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
     """(config to load and sample with, what was found) for a run's folder, a checkpoint's, or any model.path. A run's
     data and rollout settings are its own; elsewhere the defaults, with the prompt of the model's family."""
-    folder, values, found = Path(path).expanduser(), {}, {"model": path}
+    folder, values = Path(path).expanduser(), {}
+    found = {"model": str(folder.resolve()) if folder.exists() else path}  # however it is spelt
     if (folder / "checkpoints").is_dir():
         newest, complaints = checkpoint.newest_valid(folder)
         if newest is None:
@@ -101,6 +107,9 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         section = text.partition(".")[0]
         if section not in SECTIONS:
             raise UserError(f"override {text!r}: eval takes keys of {', '.join(SECTIONS)}; the others are of training")
+        option = OPTIONS.get(text.partition("=")[0])
+        if option:
+            raise UserError(f"override {text!r}: eval does not take this key; use {option}")
         values = merge(values, read_override(text))
     return make_config({**values, "eepo": {"enabled": False}}), found
 
@@ -122,17 +131,26 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         sets = [load_set(name, spec, config.data) for name, spec in specs.items()]
         if world.is_main:
             check_sets(sets, config.reward)
+        # neither the run's nor given: then that of the model's family, or of the procedural task
+        guessed = config.data.train == "unused" and not any(o.startswith("data.template=") for o in options.overrides)
         model, tokenizer, config, device = load_for_sampling(config, options, display)
+        if guessed:
+            config = with_template(config, family_template(model, tokenizer))
     from eepo_fast.run import eos_of, make_engine, positions
 
     stops = tuple(stop_token_ids(tokenizer, eos_of(model)))
     with world.agree():
-        prompts = {s.name: make_eval_prompts(s, config, tokenizer, positions(model)) for s in sets}
+        configs = [with_template(config, "plain") if guessed and s.task == ARITHMETIC else config for s in sets]
+        prompts = {
+            s.name: make_eval_prompts(s, c, tokenizer, positions(model)) for s, c in zip(sets, configs, strict=True)
+        }
         settings = {
             **found, "samples": num_samples, "temperature": options.temperature, "seed": options.seed,
-            "template": config.data.template, "max_new_tokens": config.rollout.max_new_tokens,
+            "template": ", ".join(dict.fromkeys(c.data.template for c in configs)),
+            "max_new_tokens": config.rollout.max_new_tokens,
             "engine": config.rollout.engine, "dtype": config.rollout.dtype, "grading": config.reward.mode,
             "weights": fingerprint(model), "data": {s.name: s.sha256 for s in sets},
+            "stop_token_ids": list(stops), "prompts": {name: digest(part) for name, part in prompts.items()},
         }  # fmt: skip
         if world.is_main:
             _claim(options.out, settings)
@@ -146,18 +164,51 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         for eval_set in sets:
             with (
                 closing(make_answer_grader(eval_set.task, config.reward)) as grader,
-                display.task(eval_set.name) as update,
+                showing(display, eval_set) as (problems, completions),
+                writing(options.out),
             ):
                 rows[eval_set.name] = sample_set(
-                    sampler, grader, prompts[eval_set.name], num_samples,
-                    file=options.out / "completions" / f"{eval_set.name}.jsonl",
-                    progress=lambda done, total, say=update: say(done, total, f"{done} of {total} problems"),
+                    replace(sampler, progress=completions), grader, prompts[eval_set.name], num_samples,
+                    file=options.out / "completions" / f"{eval_set.name}.jsonl", progress=problems,
                 )  # fmt: skip
-    return _finish(options, settings, rows, display) if world.is_main else None
+    return _finish(found.get("run", path), options, settings, rows, display) if world.is_main else None
+
+
+@contextmanager
+def showing(display: Display, eval_set: EvalSet) -> Iterator[tuple[Progress, Progress]]:
+    """What takes (done, total) of a set's problems, and of the completions that are being sampled, here."""
+    with display.task(eval_set.name) as update:
+        done = [0, len(eval_set.problems)]
+
+        def problems(*counts: int) -> None:
+            done[:] = counts
+            update(*counts, f"{counts[0]} of {counts[1]} problems")
+
+        yield problems, lambda now, asked: update(*done, f"sampling, {now} of {asked} completions finished")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """A full disk, or a folder in a file's place, once the evaluation has begun: one line. What else the system
+    refuses, to an engine or a grader, is no mistake in --out."""
+    try:
+        yield
+    except OSError as error:
+        ours = error.errno in FULL if error.filename is None else Path(str(error.filename)).is_relative_to(out)
+        if not ours:
+            raise
+        raise UserError(
+            f"--out: {error.filename or out} cannot be written: {error.strerror}; mend that and give the same command "
+            "again, or choose another folder"
+        ) from None
+
+
+def with_template(config: Config, template: str) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"template": template})})
 
 
 def load_for_sampling(config: Config, options: EvalOptions, display: Display):
-    """(model, tokenizer, config with the template of the model's family and a dtype for this device, device)."""
+    """(model, tokenizer, config with a dtype for this device, device)."""
     from eepo_fast.distributed import default_device
     from eepo_fast.models import load_model
     from eepo_fast.warmup import ensure_base
@@ -167,13 +218,9 @@ def load_for_sampling(config: Config, options: EvalOptions, display: Display):
         model_config = model_config.model_copy(update={"path": str(ensure_base(config.data))})
     display.say(f"loading {model_config.path}")
     model, tokenizer = load_model(model_config)
-    given = {text.partition("=")[0] for text in options.overrides}
-    update = {}
-    if config.data.train == "unused" and "data.template" not in given:
-        update["data"] = config.data.model_copy(update={"template": family_template(model, tokenizer)})
-    if default_device().type == "cpu" and "rollout.dtype" not in given:
-        update["rollout"] = config.rollout.model_copy(update={"dtype": "float32"})
-    return model, tokenizer, config.model_copy(update=update), default_device()
+    if default_device().type == "cpu" and not any(o.startswith("rollout.dtype=") for o in options.overrides):
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"dtype": "float32"})})
+    return model, tokenizer, config, default_device()
 
 
 def fingerprint(model) -> str:
@@ -187,7 +234,7 @@ def fingerprint(model) -> str:
 
 def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: Display) -> dict[str, Any]:
     """Grade completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They
-    are reported as samples, also where they were decoded greedily."""
+    are reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
     from eepo_fast.config import DataConfig, RewardConfig
 
     sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
@@ -201,8 +248,8 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
     if unknown is not None:
         raise UserError(f"{file}: id {unknown!r} is in none of the sets of --data")
     settings = {
-        "completions": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "grading": mode,
-        "data": {s.name: s.sha256 for s in sets},
+        "completions": str(file.resolve()), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+        "grading": mode, "data": {s.name: s.sha256 for s in sets},
     }  # fmt: skip
     for eval_set in sets:
         _check_responses(eval_set, responses, file, options.ks)
@@ -211,7 +258,7 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
     # a call grades all of a set: an answer's own limit holds, and no budget of a training step
     reward = RewardConfig(mode=mode, step_seconds=UNLIMITED)
     for eval_set in sets:
-        pairs = [(p, k, r) for p in eval_set.problems for k, r in enumerate(responses[p.id])]
+        pairs = [(p, k, r) for p in eval_set.problems for k, r in responses[p.id]]
         with closing(make_answer_grader(eval_set.task, reward)) as grader:
             grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
         rows[eval_set.name] = [
@@ -221,48 +268,63 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: D
             for (p, k, r), g in zip(pairs, grades, strict=True)
         ]  # fmt: skip
         file_of_set = options.out / "completions" / f"{eval_set.name}.jsonl"
-        file_of_set.unlink(missing_ok=True)
-        append_rows(file_of_set, rows[eval_set.name])
-    return _finish(options, settings, rows, display)
+        with writing(options.out):
+            file_of_set.unlink(missing_ok=True)
+            append_rows(file_of_set, rows[eval_set.name])
+    return _finish(str(file), options, settings, rows, display)
 
 
-def read_responses(file: Path) -> dict[str, list[str]]:
-    responses: dict[str, list[str]] = {}
+Responses = dict[str, list[tuple[int | None, str]]]
+"""(number of the sample, or None for the greedy one; text), by id."""
+
+
+def read_responses(file: Path) -> Responses:
+    """Of lines with `response`, or, as an evaluation writes them, `completion` and `sample`."""
+    responses: Responses = {}
     for number, row in iter_jsonl(file):
-        for key in ("id", "response"):
+        ours = "completion" in row and "response" not in row
+        text = "completion" if ours else "response"
+        for key in ("id", text):
             if not isinstance(row.get(key), str):
                 raise UserError(f"{file}, line {number}: expected a string in `{key}`, found {row.get(key)!r}")
             if any("\ud800" <= character <= "\udfff" for character in row[key]):
                 raise UserError(f"{file}, line {number}: `{key}` holds half of a surrogate pair, which is no text")
-        responses.setdefault(row["id"], []).append(row["response"])
+        known = responses.setdefault(row["id"], [])
+        greedy = ours and row.get("sample", 0) is None
+        known.append((None if greedy else sum(k is not None for k, _ in known), row[text]))
     if not responses:
         raise UserError(f"{file}: expected lines of id and response, found an empty file")
     return responses
 
 
-def _check_responses(eval_set: EvalSet, responses: dict[str, list[str]], file: Path, ks: list[int]) -> None:
+def _check_responses(eval_set: EvalSet, responses: Responses, file: Path, ks: list[int]) -> None:
     """UserError where problems have different numbers of responses, or too few for k."""
-    count = len(responses.get(eval_set.problems[0].id, []))
+    first = [k for k, _ in responses.get(eval_set.problems[0].id, [])]
     for problem in eval_set.problems:
-        found = len(responses.get(problem.id, []))
-        if found == 0 or found != count:
+        found = [k for k, _ in responses.get(problem.id, [])]
+        if not found or len(found) != len(first) or found.count(None) != first.count(None):
             raise UserError(
-                f"{file}: expected {max(1, count)} responses to every problem of {eval_set.name}, found {found} to "
-                f"{problem.id!r}"
+                f"{file}: expected {max(1, len(first))} responses to every problem of {eval_set.name}, "
+                f"{first.count(None)} of them greedy, found {len(found)} and {found.count(None)} to {problem.id!r}"
             )
-    if max(ks) > count:
+        if found.count(None) > 1:
+            raise UserError(f"{file}: expected one greedy completion of {problem.id!r}, found {found.count(None)}")
+    count = len(first) - first.count(None)
+    if max(ks) > max(count, first.count(None)):
         raise UserError(f"--k: expected at most the {count} responses a problem of {file}, found {max(ks)}")
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder this evaluation's; UserError where it is another's."""
+    if (out / "config.yaml").is_file() and (out / "checkpoints").is_dir():
+        raise UserError(f"--out: {out} is the folder of a run; choose another folder, such as {out}-eval")
     path = out / "evaluation.json"
     try:
         (out / "completions").mkdir(parents=True, exist_ok=True)
         if path.is_file():
             before = _read_settings(path)
-            changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
-            if changed:
+            changed = [key for key in settings | before if before.get(key) != settings.get(key)]
+            if changed:  # the first says most: of another template, its name before the digests of its prompts
                 raise UserError(
                     f"--out: {out} holds another evaluation: {changed[0]} is {settings.get(changed[0])!r} here and "
                     f"{before.get(changed[0])!r} there; choose another folder"
@@ -284,10 +346,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def _finish(options: EvalOptions, settings: dict[str, Any], rows: dict[str, list[Row]], display: Display) -> dict:
-    name = str(settings.get("run") or settings.get("model") or settings["completions"])
+def _finish(
+    name: str, options: EvalOptions, settings: dict[str, Any], rows: dict[str, list[Row]], display: Display
+) -> dict:
+    """name: how the tables call what was evaluated."""
     results = make_results(name, settings, rows, options.ks)
-    write_results(options.out, results)
+    with writing(options.out):
+        write_results(options.out, results)
     display.say(to_markdown(results))
     display.say(f"tables: {options.out}/results.json, results.csv, results.md")
     return results

@@ -45,7 +45,7 @@ def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[
             result.setdefault("greedy", []).append(greedy[0]["reward"] or 0.0)
         if sampled:
             num_right = sum(row["reward"] == 1.0 for row in sampled)
-            for k in ks:
+            for k in dict.fromkeys(ks):  # a k given twice would count every problem twice
                 result.setdefault(f"pass@{k}", []).append(pass_at_k(len(sampled), num_right, k))
             if len(sampled) > 1:
                 different = len({row["completion"] for row in sampled})

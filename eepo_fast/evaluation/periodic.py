@@ -2,12 +2,14 @@
 
     RUN/evaluations/step_000050/NAME.jsonl     every completion
     RUN/evaluations/step_000050/results.*      the tables
+    RUN/evaluations/step_000050/sets.json      a digest a set: one whose problems or prompts have changed is begun again
 
 The engine is given the policy's weights first, so that forgetful ones are never evaluated.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 from eepo_fast.config import Config, RewardConfig
 from eepo_fast.data import make_prompts
 from eepo_fast.evaluation.samples import Sampler, sample_set
-from eepo_fast.evaluation.sets import EvalSet, load_set
+from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, write_results
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import check_golds, make_answer_grader
@@ -85,7 +87,7 @@ class PeriodicEvaluation:
         )  # fmt: skip
         folder = evaluation_folder(self.config.run_dir, step)
         if policy.world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            begin(folder, {s.name: digest(prompts) for s, prompts in self.sets})
         rows = {}
         for eval_set, prompts in self.sets:
             file = folder / f"{eval_set.name}.jsonl"
@@ -103,6 +105,20 @@ class PeriodicEvaluation:
 
 def evaluation_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "evaluations" / f"step_{step:06d}"
+
+
+def begin(folder: Path, digests: dict[str, str]) -> None:
+    """Make the folder; of an interrupted evaluation, keep the completions to what is still the same set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "sets.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or cut short: then nothing is known of what lies here
+        before = {}
+    for name, value in digests.items():
+        if before.get(name) != value:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    file.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
 def is_done(run_dir: Path, step: int) -> bool:

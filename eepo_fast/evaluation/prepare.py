@@ -53,7 +53,13 @@ def read_manifest(path: Path) -> Manifest:
 def find_prepared(name: str, source: str, folder: Path = FOLDER) -> Path | None:
     """The file that was prepared from a hub name, under this name where there are several (splits, subsets). UserError
     where it is no longer what its manifest says, or cannot be told which one is meant."""
-    found = [m for m in map(read_manifest, sorted(folder.glob("*.manifest.json"))) if m.source == source]
+    found = []
+    for path in sorted(folder.glob("*.manifest.json")):
+        try:
+            found += [m for m in [read_manifest(path)] if m.source == source]
+        except UserError:  # not ours, unless it is the one that is asked for
+            if path == manifest_file(folder, name):
+                raise
     chosen = [m for m in found if m.name == name] or found
     if len(chosen) > 1:
         names = ", ".join(f"{m.name} (split {m.split})" for m in chosen)
@@ -86,7 +92,8 @@ def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revisio
         raise UserError(f"{path}: {name} was prepared from {known.source}, not from {source}; choose another name")
     found, licence = describe(source, revision or (known.revision if known else None))
     pin = None if found == "local" else found
-    problems = read_hub(config.model_copy(update={"train": source}), revision=pin, subset=subset, split=split)
+    config = config.model_copy(update={"train": source})
+    problems = read_hub(config, revision=pin, subset=subset, split=split, asked_by="data prepare")
     rows = [{"id": f"{name}/{i:06d}", "problem": p.problem, "answer": p.answer, "source": f"{source}@{found}"}
             for i, p in enumerate(problems)]  # fmt: skip
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

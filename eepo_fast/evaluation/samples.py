@@ -73,6 +73,8 @@ def sample_set(
     done = {row["id"] for row in rows}
     rest = [p for p in prompts if p.id not in done]
     at_once = max(1, COMPLETIONS_AT_ONCE // (1 + num_samples))
+    if progress:
+        progress(len(prompts) - len(rest), len(prompts))
     for start in range(0, len(rest), at_once):
         fresh = list(_graded(sampler, grader, rest[start : start + at_once], num_samples))
         rows += fresh

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import DataConfig
 from eepo_fast.data import ARITHMETIC, arithmetic_problems, read_jsonl
 from eepo_fast.evaluation.prepare import find_prepared
-from eepo_fast.types import Problem, UserError
+from eepo_fast.types import Problem, Prompt, UserError
 
 HELD_OUT = 200
 
@@ -36,6 +37,12 @@ def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
     return EvalSet(name, task, problems, hashlib.sha256(content.encode()).hexdigest())
 
 
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Of problems as the model reads them: another template or tokenizer is another evaluation."""
+    content = repr([(p.id, p.problem.problem, p.problem.answer, p.token_ids) for p in prompts])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def _find(name: str, spec: str) -> Path:
     path = Path(spec).expanduser()
     if path.is_file():
@@ -58,4 +65,5 @@ def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:
         )
     defaults = [data.numbers, data.max_number, HELD_OUT]
     numbers, largest, rows = [int(part) for part in parts] + defaults[len(parts) :]
-    return arithmetic_problems(rows, numbers, largest, seed=0, split="test")
+    asked_by = f"evaluation data {name}"
+    return arithmetic_problems(rows, numbers, largest, seed=0, split="test", asked_by=asked_by)

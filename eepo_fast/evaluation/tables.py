@@ -1,15 +1,18 @@
-"""The results of an evaluation as JSON, CSV and Markdown: a column a benchmark, an unweighted average, percent."""
+"""The results of an evaluation as JSON, CSV and Markdown: a column a benchmark, an unweighted average, percent; and
+several evaluations side by side, a row each."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eepo_fast.evaluation.pass_at_k import average, summarise
 from eepo_fast.evaluation.samples import Row
+from eepo_fast.types import UserError
 
 NAMES = {"greedy": "greedy pass@1", "unique": "different completions"}
 
@@ -55,7 +58,8 @@ def to_csv(results: dict[str, Any]) -> str:
     for name, part in results["sets"].items():
         for metric in ("length", "truncated_fraction"):
             if part[metric] is not None:
-                writer.writerow([results["model"], name, metric, f"{part[metric]:.6f}", "", ""])
+                label = f"{metric} of all completions"  # greedy and sampled
+                writer.writerow([results["model"], name, label, f"{part[metric]:.6f}", "", ""])
     return out.getvalue()
 
 
@@ -77,12 +81,58 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines.append("| samples a problem | " + " | ".join(str(p["num_samples"]) for p in parts) + " | |")
     if any(p["length"] is not None for p in parts):
         row = ["" if p["length"] is None else f"{p['length']:.0f}" for p in parts]
-        lines.append("| mean length, tokens | " + " | ".join(row) + " | |")
+        lines.append("| mean length of all completions, tokens | " + " | ".join(row) + " | |")
         row = ["" if p["truncated_fraction"] is None else f"{100 * p['truncated_fraction']:.1f}" for p in parts]
-        lines.append("| cut off | " + " | ".join(row) + " | |")
+        lines.append("| cut off, of all completions | " + " | ".join(row) + " | |")
     for status in ("no_answer", "timeout", "too_large", "error"):
         counts = [p["status"].get(status, 0) for p in parts]
         if any(counts):
             lines.append(f"| {status} | " + " | ".join(map(str, counts)) + " | |")
-    settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items() if not isinstance(value, dict))
+    plain = {key: value for key, value in results["settings"].items() if not isinstance(value, dict | list)}
+    settings = ", ".join(f"{key} {value}" for key, value in plain.items())
     return "\n".join([*lines, "", f"Percent, with 95% bootstrap intervals over problems. {settings}.", ""])
+
+
+def join(folders: Sequence[Path], metric: str) -> str:
+    """A Markdown table of one metric in percent: a row an evaluation, a column a set, and the average. UserError where
+    they are not of the same sets, graded in the same mode."""
+    found = [_read_results(folder) for folder in folders]
+    for folder, results in zip(folders, found, strict=True):
+        for key in ("data", "grading"):
+            mine, first = (_of_sets(r, key) for r in (results, found[0]))
+            if mine != first:
+                raise UserError(
+                    f"tables: {folder} and {folders[0]} cannot be compared: expected the same {key}, found {mine} and "
+                    f"{first}"
+                )
+        if metric not in results["average"]:
+            known = ", ".join(results["average"])
+            raise UserError(f"--metric: {folder} has no {metric} on all of its sets; it has {known}")
+    names = list(found[0]["sets"])
+    models = [", step ".join(str(x) for x in (r["model"], r["settings"].get("step")) if x is not None) for r in found]
+    lines = [f"| {NAMES.get(metric, metric)}, percent | " + " | ".join([*names, "average"]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(names) + 1))
+    for model, folder, results in zip(models, folders, found, strict=True):
+        parts = [*(results["sets"][name]["metrics"][metric] for name in names), results["average"][metric]]
+        label = model if models.count(model) == 1 else f"{model} ({folder})"
+        lines.append(f"| {label} | " + " | ".join(f"{100 * cell['value']:.1f}" for cell in parts) + " |")
+    return "\n".join(lines)
+
+
+def _of_sets(results: dict[str, Any], key: str) -> Any:
+    """Names and the beginnings of checksums are enough to say what differs."""
+    value = results["settings"].get(key)
+    return {name: value[name][:12] for name in sorted(value)} if key == "data" else value
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results["settings"]["data"].keys() != results["sets"].keys():
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"tables: {path} cannot be read: {error.strerror}; give the --out of an evaluation") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"tables: {path} is not the results of `eepo-fast eval`; give the --out of one") from None
+    return results

@@ -103,14 +103,32 @@ def test_the_released_replacement(make_trainer, applied):
 
 
 def test_half_as_many_replace_above_the_target(make_rollouts, test_config):
-    for entropy, limit in ((0.5, 6), (0.51, 3)):
+    # of 8 right answers: num_samples is the limit, there are fewer, or the batch has no room
+    cases = ((0.5, 6, 32, 6), (0.51, 6, 32, 3), (0.5, 30, 32, 8), (0.51, 30, 32, 4), (0.51, 30, 5, 2))
+    for entropy, num_samples, batch_size, limit in cases:
         rollouts = make_rollouts([3] * 16)
         for i, r in enumerate(rollouts):
             r.reward = float(i % 2)
         extra = aepo.ExtraSamples(1.0, entropy, rollouts)
-        config = test_config(aepo=settings(mode="replace", num_samples=6, target_entropy=0.5)).aepo
-        aepo.choose_samples(config, extra, 4, 32)
-        assert [r.sample_index for r in extra.used] == [1, 3, 5, 7, 9, 11][:limit]
+        config = test_config(aepo=settings(mode="replace", num_samples=num_samples, target_entropy=0.5)).aepo
+        aepo.choose_samples(config, extra, 4, batch_size)
+        assert [r.sample_index for r in extra.used] == list(range(1, 16, 2))[:limit]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "replace"}, {"num_samples": 3}])
+def test_the_plan_counts_the_extra_samples(prompts, test_config, changes):
+    config = test_config(aepo=settings(**changes)).aepo
+    requests = aepo.extra_requests(config, prompts, 4, 0, 0)
+    assert sum(len(r.seeds) for r in requests) == config.num_extra(len(prompts), 4) > 0
+
+
+def test_a_negative_reward_is_not_a_right_answer(make_rollouts, test_config):
+    rollouts = make_rollouts([3] * 4)
+    for r, reward in zip(rollouts, (-1.0, 0.0, 0.5, None), strict=True):
+        r.reward = reward
+    extra = aepo.ExtraSamples(1.0, 0.5, rollouts)
+    aepo.choose_samples(test_config(aepo=settings()).aepo, extra, 4, 4)
+    assert extra.used == [rollouts[2]] and extra.num_positive == 1 and rollouts[2].advantage == 0.5
 
 
 def test_no_right_sample_means_no_term(make_trainer, applied):
@@ -158,7 +176,7 @@ def test_samples_are_drawn_at_that_temperature(make_trainer):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["rollout.temperature=1.2"], "rollout.temperature: expected 1 with aepo.enabled"),
+        (["rollout.temperature=1.2"], "rollout.temperature: expected 1 with aepo.enabled.*; set rollout.temperature=1"),
         (["aepo.temperature_low=1.3"], "aepo.temperature_low: expected below"),
     ],
 )

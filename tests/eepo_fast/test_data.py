@@ -1,5 +1,6 @@
 """Data files and their mistakes, templates, the procedural task, and the order of training."""
 
+import copy
 import json
 import random
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ def test_a_missing_file_is_named(test_config, tmp_path):
         load_problems(config, 0)
 
 
-def test_a_hub_data_set_by_columns(test_config, tmp_path):
+def test_a_hub_data_set_by_columns(test_config, tmp_path, capsys):
     """A folder with a data file is loaded by the hub's own client, without a network."""
     folder = tmp_path / "some" / "set"
     folder.mkdir(parents=True)
@@ -75,9 +76,50 @@ def test_a_hub_data_set_by_columns(test_config, tmp_path):
     values = {"train": str(folder), "files": "train.jsonl", "columns": columns, "answer_marker": "####"}
     (problem,) = load_problems(test_config(data=values).data, 0)
     assert (problem.problem, problem.answer) == ("2+2?", "1004")
+    assert "1 of 2 rows have no problem or no answer (or no '####' before one): left out" in capsys.readouterr().out
     values["columns"] = {"problem": "extra.q", "answer": "worked"}
     with pytest.raises(UserError, match=r"no column 'extra\.q'; found at that place: question"):
         load_problems(test_config(data=values).data, 0)
+
+
+@pytest.fixture
+def hub_answers(test_config, tmp_path, monkeypatch):
+    """Answers as read from a hub data set of these, a problem each."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def read(*answers, marker=""):
+        (tmp_path / "set").mkdir()
+        rows = [{"problem": f"p{i}", "answer": answer} for i, answer in enumerate(answers)]
+        write(tmp_path / "set" / "train.jsonl", *rows)
+        values = {"train": str(tmp_path / "set"), "files": "train.jsonl", "answer_marker": marker}
+        return [p.answer for p in load_problems(test_config(data=values).data, 0)]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "answers, expected",
+    [
+        ([["2", "3"], ["4"], [], None], ["2, 3", "4"]),
+        ([[1, 2]], ["1, 2"]),
+        ([2.5, 3.0], ["2.5", "3.0"]),
+        ([True], ["True"]),
+    ],
+)
+def test_answers_of_other_types_are_written_as_people_do(hub_answers, answers, expected):
+    assert hub_answers(*answers) == expected
+
+
+@pytest.mark.parametrize("answer, found", [({"x": 1}, "dict"), ([[1], [2]], "a list with a list")])
+def test_an_answer_that_is_no_text_is_refused(hub_answers, answer, found):
+    with pytest.raises(UserError, match=rf"set, row 0, column 'answer': expected text.*found {found}"):
+        hub_answers(answer)
+
+
+def test_the_final_answer_is_what_follows_the_marker(hub_answers, capsys):
+    marked = ["#### 1,004", "#### -$2,000.50", "#### (1,2)", "#### 12,34", "x #### 1, 2", "no marker: 7"]
+    assert hub_answers(*marked, marker="####") == ["1004", "-$2000.50", "(1,2)", "12,34", "1, 2"]
+    assert "1 of 6 rows have no problem or no answer (or no '####' before one)" in capsys.readouterr().out
 
 
 def test_random_expressions_are_right_and_need_their_parentheses():
@@ -127,6 +169,14 @@ def test_long_prompts_are_left_out_and_counted(test_config, tokenizer):
 def test_a_template_that_the_tokenizer_lacks_is_named(test_config, tokenizer):
     with pytest.raises(UserError, match="chat template"):
         make_prompts([Problem("a", "1", "1")], test_config(data={"template": "chat"}).data, tokenizer)
+
+
+def test_a_template_that_cannot_render_is_named(test_config, tokenizer):
+    broken = copy.deepcopy(tokenizer)
+    for content, reason in (("{{ raise_exception('a system turn first') }}", "a system turn first"), ("{% if %}", "")):
+        broken.chat_template = content
+        with pytest.raises(UserError, match=f"data.template: .* cannot render .*{reason}.*; use another"):
+            make_prompts([Problem("a", "1", "1")], test_config(data={"template": "chat"}).data, broken)
 
 
 def test_an_empty_prompt_is_named(test_config):

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from eepo_fast.cli import main
 from eepo_fast.config import load_config
 from eepo_fast.estimate import MACHINES, Machine, estimate, find_machine, find_shape, needed, seconds, what_would_fit
+from eepo_fast.plan import batch_plan
 from eepo_fast.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,20 @@ def test_more_ranks_less_memory_and_time():
     for phase, value in seconds(config, shape, eight).items():
         if phase in ("unlearn", "update", "reference", "rollout"):
             assert value < seconds(config, shape, one)[phase]
+
+
+def test_aepo_s_extra_samples_are_counted():
+    machine, plans, times = find_machine("8xH200", 1), {}, {}
+    for name, more in {"none": [], "term": ["aepo.enabled=true"], "replace": ["aepo.mode=replace"]}.items():
+        config = load("qwen2.5-3b", *more, *(["aepo.enabled=true"] if more else []))
+        plans[name], times[name] = batch_plan(config), seconds(config, find_shape(config), machine)
+    extra = "AEPO's samples an iteration"
+    assert extra not in plans["none"] and plans["term"][extra] == 60 and plans["replace"][extra] == 32 * 8
+    sampled = [plans[name]["sampled tokens an iteration, at most"] for name in ("none", "term")]
+    assert sampled[1] == sampled[0] * (1024 + 60) // 1024
+    assert "aepo" not in times["none"] and 0 < times["term"]["aepo"] < times["none"]["rollout"]
+    assert times["none"]["update"] == times["replace"]["update"] < times["term"]["update"]
+    assert times["none"]["rollout"] == times["term"]["rollout"]
 
 
 def test_what_is_named_makes_it_fit():

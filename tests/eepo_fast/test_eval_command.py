@@ -1,8 +1,10 @@
 """`eepo-fast eval`, `data prepare` and evaluation while training, as a user calls them."""
 
 import csv
+import errno
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,68 @@ def test_an_evaluation_its_tables_and_its_resumption(base, tmp_path, capsys):
 
     assert evaluate(base, out, "--k", "1,2", "--n", "4", "--seed", "1") == 2
     assert "holds another evaluation: seed is 1 here and 0 there" in complaint(capsys)
+    assert evaluate(base, out, "--k", "1,2", "--n", "4", "data.template=question_answer") == 2
+    assert "holds another evaluation: template is 'question_answer' here and 'plain' there" in complaint(capsys)
+    spelt = f"{base.parent}/./{base.name}/"
+    assert evaluate(spelt, out, "--k", "1,2", "--num-samples", "4") == 0, "the same, however it is spelt"
+
+
+def test_a_chat_template_that_has_changed_is_another_evaluation(base, tmp_path, capsys):
+    model = shutil.copytree(base, tmp_path / "m")
+    for content in ("{{ messages[0].content[:7] }}", "{{ messages[0].content[:5] }}"):
+        (model / "chat_template.jinja").write_text(content)
+        code = evaluate(model, tmp_path / "o", "data.template=chat")
+    assert code == 2 and "holds another evaluation: prompts is {'test': " in complaint(capsys)
+
+
+def test_the_procedural_task_is_asked_as_it_is_taught(base, tmp_path):
+    """A tokenizer of 18 characters has no letters: question and answer would be the guess, and score 0."""
+    data = ["t=arithmetic:3:9:5", f"a={problems(tmp_path / 'a.jsonl', '1')}"]
+    short = ["rollout.max_new_tokens=4"]
+    assert main(["eval", "--model", str(base), "--data", *data, *short, "--out", str(tmp_path / "o")]) == 0
+    settings = json.loads((tmp_path / "o/evaluation.json").read_text())
+    assert settings["template"] == "plain, question_answer"
+    for more in (["data.template=plain"], []):
+        out = tmp_path / f"p{len(more)}"
+        assert main(["eval", "--model", str(base), "--data", data[0], *short, *more, "--out", str(out)]) == 0
+    given, guessed = ((tmp_path / f"p{n}/evaluation.json").read_text() for n in (1, 0))
+    assert given == guessed
+
+
+def test_progress_is_told_inside_a_part(base, tmp_path, monkeypatch):
+    told = []
+
+    @contextmanager
+    def task(self, name):
+        yield lambda *update: told.append(update)
+
+    monkeypatch.setattr("eepo_fast.display.Display.task", task)
+    assert evaluate(base, tmp_path / "o") == 0
+    assert told[0] == (0, 20, "0 of 20 problems") and told[-1] == (20, 20, "20 of 20 problems")
+    assert (0, 20, "sampling, 20 of 20 completions finished") in told
+
+
+@pytest.mark.parametrize("where", ["completions/test.jsonl", "results.csv"])
+def test_what_cannot_be_written_is_one_line(base, tmp_path, capsys, where):
+    (tmp_path / "o" / where).mkdir(parents=True)
+    assert evaluate(base, tmp_path / "o") == 2
+    assert f"--out: {tmp_path / 'o' / where} cannot be written: Is a directory; " in complaint(capsys)
+
+
+def test_a_full_disk_is_one_line(base, tmp_path, capsys, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert evaluate(base, tmp_path / "o") == 2
+    assert f"--out: {tmp_path / 'o'} cannot be written: No space left on device" in complaint(capsys)
+
+
+def test_grading_is_set_by_mode_or_by_its_key(base, tmp_path):
+    for more, expected in (([], "strict"), (["reward.mode=paper"], "paper"), (["--mode", "paper"], "paper")):
+        out = tmp_path / f"{len(more)}{expected}"
+        assert evaluate(base, out, *more) == 0
+        assert json.loads((out / "evaluation.json").read_text())["grading"] == expected
 
 
 def test_greedy_alone_is_the_default(base, tmp_path):
@@ -96,6 +160,20 @@ def test_a_run_its_evaluations_and_a_checkpoint(base, tmp_path, capsys):
     assert [row["completion"] for row in fresh] == [row["completion"] for row in kept]
     settings = json.loads((tmp_path / "o" / "evaluation.json").read_text())
     assert settings["run"] == "r" and settings["step"] == 3 and settings["max_new_tokens"] == 20
+    # an interrupted evaluation goes on with its completions, but not where the set has changed since
+    last = run / "evaluations" / "step_000003"
+    sets = json.loads((last / "sets.json").read_text())
+    changed = json.dumps({**kept[0], "completion": "1"}) + "\n" + "".join(json.dumps(r) + "\n" for r in kept[1:])
+    for digest, first in ((sets["test"], "1"), ("another", kept[0]["completion"])):
+        (last / "results.json").unlink()
+        (last / "test.jsonl").write_text(changed)
+        (last / "sets.json").write_text(json.dumps({"test": digest}))
+        assert main(["train", str(ROOT / "configs/demo.yaml"), *overrides, "--resume"]) == 0
+        assert rows_of(last / "test.jsonl")[0]["completion"] == first != ""
+        assert json.loads((last / "sets.json").read_text()) == sets
+    capsys.readouterr()
+    assert main(["eval", "--model", str(run), "--data", "t=arithmetic", "--out", str(run)]) == 2
+    assert f"--out: {run} is the folder of a run" in complaint(capsys) and not (run / "evaluation.json").exists()
     older = run / "checkpoints" / "step_000002"
     assert main(["eval", "--model", str(older), "--data", "test=arithmetic:3:9:20", "--out", str(tmp_path / "p")]) == 0
     assert json.loads((tmp_path / "p" / "evaluation.json").read_text())["step"] == 2
@@ -132,16 +210,97 @@ def test_completions_made_elsewhere(tmp_path):
     assert len(rows_of(tmp_path / "o" / "completions" / "a.jsonl")) == 4
 
 
+def test_completions_of_our_own_are_graded_again(tmp_path, capsys):
+    """As what they were: a greedy one is no sample."""
+    data, file = problems(tmp_path / "a.jsonl", "1", "2"), tmp_path / "r.jsonl"
+    rows = [
+        {"id": f"p{i}", "sample": k, "completion": text, "status": "ok"}
+        for i, texts in enumerate((["1", "3", "1"], ["3", "2", "2"]))
+        for k, text in zip((None, 0, 1), texts, strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert grade(file, [f"a={data}"], tmp_path / "o", "--k", "1,2") == 0
+    metrics = json.loads((tmp_path / "o/results.json").read_text())["sets"]["a"]["metrics"]
+    found = {name: cell["value"] for name, cell in metrics.items()}
+    assert found == {"greedy": 0.5, "pass@1": 0.75, "pass@2": 1.0, "unique": 0.75}
+    assert grade(tmp_path / "o/completions/a.jsonl", [f"a={data}"], tmp_path / "p", "--k", "1,2") == 0
+    assert json.loads((tmp_path / "p/results.json").read_text())["sets"]["a"]["metrics"] == metrics
+    capsys.readouterr()
+    for more, message in ((["--k", "3"], "expected at most the 2"), ([], "expected one greedy completion of 'p0'")):
+        assert grade(file, [f"a={data}"], tmp_path / "q", *more) == 2
+        assert message in complaint(capsys)
+        file.write_text("".join(json.dumps({**row, "sample": None}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["sample"] is None))
+    assert grade(file, [f"a={data}"], tmp_path / "r") == 0, "greedy ones alone"
+    assert set(json.loads((tmp_path / "r/results.json").read_text())["average"]) == {"greedy"}
+
+
+def evaluated(folder, model, values, **settings):
+    """The results.json of an evaluation; values: of greedy, by set."""
+    from eepo_fast.evaluation.tables import make_results, write_results
+
+    rows = {
+        name: [
+            {"id": f"{name}{i}", "sample": None, "completion": "", "num_tokens": 3, "finished": True, "status": "ok",
+             "reward": float(i < value)}
+            for i in range(8)
+        ]
+        for name, value in values.items()
+    }  # fmt: skip
+    data = {name: 64 * "0" for name in values}
+    write_results(folder, make_results(model, {"data": data, "grading": "strict", **settings}, rows, [1]))
+    return folder
+
+
+def test_evaluations_side_by_side(tmp_path, capsys):
+    first = evaluated(tmp_path / "a", "base", {"math500": 2, "amc23": 4})
+    second = evaluated(tmp_path / "b", "eepo", {"amc23": 6, "math500": 3}, step=50)
+    assert main(["tables", str(first), str(second)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| greedy pass@1, percent | math500 | amc23 | average |",
+        "| --- | ---: | ---: | ---: |",
+        "| base | 25.0 | 50.0 | 37.5 |",
+        "| eepo, step 50 | 37.5 | 75.0 | 56.2 |",
+    ]
+    text = (second / "results.md").read_text()
+    assert "| mean length of all completions, tokens | 3 | 3 | |" in text and "| cut off, of all completions |" in text
+    assert "length of all completions" in (second / "results.csv").read_text()
+    same = evaluated(tmp_path / "c", "base", {"math500": 8, "amc23": 8})
+    assert main(["tables", str(first), str(same)]) == 0 and f"| base ({same}) | 100.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "values, settings, more, message",
+    [
+        ({"a": 1}, {"data": {"a": 64 * "1"}}, [], "cannot be compared: expected the same data, found {'a': '111111111"),
+        ({"b": 1}, {}, [], "expected the same data, found {'b'"),
+        ({"a": 1}, {"grading": "paper"}, [], "expected the same grading, found paper and strict"),
+        ({"a": 1}, {}, ["--metric", "pass@8"], "--metric: "),
+        (None, {}, [], "results.json cannot be read: No such file"),
+        ({"a": 1}, {"data": None}, [], "is not the results of `eepo-fast eval`"),
+    ],
+)
+def test_evaluations_that_cannot_be_compared(tmp_path, capsys, values, settings, more, message):
+    first = evaluated(tmp_path / "a", "base", {"a": 2})
+    second = evaluated(tmp_path / "b", "eepo", values, **settings) if values else tmp_path / "none"
+    assert main(["tables", str(first), str(second), *more]) == 2
+    assert message in complaint(capsys)
+
+
 @pytest.mark.parametrize(
     "pairs, more, message",
     [
         ([("p0", "1"), ("p1", "2")], ["--k", "2"], "--k: expected at most the 1 responses a problem"),
-        ([("p0", "1")], [], "expected 1 responses to every problem of a, found 0 to 'p1'"),
+        ([("p0", "1")], [], "expected 1 responses to every problem of a, 0 of them greedy, found 0 and 0 to 'p1'"),
         ([("p0", "1"), ("p1", "2"), ("x", "3")], [], "id 'x' is in none of the sets"),
         ([], [], "found an empty file"),
         ([("p0", "\ud83d"), ("p1", "2")], [], "line 1: `response` holds half of a surrogate pair"),
         ([("p0", 3), ("p1", "2")], [], "line 1: expected a string in `response`, found 3"),
-        ([("p0", "1"), ("p1", "2")], ["--k", "0"], "--k: expected whole numbers such as 1,8,32, found '0'"),
+        ([("p0", "1"), ("p1", "2")], ["--k", "0"], "--k: expected whole numbers up to 100000 such as 1,8,32, found"),
+        ([("p0", "1"), ("p1", "2")], ["--k", "100000000000"], "such as 1,8,32, found '100000000000'"),
+        ([("p0", "1"), ("p1", "2")], ["--n", "1"], "--completions are sampled already: expected no --num-samples"),
+        ([("p0", "1"), ("p1", "2")], ["--temperature", "1"], "expected no --temperature"),
+        ([("p0", "1"), ("p1", "2")], ["--seed", "0"], "expected no --seed"),
     ],
 )
 def test_completions_that_do_not_fit(tmp_path, capsys, pairs, more, message):
@@ -155,13 +314,14 @@ def test_completions_that_do_not_fit(tmp_path, capsys, pairs, more, message):
     [
         ("", "expected problems, found an empty file"),
         (problems, "id 'same' was already used in line 1"),
+        ("id,problem,answer", "line 1: not valid JSON: Expecting value: line 1 column 1 (char 0); expected JSON Lines"),
         ("\\frac{1}{", "evaluation data a: the answer '\\\\frac{1}{' of 'p0' is neither"),
     ],
 )
 def test_data_that_cannot_be_used(base, tmp_path, capsys, content, message):
     file = tmp_path / "a.jsonl"
-    if content == "":
-        file.write_text("")
+    if content in ("", "id,problem,answer"):
+        file.write_text(content)
     elif content is problems:
         problems(file, "1", "2", ids=["same", "same"])
     else:
@@ -175,17 +335,29 @@ def test_data_that_cannot_be_used(base, tmp_path, capsys, content, message):
     assert message.removeprefix("evaluation data a: ") in complaint(capsys) and not out.exists()
 
 
+def test_no_sets_are_named_before_anything_is_sampled(base, tmp_path, capsys):
+    assert evaluate(base, tmp_path / "o", data="data.numbers=3") == 2
+    assert "--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found none" in complaint(capsys)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
         (["--k", "1,8", "--n", "4"], "--k: expected at most the 4 samples of --n, found 8"),
-        (["--n", "-1"], "--n: expected 0 or more samples, found -1"),
+        (["--n", "-1"], "--n: expected 0 to 100000 samples, found -1"),
+        (["--n", "100001"], "--n: expected 0 to 100000 samples, found 100001"),
+        (["model.path=other"], "override 'model.path=other': eval does not take this key; use --model"),
+        (["data.train=other"], "use --data"),
+        (["rollout.temperature=0.5"], "use --temperature"),
+        (["--data", "math500.jsonl"], "--data: expected NAME=FILE.jsonl, such as math500=math500.jsonl, found 'math5"),
         (["--temperature", "nan"], "--temperature: expected a positive number, found nan"),
         (["--data", "a|b=arithmetic"], "a name has letters, digits, _ and -"),
         (["--data", "average=arithmetic"], "is not `average`"),
         (["data.template=chat"], "`chat` needs a tokenizer with a chat template"),
         (["train.iterations=3"], "eval takes keys of model, data, rollout, reward"),
         (["--data", "test=arithmetic"], "--data: test is given twice"),
+        (["--data", "b=arithmetic:1:3:20"], "evaluation data b: 20 different problems were asked for, but 1 numbers"),
         (["--data", "b=arithmetic:3"], "expected arithmetic or arithmetic:NUMBERS:MAX_NUMBER[:ROWS]"),
         (["--data", "b=org/name"], "no file org/name, and no prepared data of that name"),
     ],
@@ -215,6 +387,8 @@ def test_data_is_prepared_pinned_and_found_again(base, tmp_path, capsys, monkeyp
     assert [row["answer"] for row in rows_of(tmp_path / "data/small.jsonl")] == ["0", "1", "2"]
     manifest = json.loads((tmp_path / "data/small.manifest.json").read_text())
     assert manifest["licence"] == "mit" and manifest["rows"] == 3 and manifest["sha256"] in said
+    assert main([*command, "data.template=chat"]) == 2
+    assert "expected keys of data.columns, data.files or data.answer_marker, found 'data.temp" in complaint(capsys)
     before = (tmp_path / "data/small.jsonl").read_bytes()
     assert main(command) == 0 and (tmp_path / "data/small.jsonl").read_bytes() == before
 
@@ -253,6 +427,14 @@ def test_which_of_two_prepared_sets_is_meant(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert grade(file, [f"c={source}"], tmp_path / "p") == 2
     assert "is prepared as a (split train), b (split test)" in complaint(capsys)
+    Path("data/foreign.manifest.json").write_text("{}")
+    assert grade(file, [f"b={source}"], tmp_path / "o") == 0, "another program's file is passed over"
+    Path("data/b.manifest.json").write_text("{")
+    capsys.readouterr()
+    assert grade(file, [f"b={source}"], tmp_path / "o") == 2
+    assert "b.manifest.json: not a manifest of `eepo-fast data prepare`" in complaint(capsys)
+    assert main(["data", "prepare", f"a={source}", "--split", "none"]) == 2
+    assert f"data prepare: {source} is a folder, and could not be loaded: " in capsys.readouterr().err
     assert main(["data", "prepare", f"a={source}", "--revision", "abc"]) == 2
     assert "--revision: expected none for the folder" in complaint(capsys)
     (tmp_path / "file").write_text("")

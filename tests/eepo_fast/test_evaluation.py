@@ -66,6 +66,11 @@ def test_an_interrupted_evaluation_goes_on(make_engine, prompts, tokenizer, tmp_
     assert [json.loads(line) for line in file.read_text().splitlines()] == again
 
 
+def test_a_k_given_twice_counts_once():
+    rows = [row("a", 0, 1.0), row("b", 0, 0.0)]
+    assert scores(rows, [1, 1]) == {"pass@1": [1.0, 0.0]}
+
+
 def test_any_text_survives_an_interruption(make_engine, prompts, tokenizer, tmp_path):
     """Line separators that are not the file's, and a file cut inside a character."""
     file = tmp_path / "set.jsonl"

@@ -42,6 +42,22 @@ def test_bad_paths_are_named(path, words):
         find_model(path)
 
 
+def test_a_name_under_a_folder_that_is_there_is_a_path(tmp_path, monkeypatch):
+    """Not a hub id, which would take a minute of retries; one whose parent is not there is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="nothing at runs/nothere, no such folder or file"):
+        find_model("runs/nothere")
+    assert find_model("Qwen/Qwen2.5-3B") == "Qwen/Qwen2.5-3B"
+
+    def unknown(path):
+        raise OSError(f"{path} is not a model identifier")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unknown)
+    with pytest.raises(UserError, match=r"nothere cannot be loaded: .*; nor is there a folder of that name"):
+        load_model(ModelConfig(path="nothere"))
+
+
 def test_a_broken_folder_is_named(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.path: .* cannot be loaded"):
