@@ -58,8 +58,7 @@ def to_csv(results: dict[str, Any]) -> str:
     for name, part in results["sets"].items():
         for metric in ("length", "truncated_fraction"):
             if part[metric] is not None:
-                label = f"{metric} of all completions"  # greedy and sampled
-                writer.writerow([results["model"], name, label, f"{part[metric]:.6f}", "", ""])
+                writer.writerow([results["model"], name, metric, f"{part[metric]:.6f}", "", ""])
     return out.getvalue()
 
 

@@ -264,7 +264,7 @@ def test_evaluations_side_by_side(tmp_path, capsys):
     ]
     text = (second / "results.md").read_text()
     assert "| mean length of all completions, tokens | 3 | 3 | |" in text and "| cut off, of all completions |" in text
-    assert "length of all completions" in (second / "results.csv").read_text()
+    assert ",length," in (second / "results.csv").read_text()
     same = evaluated(tmp_path / "c", "base", {"math500": 8, "amc23": 8})
     assert main(["tables", str(first), str(same)]) == 0 and f"| base ({same}) | 100.0" in capsys.readouterr().out
 
