@@ -42,15 +42,19 @@ def measure(overrides: dict[str, list[str]]) -> dict:
     prompts = make_prompts(load_problems(config.data, FIRST_SEED), config.data, tokenizer)[0]
     size = config.train.prompts_per_iteration
     batches = [prompts[k * size : (k + 1) * size] for k in range(NUM_BATCHES)]
-    rows = [row for step, batch in enumerate(batches) for row in one_step(model, tokenizer, config, batch, step)]
-    return {"overrides": overrides, "kinds": KINDS, "prompts_a_step": size, "prompts": rows}
-
-
-def one_step(model, tokenizer, config: Config, prompts: Sequence[Prompt], step: int) -> list[dict]:
-    """Of every prompt: the summed probability of its stage-1 answers, and shares of fresh samples, before and after."""
     engine = HfEngine(model, dtype=torch.float32, max_sequences=1024, pad_id=tokenizer.pad_token_id)
     policy = TorchPolicy(model, compute_dtype=torch.float32, temperature=1.0, micro_batch_tokens=16384,
                          pad_id=tokenizer.pad_token_id, packed=True)  # fmt: skip
+    rows = [
+        row for step, batch in enumerate(batches) for row in one_step(policy, engine, tokenizer, config, batch, step)
+    ]
+    return {"overrides": overrides, "kinds": KINDS, "prompts_a_step": size, "prompts": rows}
+
+
+def one_step(
+    policy: TorchPolicy, engine: HfEngine, tokenizer, config: Config, prompts: Sequence[Prompt], step: int
+) -> list[dict]:
+    """Of every prompt: the summed probability of its stage-1 answers, and shares of fresh samples, before and after."""
     stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
     sampling = Sampling(1.0, config.rollout.max_new_tokens, stops)
 
@@ -63,7 +67,7 @@ def one_step(model, tokenizer, config: Config, prompts: Sequence[Prompt], step: 
     before, fresh_before = probabilities(policy, said), shares(sample(4, FRESH), said, tokenizer, stops)
     unlearning = compute_unlearning(policy, stage1, config.eepo, [])
     policy.forget(engine, unlearning.gradient, config.eepo, seed=0, step=step)
-    forgetful = policy.with_model(copy.deepcopy(model))
+    forgetful = policy.with_model(copy.deepcopy(policy.model))
     with torch.no_grad():
         for name, parameter in forgetful.model.named_parameters():
             parameter.copy_(engine.weights[name])

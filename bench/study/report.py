@@ -159,7 +159,14 @@ def mass_table(content: dict) -> list[str]:
         change = interval([100 * (b - a) for a, b in values])
         fell = 100 * statistics.fmean(b < a for a, b in values)
         rows.append([name, f"{before:.1f}", f"{after:.1f}", text(change), f"{fell:.0f}"])
-    return table(["percent", "before", "after", "change, points", "prompts where it fell"], rows)
+    right, wrong = (interval([100 * (p["mass_after"][k] - p["mass_before"][k]) for p in prompts]) for k in (2, 3))
+    where = "other right answers" if right[1] > 0 else "other answers that are wrong" if wrong[1] > 0 else "neither"
+    return [
+        *table(["percent", "before", "after", "change, points", "prompts where it fell"], rows),
+        f"Of answers that stage 1 did not give, right ones change by {text(right)} points and wrong ones by {text(wrong)}: "
+        f"the mass goes to {where}.",
+        "",
+    ]
 
 
 def explored(out: Path) -> list[str]:
