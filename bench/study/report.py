@@ -163,8 +163,8 @@ def mass_table(content: dict) -> list[str]:
     where = "other right answers" if right[1] > 0 else "other answers that are wrong" if wrong[1] > 0 else "neither"
     return [
         *table(["percent", "before", "after", "change, points", "prompts where it fell"], rows),
-        f"Of answers that stage 1 did not give, right ones change by {text(right)} points and wrong ones by {text(wrong)}: "
-        f"the mass goes to {where}.",
+        f"Of answers that stage 1 did not give, right ones change by {text(right)} points and wrong ones by "
+        f"{text(wrong)}: the mass goes to {where}.",
         "",
     ]
 
