@@ -61,6 +61,7 @@ def claims(eepo: dict[int, Run], grpo: dict[int, Run]) -> list[str]:
         f"pass@16 not below GRPO's by {MATTERS:g} point (average of the sets)": MEASURES["pass@16"],
         f"pass@1 not below GRPO's by {MATTERS:g} point (average)": MEASURES["pass@1"],
         f"greedy not below GRPO's by {MATTERS:g} point (average)": MEASURES["greedy"],
+        "and so on the trained-on kind alone": lambda run: score(run, "in", "greedy"),
         f"reward of stage 1, which is the policy's own, not below GRPO's by {MATTERS:g} point, last 25 iterations":
             MEASURES["reward, stage 1"],
     }  # fmt: skip

@@ -122,8 +122,17 @@ def watched(final: Final, path: Path) -> None:
 
 def pass_at_k(final: Final, ks: Sequence[int], path: Path) -> None:
     """Figure 7b: pass@k of the last policy, by set."""
-    figure, axes = _axes(len(PLACES))
-    for axis, place in zip(axes.flat, PLACES, strict=True):
+    figure, axes = _axes(len(PLACES), 2)
+    for axis, place in zip(axes[1], PLACES, strict=True):
+        found = [paired(final["eepo"], final["grpo"], lambda r, k=k, p=place: score(r, p, f"pass@{k}")) for k in ks]
+        means, lows = (np.array([each[i] for each in found]) for i in (0, 1))
+        axis.axhline(0, color="#bbbbbb", linewidth=1)
+        _band(
+            axis, range(len(ks)), means, means - lows, "EEPO minus GRPO, by seed", COLOURS["eepo"], "o-", markersize=3
+        )
+        axis.set_xticks(range(len(ks)), list(map(str, ks)))
+        axis.set(xlabel="k", ylabel="points", title=f"EEPO minus GRPO, {PLACE_TITLES[place]}")
+    for axis, place in zip(axes[0], PLACES, strict=True):
         for name in ("base", "grpo", "eepo"):
             runs = list(final[name].values())[: 1 if name == "base" else None]
             found = bands([[score(run, place, f"pass@{k}") for run in runs] for k in ks])
