@@ -205,8 +205,8 @@ def results(out: Path, final: Final) -> list[str]:
     eepo = {name: runs for name, runs in final.items() if name.startswith("eepo")}
     return [
         "## The claims",
-        f"Seeds {FIRST_SEED} and up, each run once, with everything settled before the first of them began; only the row on "
-        "the trained-on kind alone was added after.",
+        f"Seeds {FIRST_SEED} and up, each run once, with everything settled before the first of them began; only the "
+        "row on the trained-on kind alone was added after.",
         "",
         *claims(final["eepo"], final["grpo"]),
         "",
