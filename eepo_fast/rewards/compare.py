@@ -36,7 +36,7 @@ from eepo_fast.rewards.numbers import read_number
 MATRIX = re.compile(r"(.*?)\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\2\}", re.DOTALL)
 MAX_MATCHED = 64
 VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
-VARIABLES = re.compile(r"(?![ei]$)[A-Za-z]{1,5}(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
+VARIABLES = re.compile(r"(?![ei]$)(?:[A-Za-z]|[A-Z]{2,5})(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
 WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
 FOR_ALL = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|\\forall ?)[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
@@ -223,7 +223,7 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
             results = [compare(side, answer, ask) for side in sides if not NAME.fullmatch(side)]
             return True if True in results else None if None in results else False
         if signs == ["="] and "(" not in sides[0] and VARIABLES.fullmatch(sides[1]):
-            return False  # x=y is not y
+            return False  # x=y is not y, but F=ma is ma
         if set(signs) <= {"=", "\\in"} and (NAME.fullmatch(sides[0]) or read_number(sides[0])):
             return compare(sides[-1], answer, ask)
         interval = as_interval(sides, signs)

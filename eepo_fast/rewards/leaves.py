@@ -22,19 +22,31 @@ LONE_LETTERS = re.compile(r"\\text\{([A-Za-z]{1,3})(?:\^([0-9]))?\}(?:\^\{?([0-9
 
 def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
     """What has no more parts: a number, an expression, words."""
+    result = _compare(gold, answer, ask)
+    product = _as_product(gold, answer) if result is False else None
+    return product[0] == product[1] or ask("equal", *product) if product else result
+
+
+def _as_product(gold: str, answer: str) -> tuple[str, str] | None:
+    """Of 6 m and 6m, of 2 m g and 2mg, with letters in place of what one side took for a unit; None for other pairs."""
+    (gold, gold_unit), (answer, answer_unit) = without_unit(gold), without_unit(answer)
+    match = LONE_LETTERS.fullmatch(gold_unit or answer_unit)
+    if not gold or not answer or (gold_unit and answer_unit) or not match:
+        return None
+    if not set(match[1]) <= set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", answer if gold_unit else gold)):
+        return None
+    power = match[2] or match[3]
+    letters = match[1] + (f"^{power}" if power not in (None, "1") else "")
+    return (gold + letters, answer) if gold_unit else (gold, answer + letters)
+
+
+def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
     words = _word(gold), _word(answer)
     if words[0] and words[1] and ("\\text" in gold or "\\text" in answer):
         return words[0].casefold() == words[1].casefold()
     if any(text.startswith("[") and text.endswith("]") for text in (gold, answer)) and gold[:1] != answer[:1]:
         return False  # [18] may be a floor, an interval, a reference: not 18
     (gold, gold_unit), (answer, answer_unit) = without_unit(gold), without_unit(answer)
-    one_unit = gold and answer and not (gold_unit and answer_unit)
-    lone = LONE_LETTERS.fullmatch(gold_unit or answer_unit) if one_unit else None
-    other = re.findall(r"\\[A-Za-z]+|[A-Za-z]", answer if gold_unit else gold)
-    if lone and set(lone[1]) <= set(other):  # 6 m and 6m, 2 m g and 2mg
-        variable = lone[1] + (f"^{lone[2] or lone[3]}" if lone[2] not in (None, "1") or lone[3] else "")
-        pair = (gold + variable, answer) if gold_unit else (gold, answer + variable)
-        return pair[0] == pair[1] or ask("equal", *pair)
     if not gold or not answer:
         return _same_text(gold_unit, answer_unit) if not gold and not answer else False
     percents = "percent" in gold_unit, "percent" in answer_unit

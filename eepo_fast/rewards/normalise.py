@@ -74,7 +74,7 @@ WORDS = re.compile(
     r"(?<![A-Za-z\\])(?:(?=[A-Za-z-]{0,40}[A-Za-z]{4})[A-Za-z]{3,}(?:-[A-Za-z]{3,})+|[A-Za-z]{2,}(?:'[A-Za-z]+)*)"
 )
 PRODUCT = re.compile("a?[bcdfghj-np-tv-z]{3,5}")  # letters that make no word: abxy, xyzw
-PHRASE = re.compile(r"[A-Za-z]+(?:[ ,.'-]{1,3}[A-Za-z]+)+")
+PHRASE = re.compile(r"[A-Za-z]+(?:[ .'-]{1,3}[A-Za-z]+)+")
 LONG_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]{4,}")
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WHOLE = re.compile(
@@ -83,7 +83,7 @@ WHOLE = re.compile(
 # stays text: its letters are no product
 WORDED = re.compile(
     r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)\s*[A-Za-z]{2,}\s*\}|"
-    r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)(?=[^{}]*[A-Za-z]{3})[A-Za-z ,.'-]*\}"
+    r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)(?=[^{}]*[A-Za-z]{3})[A-Za-z .'-]*\}"
 )
 DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"), ("**", "**"), ("`", "`"),
               ('"', '"'))  # fmt: skip
@@ -334,8 +334,7 @@ def _word(match: re.Match) -> str:
         and not at_end
     ):
         return word  # a product of variables
-    glued = match.string[max(0, match.start() - 1) : match.start()].isdigit()
-    if low not in UNITS and (PRODUCT.fullmatch(word) or (glued and len(word) < 6 and word not in ENVIRONMENTS)):
+    if low not in UNITS and PRODUCT.fullmatch(word):
         return word
     if word in ENVIRONMENTS:
         return word
