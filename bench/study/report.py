@@ -237,7 +237,7 @@ def results(out: Path, final: Final) -> list[str]:
         "",
         "## Cost",
         "Two runs at a time on two cores that others used too, so the seconds are medians over a run and not a bench: "
-        "[bench_iteration.py](../README.md) times EEPO and GRPO in turns.",
+        "`bench/bench_iteration.py` times EEPO and GRPO in turns.",
         "",
         *costs(final),
         "![costs](figure8_costs.png)",
