@@ -126,6 +126,6 @@ def verdicts(final: Final, rows: list[Row], head: str) -> list[str]:
     lines = [f"| where | {head} | found here | pairs | showed |", "| --- | --- | --- | ---: | --- |"]
     for where, claim, better, worse, value in rows:
         found = paired(final.get(better, {}), final.get(worse, {}), value)
-        if found:
+        if found and found[3] > 1:
             lines.append(f"| {where} | {claim} | {text(found)} | {found[3]} | {verdict(found[1], found[2])} |")
     return lines

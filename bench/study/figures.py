@@ -17,6 +17,7 @@ from numbers_of import (
     PLACES,
     Run,
     bands,
+    by_step,
     ending,
     interval,
     load_runs,
@@ -235,8 +236,8 @@ def mass(content: dict, path: Path) -> None:
     colours = ("#1f77b4", "#7fb7e0", "#c44e52", "#e6a5a7")
     for k, colour in enumerate(colours):
         moved = [100 * (row["mass_after"][k] - row["mass_before"][k]) for row in content["prompts"]]
-        mean, low, _ = interval(moved)
+        mean, low, _ = interval(by_step(content["prompts"], moved))
         changes.errorbar(mean, -k, xerr=mean - low, fmt="o", color=colour)
     changes.set_yticks([-k for k in range(len(content["kinds"]))], content["kinds"], fontsize=8)
-    changes.set(xlabel="points, 95% over prompts", title="change of the share of new samples")
+    changes.set(xlabel="points, 95% over forget steps", title="change of the share of new samples")
     _save(figure, path)

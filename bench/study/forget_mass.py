@@ -1,6 +1,6 @@
 """The paper's Figure 4 at this scale: what a forget step does to the answers of stage 1, and where their mass goes.
 
-On the policy that GRPO ends with (the study's first seed), four batches of its training prompts as large as an
+On the policy that GRPO ends with (the study's first seed), sixteen batches of its training prompts as large as an
 iteration's, 4 answers each, EEPO's chosen η, each batch its own step from the policy: the exact probability of the
 distinct answers of stage 1 under θ and θ', and fresh samples from both, by kind.
 """
@@ -30,7 +30,7 @@ from eepo_fast.types import Prompt, Rollout, WeightsVersion
 from eepo_fast.unlearn import compute_unlearning
 
 KINDS = ("said in stage 1, right", "said in stage 1, wrong", "other, right", "other, wrong")
-NUM_BATCHES, HALF, FRESH = 4, 4, 128
+NUM_BATCHES, HALF, FRESH = 16, 4, 128
 
 
 def measure(overrides: dict[str, list[str]]) -> dict:
@@ -73,7 +73,7 @@ def one_step(
             parameter.copy_(engine.weights[name])
     after, fresh_after = probabilities(forgetful, said), shares(sample(5, FRESH), said, tokenizer, stops)
     return [
-        {"id": i, "stage1_before": before[i], "stage1_after": after[i],
+        {"id": i, "step": step, "stage1_before": before[i], "stage1_after": after[i],
          "mass_before": fresh_before[i], "mass_after": fresh_after[i]}
         for i in before
     ]  # fmt: skip

@@ -1,10 +1,10 @@
 """What the study compares: a method's overlay, what it sweeps, and how a run of it is configured.
 
 The base is configs/demo.yaml with the paper's two updates an iteration (with one, every ratio is 1 and nothing is ever
-clipped): enough for GRPO's entropy to halve, which is what the methods are there against. At half the learning rate it
-hardly falls, and no step that leaves stage 2's reward alone makes a difference that two seeds could show. The model has
-been taught more of the task than it is then trained on: larger numbers, and more of them, are out of the training
-distribution and not unknown.
+clipped): enough for GRPO's entropy to fall by more than a third, which is what the methods are there
+against. At half the learning rate it hardly falls, and no step that leaves stage 2's reward alone makes a difference
+that two seeds could show. The model has been taught more of the task than it is then trained on: larger numbers, and
+more of them, are out of the training distribution and not unknown.
 """
 
 from __future__ import annotations

@@ -98,6 +98,14 @@ def text(triple: tuple[float, ...], digits: int = 1) -> str:
     return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
+def by_step(prompts: list[dict], values: list[float]) -> list[float]:
+    """The mean over the prompts of each forget step."""
+    found: dict[int, list[float]] = {}
+    for prompt, value in zip(prompts, values, strict=True):
+        found.setdefault(prompt["step"], []).append(value)
+    return list(map(statistics.fmean, found.values()))
+
+
 def plain(triple: tuple[float, ...], digits: int = 1) -> str:
     """Of a value that is no difference."""
     mean, low, high = triple[:3]

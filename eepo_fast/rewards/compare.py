@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 
-from eepo_fast.rewards.domains import as_interval, as_union, condition, is_domain
+from eepo_fast.rewards.domains import as_interval, as_union, condition, has_inequalities, is_domain
 from eepo_fast.rewards.forms import NAME, closes_at_end, group, oriented, relation, split
 from eepo_fast.rewards.leaves import Ask, compare_leaves
 from eepo_fast.rewards.numbers import read_number
@@ -36,7 +36,7 @@ from eepo_fast.rewards.numbers import read_number
 MATRIX = re.compile(r"(.*?)\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\2\}", re.DOTALL)
 MAX_MATCHED = 64
 VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
-VARIABLES = re.compile(r"(?![ei]$)(?:[A-Za-z]|[A-Z]{2,5})(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
+COORDINATE = re.compile(r"[xyz]|[A-Z]{2,5}")
 WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
 FOR_ALL = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|\\forall ?)[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
@@ -56,7 +56,7 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     named = _assignments(gold), _assignments(answer)
     if named[0] or named[1]:
         return _compare_assignments(gold, answer, *named, ask)
-    if is_domain(gold) or is_domain(answer):
+    if is_domain(gold) or is_domain(answer) or (group(gold) and has_inequalities(answer)):
         gold, answer = as_union(gold), as_union(answer)
     golds, answers = _alternatives(gold), _alternatives(answer)
     if len(golds) > 1 or len(answers) > 1:
@@ -106,23 +106,18 @@ def _compare_assignments(gold: str, answer: str, golds: dict | None, answers: di
         return _ordered(list(golds.values()), [answers[name] for name in golds], ask)
     found = group(answer if golds else gold)
     named, other_side = (golds, answer) if golds else (answers, gold)
-    values = _in_order(named, tuple_form=_is_tuple(gold if golds else answer))
-    other = found[1] if found and found[0] == ("(", ")") else split(other_side, ",")
+    values = _in_order(named)
+    other = found[1] if found and found[0] == ("(", ")") else split(other_side, ",", ";")
     if other_side[:1] != "(" and len({name.partition("_")[0] for name in named}) == 1:
         return _unordered(values, other, ask) if golds else _unordered(other, values, ask)
     return _ordered(values, other, ask) if golds else _ordered(other, values, ask)
 
 
-def _is_tuple(text: str) -> bool:
-    return text.startswith("(")
-
-
-def _in_order(named: dict[str, str], tuple_form: bool) -> list[str]:
-    """y=2,x=1 is (1,2), and so is (y,x)=(2,1); other names than these stand in the order that a tuple gives them."""
+def _in_order(named: dict[str, str]) -> list[str]:
+    """y=2,x=1 is (1,2), and so is (y,x)=(2,1); other names than these stand in the order that they are given in."""
     letters = {name.partition("_")[0] for name in named}
-    plain = all(len(letter) == 1 for letter in letters)
     known = letters <= set("xyz") or letters <= set("abcd")
-    return [named[name] for name in (sorted(named) if plain and (known or not tuple_form) else named)]
+    return [named[name] for name in (sorted(named) if known else named)]
 
 
 def _outer(text: str) -> str:
@@ -222,7 +217,7 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
         if set(signs) <= {"=", "\\approx"} and "\\approx" in signs:
             results = [compare(side, answer, ask) for side in sides if not NAME.fullmatch(side)]
             return True if True in results else None if None in results else False
-        if signs == ["="] and "(" not in sides[0] and VARIABLES.fullmatch(sides[1]):
+        if signs == ["="] and all(map(COORDINATE.fullmatch, sides)):
             return False  # x=y is not y, but F=ma is ma
         if set(signs) <= {"=", "\\in"} and (NAME.fullmatch(sides[0]) or read_number(sides[0])):
             return compare(sides[-1], answer, ask)

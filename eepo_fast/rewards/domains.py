@@ -13,6 +13,7 @@ from eepo_fast.rewards.forms import NAME, closes_at_end, group, oriented, relati
 from eepo_fast.rewards.numbers import read_number
 
 REALS = "\\mathbb{R}"
+CONSTANTS = (REALS, "\\infty", "\\pi", "e")
 BUILDER = re.compile(r"\\\{[A-Za-z](?:\\in ?\\mathbb\{R\})?[|:](.*)\\\}", re.DOTALL)
 MEMBER = re.compile(r"^[a-z]\\in ?(?=[\\(\[])")
 ALL_BUT = re.compile(r"\\text\{(?:all )?reals?(?: numbers?)?(?: (?:except|but|other than))(?: for)?\}(.+)")
@@ -40,6 +41,11 @@ def is_domain(text: str) -> bool:
     return found is not None and ("[" in found[0] or "]" in found[0])
 
 
+def has_inequalities(text: str) -> bool:
+    """More than one, such as x>2,x<3."""
+    return "," in text and any(sign in text for sign in ("<", ">", "\\le", "\\ge"))
+
+
 def condition(text: str) -> str:
     """Of {x | 1 <= x < 2} what it says about x, if that is an interval."""
     match = BUILDER.fullmatch(text)
@@ -53,7 +59,7 @@ def as_union(text: str) -> str:
         return "\\cup".join(map(_written, _read(text)))
     except ValueError:
         pass
-    relations = [relation(part) for part in split(text, ",")]  # of ends that are no plain numbers
+    relations = [relation(part) for part in split(text, ",", ";")]  # of ends that are no plain numbers
     if len(relations) > 1 and all(relations):
         names = {side for sides, _ in relations for side in sides if NAME.fullmatch(side)}
         intervals = [as_interval(*found) for found in relations]
@@ -92,7 +98,7 @@ def _read(text: str, depth: int = 0) -> list[Piece]:
     unions = split(text, "\\cup")
     if len(unions) > 1:
         return _sorted([piece for part in unions for piece in _read(part, depth + 1)])
-    without = split(text.replace(f"{REALS}-", f"{REALS}\\setminus"), "\\setminus")
+    without = split(re.sub(r"(?<=[\])}])-(?=\\\{)", r"\\setminus", text), "\\setminus")
     if len(without) == 2:
         return _common(_read(without[0], depth + 1), _rest(_read(without[1], depth + 1)))
     match = BUILDER.fullmatch(text)
@@ -107,7 +113,8 @@ def _read(text: str, depth: int = 0) -> list[Piece]:
 
 
 def _conditions(text: str) -> list[Piece]:
-    """x>3,x\\le4 is both, x<2,x>3 is either: what would be all numbers nobody writes. x\\ne-8,-2 leaves out two."""
+    """x>3,x\\le4 is both, x<2,x>3 is either: nobody writes all numbers so, but with "or", which is `;`.
+    x\\ne-8,-2 leaves out two."""
     pieces, excluded, excluding, names = [], [], False, set()
     for part in split(text, ",", ";"):
         found = relation(part)
@@ -117,7 +124,7 @@ def _conditions(text: str) -> list[Piece]:
         if found is None or not all(found[0]):
             raise ValueError
         sides, signs = found
-        names |= {side for side in sides if NAME.fullmatch(side) and side != REALS}
+        names |= {side for side in sides if NAME.fullmatch(side) and side not in CONSTANTS}
         excluding = signs == ["\\ne"]
         if excluding:
             excluded.append(sides[1])
@@ -129,6 +136,8 @@ def _conditions(text: str) -> list[Piece]:
         raise ValueError
     pieces = _sorted(pieces)
     if any(_value(a.high) > _value(b.low) for a, b in pairwise(pieces)):
+        if len(split(text, ";")) > 1:
+            raise ValueError  # they are one
         together = pieces[:1]
         for piece in pieces[1:]:
             together = _common(together, [piece])

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import re
 
+# `Answer: 18` ends its line; `Answer: She sold 18 in May and` begins to reason
+SHORT_ANSWER = r"^answer(?=\s{0,9}:[ \t]{0,9}(?:\(?[A-J]\)?|[-$\\0-9](?:(?!\. )[^\n]){0,80})\.?[ \t]{0,9}$)"
 ANSWER_IS = re.compile(
-    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice)|^answer(?=\s{0,9}:))"
-    r"\s{0,9}(?:is|:)"
-    r"(?:\s{1,9}(?:therefore|thus|hence|then))?\s{0,9}[,:]?\s{0,9}",
+    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice)|"
+    + SHORT_ANSWER
+    + r")\s{0,9}(?:is|:)(?:\s{1,9}(?:therefore|thus|hence|then))?\s{0,9}[,:]?\s{0,9}",
     re.IGNORECASE | re.MULTILINE,
 )
 BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\[{}]|[{}]")
 SENTENCE_END = re.compile(r"\.(?=\s|$)")
 FRACTION = r"\\[dtc]?frac\s?(?:\{-?[0-9]{1,40}\}|[0-9])\s?(?:\{-?[0-9]{1,40}\}|[0-9])"
 DIGITS = r"[0-9](?:[0-9]|(?:,|\{,\}|\\[,!]|,\\!)(?=[0-9]{3}))*(?:\.[0-9]+)?"
-MINUS = r"[-−–]"
-FORMULA = re.compile(r"(?<!\\)\$([^$\n]{1,400})(?<!\\)\$")
+SPACE = r"(?:\s|\\,)?"
+MINUS = rf"(?:[-−]{SPACE}|–)"  # a dash with space around it is no sign
+FORMULA = re.compile(r"(?<!\\)\$(?!\s)([^$\n]{1,400})(?<![\\\s])\$(?![0-9])")  # $5 and $6 are no formula
 LAST_NUMBER = re.compile(
-    rf"(?<![0-9.^_])(?<![_^]\{{)(?:{MINUS}(?:\s|\\,)?)?\$?(?:[¼½¾⅓⅔⅕⅙⅛]|{FRACTION}|"
+    rf"(?<![0-9.^_])(?<![_^]\{{){MINUS}?\$?(?:(?:[0-9]{{1,9}}\s?)?[¼½¾⅓⅔⅕⅙⅛]|{FRACTION}|"
     rf"[0-9]{{1,9}}\s?{FRACTION}|[0-9]{{1,9}} [0-9]{{1,9}}/[0-9]{{1,9}}|"
     rf"[0-9]{{1,3}}(?::[0-9]{{1,2}}){{1,2}}(?![0-9])|"
     rf"(?:{DIGITS}|\.[0-9]+)(?:\s?(?:\\times|\\cdot|[×x*])\s?(?:10|\{{10\}})\^"
     rf"(?:\{{\s?[-+−]?[0-9]{{1,6}}\s?\}}|[-+−]?[0-9]{{1,6}})|"
     rf"[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+|\^(?:\{{-?[0-9]{{1,6}}\}}|-?[0-9]{{1,6}}))?)(?:\s?\\?%)?"
 )
-MINUS_SIGN = re.compile(rf"{MINUS}(?:\s|\\,)?")
+MINUS_SIGN = re.compile(MINUS)
 MAX_LINE = 2001  # one more than an answer may have: what is longer is too large, and is said to be
 
 
@@ -49,7 +52,7 @@ def extract_answer(completion: str) -> str | None:
         last = match
     if last is None:
         return None
-    formula = _formula_around(completion, last.start())
+    formula = _formula_around(completion, last.end() - 1)
     if formula:
         return formula
     number = MINUS_SIGN.sub("-", last.group().replace("$", "").replace("{10}^", "10^"))

@@ -36,7 +36,7 @@ COMMANDS = {
     "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom", "bigcup": "cup", "backslash": "setminus",
     "textdegree": "^\\circ ",
     "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
-    "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ",", "tan": "tan",
+    "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ";", "tan": "tan",
     "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
     "gt": ">", "underline": "", "checkmark": "", "blacksquare": "", "square": "", "euro": "", "pounds": "",
     "dollar": "",
@@ -50,6 +50,7 @@ FUNCTIONS = word_set(
 UNITS = word_set(
     "cm mm km nm ft in inch inches foot feet yd yards mi mile miles kg mg lb lbs oz ml sec secs second seconds "
     "min mins minute minutes hr hrs hour hours day days week weeks month months year years mph kph kmh hz khz "
+    "kmph sqft sqcm sqm mbps "
     "mhz pa kpa ev kev mev kj kw kwh mol rad radians radian degree degrees meter meters metre metres liter "
     "liters litre litres gram grams cent cents dollar dollars usd square cubic sq cu unit units people ways "
     "way points point apples percent pct per kelvin joule joules watt watts newton newtons volt volts pounds "
@@ -116,7 +117,7 @@ OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\(
 COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
 DEGREES_ABOVE = re.compile(r"\\frac\s*\{([^{}]*)\^\s*\{?\\circ\s*\}?\s*\}\s*\{([^{}]*)\}")
 QUOTIENT_BEFORE_FACTOR = re.compile(
-    r"(?<![0-9A-Za-z.^_/}\\])([0-9]{1,9}|[a-z])/([0-9]{1,9})\s+(?=[A-Za-z(]|\\(?:sqrt|sin|cos|pi))"
+    r"(?<![0-9A-Za-z.^_/}\\])([0-9]{1,9}|[a-z])/([0-9]{1,9})\s+(?![msghJNWVKLAC]\s*$)(?=[A-Za-z(]|\\(?:sqrt|sin|cos|pi))"
 )
 IDLE = re.compile(r"\\(?:begin|end)\{(?:aligned|align|equation|gathered)\*?\}&?|\\phantom\s*(?:\{[^{}]*\}|-)")
 LONE_NUMBER = re.compile(r"(\\text\s*\{[^{}]*\}\s*|[,(]\s*|^)\{\s*(-?[0-9.]+)\s*\}")
@@ -299,11 +300,17 @@ def _texts(text: str) -> str:
     text = UNIT_LETTER.sub(r"\\text{\1}\2", "".join(parts))
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
     text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
-    text = BETWEEN.sub(lambda m: "," if m.start() > 0 and m.end() < len(m.string) else m.group(), text)
+    text = BETWEEN.sub(lambda m: _separator(m) if m.start() > 0 and m.end() < len(m.string) else m.group(), text)
     return re.sub(
         r"\\text\{(hundred|thousand|million|billion|trillion)\b ?([^{}]*)\}",
         lambda m: f"\\cdot 10^{SCALES[m.group(1)]}" + (f"\\text{{{m.group(2)}}}" if m.group(2) else ""), text,
     )  # fmt: skip
+
+
+def _separator(match: re.Match) -> str:
+    """`;` for "or": of inequalities it is another set than "and"."""
+    words = match.group().lower()
+    return ";" if "or" in words and "and" not in words else ","
 
 
 def _plain(text: str) -> str:
@@ -334,7 +341,8 @@ def _word(match: re.Match) -> str:
         and not at_end
     ):
         return word  # a product of variables
-    if low not in UNITS and PRODUCT.fullmatch(word):
+    spaced = before[-1:].isdigit() and match.string[match.start() - 1].isspace()  # 60 kmph, not 2abcd
+    if low not in UNITS and not spaced and PRODUCT.fullmatch(word):
         return word
     if word in ENVIRONMENTS:
         return word

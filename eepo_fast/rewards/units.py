@@ -62,7 +62,7 @@ NO_UNIT = word_set(
     "! dozen dozens score scores pair pairs half halves third thirds quarter quarters not or and wrong minus plus less "
     "fewer more times over under twice double doubled triple hundred thousand million billion trillion hundredth "
     "hundredths tenth tenths except but negative false no none incorrect divided multiplied factorial gross "
-    "root roots tens ones lakh crore"
+    "tens ones lakh crore"
 )
 ORDINAL = re.compile(
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*(?:teen|tie|dred|sand|illion))ths?|[a-z]*illions?"
@@ -223,7 +223,8 @@ def same_unit(gold: str, answer: str) -> bool:
     if not gold or not answer:
         words = set(re.findall(r"[a-z]+|!", (gold + answer).lower())) - {"text"}
         squared = words & {"squared", "cubed"} and not (words - {"squared", "cubed"})
-        other_number = words & NO_UNIT or any(map(ORDINAL.fullmatch, words))
+        power = words & {"root", "roots"} and words & {"square", "cube", "cubic"}
+        other_number = words & NO_UNIT or power or any(map(ORDINAL.fullmatch, words))
         return not (squared or other_number or (words and not words - IDLE))
     return unit_words(gold) == unit_words(answer)
 
