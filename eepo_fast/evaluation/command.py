@@ -323,6 +323,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         (out / "completions").mkdir(parents=True, exist_ok=True)
         if path.is_file():
             before = _read_settings(path)
+            if settings.keys() - before.keys():
+                raise UserError(
+                    f"--out: {out} holds an evaluation of an earlier version or another kind; choose another folder"
+                )
             changed = [key for key in settings | before if before.get(key) != settings.get(key)]
             if changed:  # the first says most: of another template, its name before the digests of its prompts
                 raise UserError(
