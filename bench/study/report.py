@@ -34,9 +34,17 @@ from numbers_of import (
     text,
 )
 from run import KS, SMALLEST_RATIO, STRONG, best_value, stage_ratio
+from why import Pair, why
 
 METRICS = ("greedy", "pass@1", "pass@16")
 BY_SET = ("greedy", *(f"pass@{k}" for k in KS), "unique")
+STAGE_COLUMNS = {
+    "entropy (mnat)": ("entropy/stage", 1000, 1),
+    "reward (%)": ("reward/stage", 100, 1),
+    "tokens": ("length/stage", 1, 2),
+    "clipped (%)": ("policy/clip_fraction_stage", 100, 2),
+}
+"""{what: (metric's key without the stage, factor, digits)}."""
 EXPLORED = {"7e-3": "final_0.007", "5e-3": "final_0.005"}
 """The runs of the seeds before FIRST_SEED, by η; GRPO's are with the first."""
 
@@ -89,14 +97,14 @@ def stages(final: Final) -> list[str]:
         if "entropy/stage2" not in next(iter(runs.values())).get("curves", {}):
             continue
         cells = []
-        for key, factor in (("entropy", 1000), ("reward", 100), ("length", 1)):
+        for key, factor, digits in STAGE_COLUMNS.values():
             for stage in (1, 2):
-                mean = statistics.fmean(mean_of(r, f"{key}/stage{stage}") for r in runs.values())
-                cells.append(f"{factor * mean:.{2 if key == 'length' else 1}f}")
+                mean = statistics.fmean(mean_of(r, f"{key}{stage}") for r in runs.values())
+                cells.append(f"{factor * mean:.{digits}f}")
         gate = statistics.fmean(mean_of(r, "unlearn/active_fraction") for r in runs.values())
         moved = [mean_of(r, "unlearn/kl") for r in runs.values() if "unlearn/kl" in r["curves"]]  # the gate opened
         rows.append([name, *cells, f"{gate:.2f}", f"{statistics.fmean(moved):.4f}" if moved else ""])
-    heads = [f"{what}, stage {stage}" for what in ("entropy (mnat)", "reward (%)", "tokens") for stage in (1, 2)]
+    heads = [f"{what}, stage {stage}" for what in STAGE_COLUMNS for stage in (1, 2)]
     return table(["method", *heads, "share forgotten", "KL of the step, nats a token"], rows)
 
 
@@ -179,6 +187,12 @@ def mass_table(content: dict) -> list[str]:
         f"{text(wrong)}.",
         "",
     ]
+
+
+def pairs_of(out: Path, final: Final) -> list[Pair]:
+    """(EEPO's run, GRPO's) of every seed at the η that was taken, those of the exploration too."""
+    every = (load_runs(out, EXPLORED["7e-3"]), final)
+    return [(runs["eepo"][s], runs["grpo"][s]) for runs in every for s in runs["eepo"] if s in runs["grpo"]]
 
 
 def explored(out: Path) -> list[str]:
@@ -266,6 +280,7 @@ def page(out: Path) -> str:
         parts += ["## Where the mass goes", f"One forget step on {mass['prompts_a_step']} prompts from the policy that "
                   f"GRPO ends with, {len(mass['prompts'])} prompts in all, 128 new samples of each before and after.",
                   "", *mass_table(mass), "![mass](figure4_mass.png)", ""]  # fmt: skip
+        parts += [(Path(__file__).parent / "why.md").read_text(), *why(pairs_of(out, final))]
     if "eepo" in taken(out):
         figures.sweeps(out, out / "figure5_sweeps.png", METHODS, taken(out))
     parts += [

@@ -1,0 +1,57 @@
+"""Why the policy's own reward is a little lower with EEPO: what the seeds in which it costs more have in common."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+from claims import training_entropy
+from numbers_of import MEASURES, Run, interval, mean_of, score, text
+
+Pair = tuple[Run, Run]
+"""EEPO's run and GRPO's of one seed."""
+
+CAUSES: dict[str, Callable[[Run, Run], float]] = {
+    "share of tokens that the gate lets forget": lambda eepo, grpo: mean_of(eepo, "unlearn/active_fraction"),
+    "KL of the step, nats a token": lambda eepo, grpo: mean_of(eepo, "unlearn/kl"),
+    "stage 2's reward over stage 1's": lambda eepo, grpo: (
+        mean_of(eepo, "reward/stage2") / mean_of(eepo, "reward/stage1")
+    ),
+    "share of stage 2's tokens that are clipped": lambda eepo, grpo: mean_of(eepo, "policy/clip_fraction_stage2"),
+    "entropy kept in training, over GRPO's, mnat": lambda eepo, grpo: training_entropy(eepo) - training_entropy(grpo),
+}
+PERIODS = {"1 to 15": slice(0, 3), "16 to 75": slice(3, 15), "76 to 150": slice(15, 30)}
+"""Iterations, as points of a curve."""
+
+
+def own_reward(eepo: Run, grpo: Run) -> float:
+    return MEASURES["reward, stage 1"](eepo) - MEASURES["reward, stage 1"](grpo)
+
+
+def greedy(eepo: Run, grpo: Run) -> float:
+    return score(eepo, "in", "greedy") - score(grpo, "in", "greedy")
+
+
+def correlation(xs: list[float], ys: list[float]) -> tuple[float, float, float]:
+    """Pearson's, with the 95% interval of Fisher's z."""
+    r = float(np.corrcoef(xs, ys)[0, 1])
+    half = statistics.NormalDist().inv_cdf(0.975) / math.sqrt(len(xs) - 3)
+    return r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
+
+
+def why(pairs: list[Pair]) -> list[str]:
+    """Correlations over seeds, and when in training the difference comes."""
+    effects = [[effect(*pair) for pair in pairs] for effect in (own_reward, greedy)]
+    lines = ["| of a seed | mean | correlation with stage 1's reward over GRPO's | with greedy over GRPO's, `in` |"]
+    lines += ["| --- | ---: | ---: | ---: |"]
+    for name, cause in CAUSES.items():
+        xs = [cause(*pair) for pair in pairs]
+        found = [text(correlation(xs, ys), 2) for ys in effects]
+        lines.append(f"| {name} | {statistics.fmean(xs):.3g} | {' | '.join(found)} |")
+    lines += ["", "| iterations | stage 1's reward over GRPO's, points |", "| --- | ---: |"]
+    for name, period in PERIODS.items():
+        means = [[statistics.fmean(run["curves"]["reward/stage1"][period]) for run in pair] for pair in pairs]
+        lines.append(f"| {name} | {text(interval([100 * (eepo - grpo) for eepo, grpo in means]))} |")
+    return [*lines, ""]
