@@ -12,6 +12,8 @@ Deviations from the paper:
   weighs one token mean against another; with several updates an iteration each gets its share of the samples.
 - The entropy compared is the mean entropy of the policy over the tokens that the last iteration's update was on (with
   EEPO also those of stage 2, in replace mode the replacing ones too), and 0 before the first, as released.
+- Only right samples are in the term: with a `reward.function` that gives negative rewards, those samples are left out,
+  where the formula's expectation is over all.
 - Without a right sample there is no term (the released code stops there).
 
 The samples come from θ: they are drawn before anything is forgotten.

@@ -109,7 +109,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _tables(args: argparse.Namespace) -> int:
     from eepo_fast.evaluation.tables import join
 
-    print(join([Path(out).expanduser() for out in args.outs], args.metric))
+    print(join([Path(out).expanduser() for out in args.outs], args.metric, args.format))
     return 0
 
 
@@ -245,6 +245,9 @@ def make_parser() -> argparse.ArgumentParser:
     tables = commands.add_parser("tables", help="several evaluations of the same sets", epilog=TABLES_EXAMPLE)
     tables.add_argument("outs", nargs="+", metavar="OUT", help="what --out of an evaluation was: a row of the table")
     tables.add_argument("--metric", default="greedy", help="greedy (the default), pass@8, ...")
+    tables.add_argument(
+        "--format", choices=["markdown", "csv", "json"], default="markdown", help="markdown: in percent"
+    )
     tables.set_defaults(run=_tables)
     data = commands.add_parser("data", help="prepare data", epilog=PREPARE_EXAMPLE)
     kinds = data.add_subparsers(dest="what", required=True)

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from eepo_fast.types import Problem, Prompt, UserError
 ARITHMETIC = "arithmetic"
 BASE = "arithmetic-base"  # model.path of the base that warmup.py teaches this task
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
 THOUSANDS = re.compile(r"[-+]?\$?[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
+# Some chat templates write the day, and a run that is resumed on another one would read other prompts than it began
+# with. It is the day that Llama 3's template has where it is told none.
+TODAY = datetime(2024, 7, 26)
 # Names under which model families keep their end-of-turn token.
 STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
@@ -215,7 +220,10 @@ def render(template: str, problem: str, tokenizer: Any) -> str:
 
         messages = [{"role": "user", "content": f"{problem}\n{BOXED}"}]
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime,
+                date_string=TODAY.strftime("%d %b %Y"),
+            )  # fmt: skip
         except TemplateError as error:
             raise UserError(
                 f"data.template: the tokenizer's chat template cannot render a problem alone: {error}; use another"
@@ -228,6 +236,10 @@ def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) ->
     if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "data.template: `chat` needs a tokenizer with a chat template, and this one has none; use another"
+        )
+    if config.template == "chatml" and CHATML not in tokenizer.get_vocab():
+        raise UserError(
+            f"data.template: `chatml` needs a tokenizer with {CHATML}, and this one reads it as plain text; use another"
         )
     # A chat template writes its special tokens itself; elsewhere the tokenizer adds its own (Llama's begin of text).
     add_special_tokens = config.template != "chat"

@@ -6,6 +6,9 @@ Deviations from the paper:
 - Eq. 8 gives no value for ε_L and ε_R: 1e-4 each, our choice.
 - Algorithm 1 and Eq. 9-11 disagree on the sign of the forget step. Eq. 11's ascent on log(1 - p) is the one that makes
   sampled tokens less likely, and the one used.
+- Eq. 5 divides by the window's length always; here a window that is cut off at a response's start is the mean of what
+  is in it, for the first tokens would else always pass for sure ones.
+- The exponent of Eq. 2's KL estimate is kept within ±10: one token must not make an infinite loss.
 
 Shapes: N tokens of a micro-batch, n of them in a chunk.
 """

@@ -22,7 +22,6 @@ from numbers_of import (
     interval,
     load_runs,
     mean_curve,
-    median_of,
     paired,
     score,
 )
@@ -183,21 +182,22 @@ def sampled(run: Run) -> float:
     return float(np.mean(curves["tokens/generated"]) + np.mean(curves.get("tokens/aepo", 0.0)))
 
 
-def costs(final: Final, path: Path) -> None:
-    """Figure 8: seconds of an iteration against GRPO's median, tokens sampled, and the completions' length, each run a
-    dot at its median or mean."""
+def costs(final: Final, ratios: dict[str, list[float]], path: Path) -> None:
+    """Figure 8: seconds of an iteration against GRPO's (ratios, by method), tokens sampled, and the completions'
+    length, each pair or run a dot."""
     names = [n for n in COLOURS if n in final and n != "base"]
-    grpo = statistics.median(median_of(run, "time/iteration_s") for run in final["grpo"].values())
     panels = {
-        "seconds of an iteration, GRPO = 1\n(beside other work: see the page)":
-            lambda run: median_of(run, "time/iteration_s") / grpo,
-        "tokens sampled an iteration": sampled,
-        f"tokens of an answer, last {LAST * EVERY} iterations": lambda run: ending(run, "length/mean"),
+        "seconds of an iteration, GRPO = 1": ratios,
+        "tokens sampled an iteration": {name: list(map(sampled, final[name].values())) for name in names},
+        f"tokens of an answer, last {LAST * EVERY} iterations":
+            {name: [ending(run, "length/mean") for run in final[name].values()] for name in names},
     }  # fmt: skip
     figure, axes = _axes(3, 1, 0.28 * len(names) + 1.2, sharey=True)
-    for axis, (title, value) in zip(axes.flat, panels.items(), strict=True):
+    for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
         for i, name in enumerate(names):
-            found = list(map(value, final[name].values()))
+            found = values.get(name)
+            if not found:
+                continue
             axis.barh(i, statistics.median(found), color=COLOURS[name], alpha=0.5)
             axis.plot(found, [i] * len(found), ".", color=COLOURS[name], markersize=4)
         axis.set_title(title, fontsize=9)

@@ -31,7 +31,7 @@ class Method:
     key: str
     """Swept, on the tuning seeds."""
     values: tuple[float, ...]
-    """Four for every method, the paper's among them."""
+    """Four for every method that is swept."""
     num_seeds: int = 5
     fixed: tuple[str, ...] = ()
     follows: str = ""

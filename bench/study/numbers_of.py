@@ -112,11 +112,6 @@ def plain(triple: tuple[float, ...], digits: int = 1) -> str:
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def median_of(run: Run, key: str) -> float:
-    """Of a curve's points: of times, a machine that stood still for a while must not count."""
-    return statistics.median(v for v in run["curves"][key] if v is not None)
-
-
 def mean_curve(runs: dict[int, Run], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(mean, half width of the 95% interval) over seeds, point by point; NaN where no seed has a value."""
     columns = [run["curves"][key] for run in runs.values() if key in run["curves"]]

@@ -44,7 +44,7 @@ SMALLEST_RATIO = 0.9
 FORGET_STEP = "eepo.learning_rate"
 OPEN = "unlearn/active_fraction"
 EVERY = 5  # iterations averaged into one point of a curve
-PHASES = ["base", "tune", "mass", "final", "targets", "targets_strong"]
+PHASES = ["base", "tune", "mass", "final", "targets", "targets_strong", "seconds"]
 TARGETS = {"targets": (0.15, 0.25, 0.35, 0.45, 0.55), "targets_strong": (0.16, 0.2, 0.24, 0.28)}
 STRONG = ["aepo.coef=3", "aepo.temperature_high=1.6"]  # a term that can hold entropy up where training takes it down
 
@@ -92,7 +92,7 @@ def plan(out: Path, phase: str, names: list[str]) -> list[tuple[str, float | Non
     if phase == "tune":
         return [(n, v, s) for n in names for s in TUNING_SEEDS for v in METHODS[n].values]
     if phase in TARGETS:
-        return [("aepo", target, seed) for seed in (0, 1, 2) for target in TARGETS[phase]]
+        return [("aepo", target, seed) for seed in (0, 1, 2) for target in TARGETS[phase] if "aepo" in names]
     most = max(METHODS[n].num_seeds for n in names)
     return [(n, None, FIRST_SEED + k) for k in range(most) for n in names if k < METHODS[n].num_seeds]
 
@@ -249,6 +249,11 @@ def main() -> None:
             file, overrides = args.out / "forget_mass.json", {n: choose(args.out, n) for n in (SHARED, "eepo")}
             if not measured(file, overrides):
                 write(file, overrides)
+            continue
+        if phase == "seconds":
+            from seconds import measure
+
+            measure(args.out / "seconds.json", {name: choose(args.out, name) for name in [SHARED, *args.methods]})
             continue
         if phase == "tune":  # leaders first: their followers' sweeps start from what they chose
             for leader in (SHARED, *dict.fromkeys(m.follows for m in METHODS.values() if m.follows)):

@@ -18,6 +18,7 @@ Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+COLDEST_OF_VLLM = 0.01  # it samples at this temperature where less is asked for
 SHARE_OF_PROMPTS = 4  # aepo.mode: replace draws groups for the first quarter of the prompts
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -248,11 +249,15 @@ class Config(Section):
             self.rollout.engine == "vllm" or not self.rollout.sleep,
             "rollout.sleep: expected false with rollout.engine=hf, found true: only vllm can sleep",
         )
-        _require(
-            self.rollout.engine == "hf" or self.rollout.temperature >= 0.01,
-            f"rollout.temperature: expected at least 0.01 with rollout.engine=vllm, found {self.rollout.temperature}: "
-            "vLLM samples at 0.01 where less is asked for",
-        )
+        coldest = {"rollout.temperature": self.rollout.temperature}
+        if self.aepo.enabled:
+            coldest["aepo.temperature_low"] = self.aepo.temperature_low
+        for key, value in coldest.items():
+            _require(
+                self.rollout.engine == "hf" or value >= COLDEST_OF_VLLM,
+                f"{key}: expected at least {COLDEST_OF_VLLM} with rollout.engine=vllm, found {value}: "
+                f"vLLM samples at {COLDEST_OF_VLLM} where less is asked for",
+            )
         self._check_engines()
         if self.eepo.enabled:
             _require(

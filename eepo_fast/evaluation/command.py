@@ -22,7 +22,8 @@ from typing import Any
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, make_config
 from eepo_fast.config.files import merge, read_override
-from eepo_fast.data import ARITHMETIC, BASE, iter_jsonl, stop_token_ids
+from eepo_fast.config.schema import COLDEST_OF_VLLM
+from eepo_fast.data import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
 from eepo_fast.display import Display
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
@@ -103,6 +104,12 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         found |= {"run": state["config"]["run"]["name"], "step": state["step"]}
     else:
         values = {"model": {"path": path}, "data": {"train": "unused"}}
+        for key in ("data.numbers", "data.max_number") if path == BASE else ():
+            if not any(text.startswith(f"{key}=") for text in overrides):
+                raise UserError(
+                    f"--model: {BASE} is taught one task, and {key} is not given; add the demo's data.numbers=3 "
+                    "data.max_number=9, or another one's"
+                )
     for text in overrides:
         section = text.partition(".")[0]
         if section not in SECTIONS:
@@ -115,9 +122,9 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
 
 
 def family_template(model, tokenizer) -> str:
-    """The prompt of the model's family, as the recipe has them: ChatML for Qwen, the tokenizer's own chat template
-    where it has one, else question and answer."""
-    if "qwen" in model.config.model_type:
+    """The prompt of the model's family, as the recipe has them: ChatML for Qwen (not for what was distilled into one
+    with another tokenizer), the tokenizer's own chat template where it has one, else question and answer."""
+    if "qwen" in model.config.model_type and CHATML in tokenizer.get_vocab():
         return "chatml"
     return "chat" if getattr(tokenizer, "chat_template", None) else "question_answer"
 
@@ -136,6 +143,11 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         model, tokenizer, config, device = load_for_sampling(config, options, display)
         if guessed:
             config = with_template(config, family_template(model, tokenizer))
+        if config.rollout.engine == "vllm" and options.temperature < COLDEST_OF_VLLM and num_samples:
+            raise UserError(
+                f"--temperature: expected at least {COLDEST_OF_VLLM} with rollout.engine=vllm, which samples at that "
+                f"where less is asked for, found {options.temperature}; greedy completions are made without it"
+            )
     from eepo_fast.run import eos_of, make_engine, positions
 
     stops = tuple(stop_token_ids(tokenizer, eos_of(model)))

@@ -93,7 +93,12 @@ class PeriodicEvaluation:
             file = folder / f"{eval_set.name}.jsonl"
             with closing(make_answer_grader(eval_set.task, self.config.reward)) as grader:
                 rows[eval_set.name] = sample_set(sampler, grader, prompts, evaluation.samples, file=file)
-        results = make_results(f"{self.config.run.name}, step {step}", {"step": step}, rows, evaluation.k)
+        settings = {
+            "step": step, "samples": evaluation.samples, "temperature": self.sampling.temperature,
+            "template": self.config.data.template, "max_new_tokens": self.sampling.max_new_tokens,
+            "grading": self.config.reward.mode, "data": {s.name: s.sha256 for s, _ in self.sets},
+        }  # fmt: skip
+        results = make_results(self.config.run.name, settings, rows, evaluation.k)
         if policy.world.is_main:
             write_results(folder, results)
         metrics = {"time/evaluation_s": time.perf_counter() - started}

@@ -66,6 +66,11 @@ def find_prepared(name: str, source: str, folder: Path = FOLDER) -> Path | None:
         raise UserError(f"evaluation data {name}: {source} is prepared as {names}; use one of these names, or the file")
     if not chosen:
         return None
+    if chosen[0].name != name and chosen[0].split != "test":  # what was made to train on is not meant
+        raise UserError(
+            f"evaluation data {name}: {source} is prepared as {chosen[0].name}, of split {chosen[0].split}; use that "
+            f"name if it is meant, or run `eepo-fast data prepare {name}={source}`"
+        )
     file = folder / f"{chosen[0].name}.jsonl"
     check(file, chosen[0])
     return file

@@ -28,11 +28,13 @@ def make_results(model: str, settings: dict[str, Any], sets: dict[str, list[Row]
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """results.json, results.csv and results.md."""
+    """results.csv, results.md and, once they are there, results.json: with it an evaluation is done."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
     (folder / "results.md").write_text(to_markdown(results), encoding="utf-8")
+    temporary = folder / "results.tmp"
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / "results.json")
 
 
 def cells(results: dict[str, Any], metric: str) -> list[dict[str, float] | None]:
@@ -92,14 +94,17 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Percent, with 95% bootstrap intervals over problems. {settings}.", ""])
 
 
-def join(folders: Sequence[Path], metric: str) -> str:
-    """A Markdown table of one metric in percent: a row an evaluation, a column a set, and the average. UserError where
-    they are not of the same sets, graded in the same mode."""
+def join(folders: Sequence[Path], metric: str, form: str = "markdown") -> str:
+    """A table of one metric: a row an evaluation, a column a set, and the average; percent in Markdown, fractions in
+    csv and json. UserError where they are not of the same sets, graded in the same mode, sampled at the same
+    temperature."""
     found = [_read_results(folder) for folder in folders]
     for folder, results in zip(folders, found, strict=True):
-        for key in ("data", "grading"):
+        for key in ("data", "grading", "temperature"):
             mine, first = (_of_sets(r, key) for r in (results, found[0]))
-            if mine != first:
+            # greedy completions have no temperature, and of completions made elsewhere it is not known
+            matters = key != "temperature" or (metric != "greedy" and None not in (mine, first))
+            if matters and mine != first:
                 raise UserError(
                     f"tables: {folder} and {folders[0]} cannot be compared: expected the same {key}, found {mine} and "
                     f"{first}"
@@ -109,13 +114,33 @@ def join(folders: Sequence[Path], metric: str) -> str:
             raise UserError(f"--metric: {folder} has no {metric} on all of its sets; it has {known}")
     names = list(found[0]["sets"])
     models = [", step ".join(str(x) for x in (r["model"], r["settings"].get("step")) if x is not None) for r in found]
-    lines = [f"| {NAMES.get(metric, metric)}, percent | " + " | ".join([*names, "average"]) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(names) + 1))
+    rows = []
     for model, folder, results in zip(models, folders, found, strict=True):
         parts = [*(results["sets"][name]["metrics"][metric] for name in names), results["average"][metric]]
         label = model if models.count(model) == 1 else f"{model} ({folder})"
-        lines.append(f"| {label} | " + " | ".join(f"{100 * cell['value']:.1f}" for cell in parts) + " |")
+        rows.append([label, *(cell["value"] for cell in parts)])
+    return FORMS[form](metric, [*names, "average"], rows)
+
+
+def _as_json(metric: str, columns: list[str], rows: list[list]) -> str:
+    content = [{"model": label, metric: dict(zip(columns, values, strict=True))} for label, *values in rows]
+    return json.dumps(content, indent=1)
+
+
+def _as_csv(metric: str, columns: list[str], rows: list[list]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([[metric, *columns], *rows])
+    return out.getvalue().rstrip()
+
+
+def _as_markdown(metric: str, columns: list[str], rows: list[list]) -> str:
+    lines = [f"| {NAMES.get(metric, metric)}, percent | " + " | ".join(columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    lines += [f"| {label} | " + " | ".join(f"{100 * v:.1f}" for v in values) + " |" for label, *values in rows]
     return "\n".join(lines)
+
+
+FORMS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
 
 
 def _of_sets(results: dict[str, Any], key: str) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -208,16 +209,23 @@ def flat(config):
     return {f"{s}.{k}": json.dumps(v) for s, part in config.model_dump().items() for k, v in part.items()}
 
 
-def test_overlays_change_what_their_names_say():
+@pytest.mark.parametrize("base", ["configs/demo.yaml", "configs/qwen2.5-3b.yaml"])
+def test_overlays_change_what_their_names_say(base):
     found = sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))
     assert found == sorted(DIFFERENCES)
-    base = str(ROOT / "configs/demo.yaml")
-    eepo = flat(load_config([base, str(ROOT / "configs/methods/eepo.yaml")], []))
+    base = str(ROOT / base)
+    one_device = ["train.engine=torch"] if "qwen" in base else []
+    eepo = flat(load_config([base, str(ROOT / "configs/methods/eepo.yaml")], one_device))
     for name, expected in DIFFERENCES.items():
-        mine = flat(load_config([base, str(ROOT / f"configs/methods/{name}.yaml")], []))
+        overlay = ROOT / f"configs/methods/{name}.yaml"
+        mine = flat(load_config([base, str(overlay)], one_device))
         changed = {key: json.loads(value) for key, value in mine.items() if value != eepo[key]}
         assert changed == expected, name
-        assert (ROOT / f"configs/methods/{name}.yaml").read_text().startswith("# "), "its head says what differs"
+        assert overlay.read_text().startswith("# "), "its head says what differs"
+        if one_device:
+            refused = "Needs train.engine=torch" in overlay.read_text()
+            with pytest.raises(UserError, match=r"use train\.engine=torch") if refused else nullcontext():
+                load_config([base, str(overlay)], [])
 
 
 def test_a_random_direction_is_as_long_as_the_gradient(make_policy, make_rollouts, test_config):

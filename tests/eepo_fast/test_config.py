@@ -64,6 +64,14 @@ def test_mistakes_are_named(override, words):
     assert words in complaint(override)
 
 
+@pytest.mark.parametrize(
+    "overrides", [["rollout.temperature=0.001"], ["aepo.temperature_low=0.001", "aepo.enabled=true"]]
+)
+def test_temperatures_that_vllm_does_not_have(overrides):
+    key = overrides[0].partition("=")[0]
+    assert f"{key}: expected at least 0.01 with rollout.engine=vllm" in complaint("rollout.engine=vllm", *overrides)
+
+
 def test_odd_groups_are_fine_without_eepo():
     assert load_config([], [*REQUIRED, "rollout.group_size=7", "eepo.enabled=false"]).rollout.group_size == 7
 

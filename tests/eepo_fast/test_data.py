@@ -179,6 +179,20 @@ def test_a_template_that_cannot_render_is_named(test_config, tokenizer):
             make_prompts([Problem("a", "1", "1")], test_config(data={"template": "chat"}).data, broken)
 
 
+def test_chat_templates_write_the_same_day_always(test_config, tokenizer):
+    """Llama 3's asks for the day; a run that goes on tomorrow must read today's prompts."""
+    dated = copy.deepcopy(tokenizer)
+    for content, day in (("{{ strftime_now('%d%m%y') }}", "260724"), ("{{ date_string[:2] }}", "26")):
+        dated.chat_template = content
+        prompts, _ = make_prompts([Problem("a", "1", "1")], test_config(data={"template": "chat"}).data, dated)
+        assert prompts[0].text == day
+
+
+def test_chatml_needs_its_tokens(test_config, tokenizer):
+    with pytest.raises(UserError, match="`chatml` needs a tokenizer with "):
+        make_prompts([Problem("a", "1", "1")], test_config(data={"template": "chatml"}).data, tokenizer)
+
+
 def test_an_empty_prompt_is_named(test_config):
     empty = lambda text, add_special_tokens: {"input_ids": []}  # noqa: E731
     with pytest.raises(UserError, match="problem a gives an empty prompt"):

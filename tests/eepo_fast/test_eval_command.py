@@ -6,10 +6,12 @@ import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eepo_fast.cli import main
+from eepo_fast.evaluation.command import family_template
 from eepo_fast.rollout.hf import HfEngine
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,25 @@ def test_the_procedural_task_is_asked_as_it_is_taught(base, tmp_path):
     assert given == guessed
 
 
+def test_the_base_of_the_task_is_told_which_task(tmp_path, capsys):
+    data = ["--data", "t=arithmetic:3:9:5", "--out", str(tmp_path / "o")]
+    assert main(["eval", "--model", "arithmetic-base", *data, "data.numbers=3"]) == 2
+    assert "--model: arithmetic-base is taught one task, and data.max_number is not given" in complaint(capsys)
+
+
+def test_chatml_is_guessed_where_the_tokenizer_has_it(tokenizer):
+    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+    assert family_template(model, tokenizer) == "question_answer"
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"<|im_start|>": 1}, chat_template="x")
+    assert family_template(model, tokenizer) == "chatml"
+
+
+def test_temperatures_that_vllm_does_not_have(base, tmp_path, capsys):
+    more = ["--n", "2", "--k", "2", "--temperature", "0.001", "rollout.engine=vllm"]
+    assert evaluate(base, tmp_path / "o", *more) == 2
+    assert "--temperature: expected at least 0.01 with rollout.engine=vllm" in complaint(capsys)
+
+
 def test_progress_is_told_inside_a_part(base, tmp_path, monkeypatch):
     told = []
 
@@ -144,6 +165,7 @@ def test_a_run_its_evaluations_and_a_checkpoint(base, tmp_path, capsys):
         f"model.path={base}", f"run.root={tmp_path}", "run.name=r", "train.iterations=3", "data.num_rows=64",
         "train.prompts_per_iteration=4", "train.prompts_per_update=4", "rollout.group_size=4", "checkpoint.every=1",
         "checkpoint.keep=9",
+        "eepo.alpha=9",  # every token may be forgotten
         "evaluation.every=2", "evaluation.data.test=arithmetic:3:9:20", "evaluation.k=[1,2]",
     ]  # fmt: skip
     assert main(["train", str(ROOT / "configs/demo.yaml"), *overrides]) == 0
@@ -151,8 +173,13 @@ def test_a_run_its_evaluations_and_a_checkpoint(base, tmp_path, capsys):
     rows = rows_of(run / "metrics.jsonl")
     assert ["eval/test/greedy" in row for row in rows] == [False, True, True], "every second, and after the last"
     assert sorted(p.name for p in (run / "evaluations").iterdir()) == ["step_000002", "step_000003"]
+    assert not any(row["unlearn/skipped"] for row in rows), "there were forgetful weights"
     kept = rows_of(run / "evaluations" / "step_000003" / "test.jsonl")
     assert len(kept) == 60
+    capsys.readouterr()
+    assert main(["tables", *(str(run / f"evaluations/step_00000{k}") for k in (2, 3)), "--metric", "pass@2"]) == 0
+    assert "| r, step 2 | " in capsys.readouterr().out
+    assert "grading strict" in (run / "evaluations/step_000003/results.md").read_text()
     # what the policy answered, not the forgetful engine: a fresh evaluation of its checkpoint says the same
     assert main(["eval", "--model", str(run), "--data", "test=arithmetic:3:9:20", "--k", "1,2", "--out",
                  str(tmp_path / "o")]) == 0  # fmt: skip
@@ -241,9 +268,10 @@ def evaluated(folder, model, values, **settings):
 
     rows = {
         name: [
-            {"id": f"{name}{i}", "sample": None, "completion": "", "num_tokens": 3, "finished": True, "status": "ok",
+            {"id": f"{name}{i}", "sample": sample, "completion": "", "num_tokens": 3, "finished": True, "status": "ok",
              "reward": float(i < value)}
             for i in range(8)
+            for sample in (None, 0)
         ]
         for name, value in values.items()
     }  # fmt: skip
@@ -265,6 +293,15 @@ def test_evaluations_side_by_side(tmp_path, capsys):
     text = (second / "results.md").read_text()
     assert "| mean length of all completions, tokens | 3 | 3 | |" in text and "| cut off, of all completions |" in text
     assert ",length," in (second / "results.csv").read_text()
+    assert main(["tables", str(first), str(second), "--format", "csv"]) == 0
+    assert list(csv.reader(capsys.readouterr().out.splitlines())) == [
+        ["greedy", "math500", "amc23", "average"], ["base", "0.25", "0.5", "0.375"],
+        ["eepo, step 50", "0.375", "0.75", "0.5625"],
+    ]  # fmt: skip
+    assert main(["tables", str(first), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"model": "base", "greedy": {"math500": 0.25, "amc23": 0.5, "average": 0.375}}
+    ]
     same = evaluated(tmp_path / "c", "base", {"math500": 8, "amc23": 8})
     assert main(["tables", str(first), str(same)]) == 0 and f"| base ({same}) | 100.0" in capsys.readouterr().out
 
@@ -275,13 +312,14 @@ def test_evaluations_side_by_side(tmp_path, capsys):
         ({"a": 1}, {"data": {"a": 64 * "1"}}, [], "cannot be compared: expected the same data, found {'a': '111111111"),
         ({"b": 1}, {}, [], "expected the same data, found {'b'"),
         ({"a": 1}, {"grading": "paper"}, [], "expected the same grading, found paper and strict"),
+        ({"a": 1}, {"temperature": 0.6}, ["--metric", "pass@1"], "expected the same temperature, found 0.6 and 1.0"),
         ({"a": 1}, {}, ["--metric", "pass@8"], "--metric: "),
         (None, {}, [], "results.json cannot be read: No such file"),
         ({"a": 1}, {"data": None}, [], "is not the results of `eepo-fast eval`"),
     ],
 )
 def test_evaluations_that_cannot_be_compared(tmp_path, capsys, values, settings, more, message):
-    first = evaluated(tmp_path / "a", "base", {"a": 2})
+    first = evaluated(tmp_path / "a", "base", {"a": 2}, temperature=1.0)
     second = evaluated(tmp_path / "b", "eepo", values, **settings) if values else tmp_path / "none"
     assert main(["tables", str(first), str(second), *more]) == 2
     assert message in complaint(capsys)
@@ -427,6 +465,10 @@ def test_which_of_two_prepared_sets_is_meant(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert grade(file, [f"c={source}"], tmp_path / "p") == 2
     assert "is prepared as a (split train), b (split test)" in complaint(capsys)
+    Path("data/b.manifest.json").rename("data/b.json")
+    assert grade(file, [f"c={source}"], tmp_path / "q") == 2
+    assert "c: " in (message := complaint(capsys)) and "is prepared as a, of split train; use that name" in message
+    Path("data/b.json").rename("data/b.manifest.json")
     Path("data/foreign.manifest.json").write_text("{}")
     assert grade(file, [f"b={source}"], tmp_path / "o") == 0, "another program's file is passed over"
     Path("data/b.manifest.json").write_text("{")
