@@ -232,6 +232,7 @@ def results(out: Path, final: Final) -> list[str]:
         *claims(final["eepo"], final["grpo"]),
         "",
         *((Path(__file__).parent / "findings.md").read_text().splitlines()),
+        "",
         "## What the paper says, and what showed here",
         *verdicts(final, PAPER, "the paper says"),
         "",
