@@ -70,7 +70,7 @@ def weights_of(folder, step):
 
 @pytest.mark.fault(22)
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
-    """EEPO with AEPO: sampled text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
+    """EEPO with AEPO: text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
     common = (f"run.root={tmp_path}", "train.prompts_per_update=8", "checkpoint.keep=9", "aepo.enabled=true")
     alone = train(*common, "run.name=one", "train.iterations=3")
     assert alone.returncode == 0, alone.stderr[-3000:]
