@@ -71,7 +71,8 @@ def weights_of(folder, step):
 @pytest.mark.fault(22)
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     """EEPO with AEPO: text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
-    common = (f"run.root={tmp_path}", "train.prompts_per_update=8", "checkpoint.keep=9", "aepo.enabled=true")
+    common = (f"run.root={tmp_path}", "train.prompts_per_iteration=16", "train.prompts_per_update=8")
+    common += ("checkpoint.keep=9", "aepo.enabled=true", "aepo.num_samples=16")
     alone = train(*common, "run.name=one", "train.iterations=3")
     assert alone.returncode == 0, alone.stderr[-3000:]
     sharded = (*common, "run.name=two", "train.engine=deepspeed")
@@ -84,6 +85,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         assert read(one, step) == read(two, step)
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 3
+    assert all(row["aepo/grad_norm"] > 0 and row["unlearn/active_fraction"] > 0 for row in rows[0])
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
         for key in a:
