@@ -95,7 +95,7 @@ def paired(
 
 def text(triple: tuple[float, ...], digits: int = 1) -> str:
     mean, low, high = triple[:3]
-    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"{mean:+z.{digits}f} ({low:+z.{digits}f} to {high:+z.{digits}f})"
 
 
 def by_step(prompts: list[dict], values: list[float]) -> list[float]:
