@@ -49,7 +49,7 @@ METHODS = {
     "more_rollouts": Method("rollout.group_size", (10, 12, 16, 24)),
     "aepo": Method("aepo.coef", (0.03, 0.1, 0.3, 1.0), fixed=AEPO),
     "eepo_aepo": Method("aepo.coef", (0.03, 0.1, 0.3, 1.0), fixed=AEPO, follows="eepo"),
-    "eepo_nll": Method("eepo.learning_rate", (3e-2, 1e-1, 3e-1, 1.0)),  # its gradient is some thirty times shorter
+    "eepo_nll": Method("eepo.learning_rate", (3e-2, 1e-1, 3e-1, 1.0)),  # its gradient is twenty to thirty times shorter
     "eepo_always": Method("eepo.learning_rate", ETAS),
     "eepo_multistep": Method("eepo.learning_rate", (3e-4, 1e-3, 2e-3, 3e-3)),
     "eepo_iteration_gate": Method("eepo.learning_rate", ETAS),

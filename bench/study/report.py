@@ -189,10 +189,10 @@ def mass_table(content: dict) -> list[str]:
     ]
 
 
-def pairs_of(out: Path, final: Final) -> list[Pair]:
-    """(EEPO's run, GRPO's) of every seed at the η that was taken, those of the exploration too."""
+def pairs_of(out: Path, final: Final, name: str) -> list[Pair]:
+    """(the method's run, GRPO's) of every seed at the η that was taken, those of the exploration too."""
     every = (load_runs(out, EXPLORED["7e-3"]), final)
-    return [(runs["eepo"][s], runs["grpo"][s]) for runs in every for s in runs["eepo"] if s in runs["grpo"]]
+    return [(runs[name][s], runs["grpo"][s]) for runs in every for s in runs[name] if s in runs["grpo"]]
 
 
 def explored(out: Path) -> list[str]:
@@ -259,7 +259,8 @@ def results(out: Path, final: Final) -> list[str]:
         "",
         "## Cost",
         "Seconds: each method in turns with GRPO, nothing beside them, the first iterations from the base; the median "
-        f"of {PAIRS} pairs and their range. The gate is open for a third of the tokens there, for a half at the end; "
+        f"of {PAIRS} pairs and their range (a higher temperature or clip and the entropy term do the work of GRPO: "
+        "theirs is the noise of a pair). The gate is open for a third of the tokens there, for a half at the end; "
         "`bench/bench_iteration.py` has EEPO's cost in parts.",
         "",
         *costs(final, ratios),
@@ -284,7 +285,8 @@ def page(out: Path) -> str:
         parts += ["## Where the mass goes", f"One forget step on {mass['prompts_a_step']} prompts from the policy that "
                   f"GRPO ends with, {len(mass['prompts'])} prompts in all, 128 new samples of each before and after.",
                   "", *mass_table(mass), "![mass](figure4_mass.png)", ""]  # fmt: skip
-        parts += [(Path(__file__).parent / "why.md").read_text(), *why(pairs_of(out, final))]
+        pairs, random_step = (pairs_of(out, final, name) for name in ("eepo", "eepo_random"))
+        parts += [(Path(__file__).parent / "why.md").read_text(), *why(pairs, random_step)]
     if "eepo" in taken(out):
         figures.sweeps(out, out / "figure5_sweeps.png", METHODS, taken(out))
     parts += [
