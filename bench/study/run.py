@@ -233,7 +233,7 @@ def main() -> None:
     study_base()
     if args.job:
         phase, name, value, seed = args.job
-        one_run(args.out, phase, name, None if value == "None" else float(value), int(seed))
+        one_run(args.out, phase, name, None if value == "None" else json.loads(value), int(seed))
         return
     for phase in args.phase:
         if phase == "base":
