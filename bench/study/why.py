@@ -11,7 +11,7 @@ from claims import training_entropy
 from numbers_of import MEASURES, Run, interval, mean_of, score, text
 
 Pair = tuple[Run, Run]
-"""EEPO's run and GRPO's of one seed."""
+"""A method's run, EEPO's where nothing else is said, and GRPO's of one seed."""
 
 KEPT = "entropy kept in training, over GRPO's, mnat"
 CAUSES: dict[str, Callable[[Run, Run], float]] = {
