@@ -44,14 +44,13 @@ def _train(args: argparse.Namespace) -> int:
     from eepo_fast.distributed import start_world
     from eepo_fast.run import train
 
-    world = start_world()
-    if together:
-        with world.agree():
-            config = _load_config(args)
-    folder = train(config, resume=args.resume, world=world)
-    if world.is_main:
-        print(f"run folder: {folder}")
-    world.close()
+    with start_world() as world:
+        if together:
+            with world.agree():
+                config = _load_config(args)
+        folder = train(config, resume=args.resume, world=world)
+        if world.is_main:
+            print(f"run folder: {folder}")
     return 0
 
 
@@ -100,9 +99,8 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     if args.mode is not None:
         options.overrides.append(f"reward.mode={args.mode}")
-    world = start_world()
-    evaluate_model(args.model, options, world, Display() if world.is_main else Display.silent())
-    world.close()
+    with start_world() as world:
+        evaluate_model(args.model, options, world, Display() if world.is_main else Display.silent())
     return 0
 
 
@@ -188,11 +186,10 @@ def _profile(args: argparse.Namespace) -> int:
 
     if args.iterations < 1 or args.skip < 0:
         raise UserError(f"--iterations: expected at least 1, and --skip 0, found {args.iterations} and {args.skip}")
-    world = start_world()
     command = [sys.executable, "-m", "eepo_fast.cli", *(args.argv or sys.argv[1:])]
     capture = Capture(args.iterations, args.skip, Path(args.out).expanduser(), args.nsys, command)
-    profile(config, capture, world, Display() if world.is_main else Display.silent())
-    world.close()
+    with start_world() as world:
+        profile(config, capture, world, Display() if world.is_main else Display.silent())
     return 0
 
 

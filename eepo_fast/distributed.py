@@ -72,9 +72,13 @@ class World:
             error = found
         self.check(error)
 
-    def close(self) -> None:
-        if dist.is_initialized():  # an engine that shuts down may have ended it
-            dist.destroy_process_group()
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Whatever ends the block, the process groups are closed: their threads must not meet the interpreter's end,
+        which would turn the exit code into that of an abort."""
+        close_groups(failed=kind is not None)
 
     def wait(self) -> None:
         if self.size > 1:
@@ -96,7 +100,8 @@ def launched_ranks() -> int:
 
 
 def start_world() -> World:
-    """Join the other processes of torchrun, if there are any, and take this rank's device."""
+    """Join the other processes of torchrun, if there are any, and take this rank's device. As a context manager the
+    world closes its process groups, whichever way it is left."""
     os.environ.setdefault(
         "DS_ACCELERATOR", default_device().type
     )  # else deepspeed, where installed, says what it found
@@ -110,6 +115,17 @@ def start_world() -> World:
         dist.init_process_group(backend, timeout=DEVICE_TIMEOUT)
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), group)
+
+
+def close_groups(*, failed: bool = False) -> None:
+    """End every process group of this process. failed: other ranks may be inside a collective that this one will not
+    join; a device's is aborted then, for its orderly end would wait for them."""
+    if not dist.is_initialized():  # an engine that shuts down may have ended them
+        return
+    if failed and torch.cuda.is_available():
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def listen_on_loopback() -> None:

@@ -24,7 +24,7 @@ from eepo_fast.display import Display
 from eepo_fast.distributed import World
 from eepo_fast.plan import check_world
 from eepo_fast.rewards import make_grader
-from eepo_fast.run import load_parts
+from eepo_fast.run import loaded_parts
 from eepo_fast.types import UserError
 
 MIB = 2**20
@@ -89,8 +89,7 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
     with closing(grader):
         with world.agree():
             grader.start()
-        parts = load_parts(config, grader, world, display)
-        with closing(parts.engine):
+        with loaded_parts(config, grader, world, display) as parts:
             trainer = parts.trainer(config, grader, entering=peaks.enter)
             for i in range(capture.skip):
                 display.say(f"iteration {i + 1} of {capture.skip} to warm up")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,9 @@ class Parts:
         )
 
 
-def load_parts(config: Config, grader: Grader, world: World, display: Display) -> Parts:
-    """Load data and models; UserError, on all ranks, before anything is written."""
+@contextmanager
+def loaded_parts(config: Config, grader: Grader, world: World, display: Display) -> Iterator[Parts]:
+    """Load data and models; UserError, on all ranks, before anything is written. The engine is closed afterwards."""
     with world.agree():
         if config.rollout.engine == "vllm":
             import_vllm()
@@ -114,10 +116,11 @@ def load_parts(config: Config, grader: Grader, world: World, display: Display) -
     with world.agree() if config.rollout.engine == "hf" else nullcontext():
         longest = max(len(p.token_ids) for p in (*prompts, *evaluation.prompts))
         engine = make_engine(config.rollout, model, tokenizer, longest)
-    policy, reference = make_policies(config, model, tokenizer, world)
-    parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
-    _check_engine(parts, config.rollout.temperature)
-    return parts
+    with closing(engine):
+        policy, reference = make_policies(config, model, tokenizer, world)
+        parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
+        _check_engine(parts, config.rollout.temperature)
+        yield parts
 
 
 def _digest(content: object) -> str:
@@ -289,48 +292,50 @@ def _run(
     """Load everything, then write the run's folder, then train, from checkpoint `folder` where there is one."""
     run_dir = config.run_dir
     watchdog.enter("loading")
-    parts = load_parts(config, grader, world, display)
-    total = num_iterations(config, len(parts.prompts))
-    if folder is not None:
-        _check_same_inputs(folder, parts.fingerprint, config)
-    state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
-    owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
-    if state.step >= total and not owed:
-        display.say(f"run {run_dir} is finished")
-        return
-    with world.agree():
-        if world.is_main:
-            with one_line_errors(run_dir):
-                _write_folder(config, state)
-    with world.agree():
-        if not (run_dir / "config.yaml").is_file():
-            raise UserError(
-                f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see what "
-                f"rank 0 has written to {run_dir}; give a path on a shared file system"
+    with loaded_parts(config, grader, world, display) as parts:
+        total = num_iterations(config, len(parts.prompts))
+        if folder is not None:
+            _check_same_inputs(folder, parts.fingerprint, config)
+        state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
+        owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
+        if state.step >= total and not owed:
+            display.say(f"run {run_dir} is finished")
+            return
+        with world.agree():
+            if world.is_main:
+                with one_line_errors(run_dir):
+                    _write_folder(config, state)
+        with world.agree():
+            if not (run_dir / "config.yaml").is_file():
+                raise UserError(
+                    f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see "
+                    f"what rank 0 has written to {run_dir}; give a path on a shared file system"
+                )
+        if resume:
+            display.say(
+                f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting"
             )
-    if resume:
-        display.say(f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting")
-    writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
-    writer.saved_step = state.step
-    watched = display.training(config.run.name, state.step, total)
-    logged = Trackers(chosen_trackers(config) if world.is_main else {}, state.step, display.warn)
-    with closing(parts.engine), closing(writer), listening() as request, logged as trackers, watched as show:
+        writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
+        writer.saved_step = state.step
+        watched = display.training(config.run.name, state.step, total)
+        logged = Trackers(chosen_trackers(config) if world.is_main else {}, state.step, display.warn)
+        with closing(writer), listening() as request, logged as trackers, watched as show:
 
-        def entering(phase: str) -> None:
-            watchdog.enter(f"{phase} of iteration {state.step + 1}")
-            show.phase(phase)
+            def entering(phase: str) -> None:
+                watchdog.enter(f"{phase} of iteration {state.step + 1}")
+                show.phase(phase)
 
-        meeting = Meeting(world, writer, request, display)
-        trainer = parts.trainer(config, grader, state=state, entering=entering, between=meeting)
-        loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
-        try:
-            loop.run(show)
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            watchdog.let_it_end()
-            write_ending(run_dir, *ending_of(error), step=state.step, total=total)
-            raise
+            meeting = Meeting(world, writer, request, display)
+            trainer = parts.trainer(config, grader, state=state, entering=entering, between=meeting)
+            loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
+            try:
+                loop.run(show)
+            except (Interrupted, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                watchdog.let_it_end()
+                write_ending(run_dir, *ending_of(error), step=state.step, total=total)
+                raise
 
 
 def _write_folder(config: Config, state: TrainerState) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from test_vllm_engine import MODELS, REQUESTS, SAMPLING, forget, gap, gradient_of, make_model, moved, sync, weights_of
 
+from eepo_fast.distributed import start_world
 from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import EngineError
@@ -34,7 +35,6 @@ def same_bits(plan, weights, gradient):
 
 
 def main(family):
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     assert family in MODELS
     model = make_model(family)
@@ -89,4 +89,5 @@ def main(family):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with start_world():
+        main(sys.argv[1])

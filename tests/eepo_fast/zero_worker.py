@@ -171,8 +171,7 @@ def compare(found, expected):
     return {k: float((found[k] - v).norm() / v.norm().clamp_min(1e-30)) for k, v in expected.items()}
 
 
-def main():
-    world = start_world()
+def main(world):
     report = {}
     for family, dtype, stage, packing, tokens, checkpointing, *offload in json.loads(sys.argv[1]):
         config = make_config({
@@ -215,4 +214,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with start_world() as world:
+        main(world)
