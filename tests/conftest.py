@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Tests run in several processes side by side, and their matrices are small: a thread each, for what they start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -17,14 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.checkpoint import CheckpointWriter
 from eepo_fast.config import RunConfig, make_config
+from eepo_fast.distributed import close_groups
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
 from eepo_fast.warmup import make_tokenizer
-
-torch.set_num_threads(2)
 
 # The contract: what every row of metrics.jsonl has.
 METRIC_KEYS = [
@@ -111,6 +113,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_sessionfinish(session, exitstatus):
     """EEPO_FORBID_SKIPS=1: a skipped test fails the session, so that CI cannot pass by lacking a tool."""
+    close_groups()  # a sharded policy alone in this process has opened one
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("EEPO_FORBID_SKIPS") and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = 1

@@ -117,3 +117,26 @@ def test_constraints_name_versions_and_no_place():
     lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+
+
+def worlds_left_open(text):
+    """Lines that join other processes outside a `with`, which closes the process groups whatever happens."""
+    tree = ast.parse(text)
+    within = {id(item.context_expr) for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name == "init_process_group" or (name == "start_world" and id(node) not in within):
+                yield node.lineno
+
+
+def test_whoever_joins_a_world_closes_it():
+    everything = [p for room in ("eepo_fast", "kernels", "bench", "tests") for p in (ROOT / room).rglob("*.py")]
+    opening = {p.relative_to(ROOT).as_posix() for p in everything if any(worlds_left_open(p.read_text("utf-8")))}
+    assert opening == {"eepo_fast/distributed.py"}, "start_world and lone_group, which close_groups closes"
+    assert list(
+        worlds_left_open("with start_world() as w:\n    f(w)\nw = start_world()\ndist.init_process_group()")
+    ) == [
+        3,
+        4,
+    ]

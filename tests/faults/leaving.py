@@ -1,0 +1,69 @@
+"""Two forked ranks leave `eepo-fast train` in every way there is: leaving.py FOLDER [--open]. Prints, as JSON, each
+rank's exit code and whether its process group was closed before its interpreter ended, by way. --open: the first way
+alone, with a world that closes nothing, the negative control."""
+
+import atexit
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from eepo_fast import cli, distributed, run
+from eepo_fast.types import Interrupted, UserError
+
+CONFIG = Path(__file__).parents[2] / "configs/demo.yaml"
+WAYS = {  # what rank 1 raises, and rank 0, which else waits for it
+    "it ends": (None, None),
+    "a user's error on all ranks": (UserError("no such file", shared=True), UserError("no such file", shared=True)),
+    "a user's error on one rank": (UserError("no such file"), None),
+    "an exception": (RuntimeError("a bug"), None),
+    "an interrupt": (KeyboardInterrupt(), None),
+    "a signal": (Interrupted("SIGTERM"), Interrupted("SIGTERM")),
+    "sys.exit in a user's function": (SystemExit(3), None),
+}
+
+
+def leave(errors, config, *, resume, world):
+    world.gather("both are here")
+    if error := errors[1 - world.rank]:
+        raise error
+    world.gather("and both go on")
+    return config.run_dir
+
+
+def note(path):
+    path.write_text(json.dumps(not dist.is_initialized()))
+
+
+def be(rank, way, folder):
+    """This process's life as a rank; does not return."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    meeting = f"file://{folder}/{list(WAYS).index(way)}"  # no port that another test may take
+    dist.init_process_group = partial(dist.init_process_group, init_method=meeting, rank=rank, world_size=2)
+    run.train = partial(leave, WAYS[way])
+    atexit.register(note, folder / f"{way} {rank}")
+    sys.exit(cli.main(["train", str(CONFIG)]))
+
+
+def main():
+    folder, ways = Path(sys.argv[1]), list(WAYS)
+    if "--open" in sys.argv:
+        distributed.close_groups = lambda **options: None
+        ways = ways[:1]
+    found = {}
+    for way in ways:
+        pids = []
+        for rank in range(2):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                be(rank, way, folder)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        found[way] = [(code, json.loads((folder / f"{way} {rank}").read_text())) for rank, code in enumerate(codes)]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Whichever way a rank leaves, it closes what it opened, and its exit code is the one that was meant."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent / "leaving.py"
+CODES = {  # of rank 0, and of rank 1
+    "it ends": (0, 0),
+    "a user's error on all ranks": (2, 2),
+    "a user's error on one rank": (1, 2),  # rank 0 loses it, and says so with a traceback
+    "an exception": (1, 1),
+    "an interrupt": (1, 130),
+    "a signal": (143, 143),
+    "sys.exit in a user's function": (1, 3),
+}
+
+
+def leave(folder, *options):
+    command = [sys.executable, str(SCRIPT), str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_every_way_out_closes_the_process_group(tmp_path):
+    found, errors = leave(tmp_path)
+    assert {way: tuple(code for code, _ in ranks) for way, ranks in found.items()} == CODES
+    assert all(closed for ranks in found.values() for _, closed in ranks)
+    assert "terminate called" not in errors
+
+
+def test_a_world_that_closes_nothing_is_noticed(tmp_path):
+    """Negative control. Its exit code depends on who is faster: threads of the group, or the interpreter's end."""
+    found, _ = leave(tmp_path, "--open")
+    assert [closed for _, closed in found["it ends"]] == [False, False]
