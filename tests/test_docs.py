@@ -198,7 +198,13 @@ def how(words):
     return known[first]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def takes_long(command):
+    """Ranks of torchrun, an import of DeepSpeed, or every test imported; the first of each kind is quick enough."""
+    kinds = ("torchrun", "configs/qwen2.5-3b.yaml", "pytest")
+    return any(k in command and command != next(c for c in COMMANDS if k in c) for k in kinds) or "pytest" in command
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * takes_long(c)) for c in COMMANDS])
 def test_every_documented_command_runs(command, place):
     words = list(COMMANDS[command])
     if words[0] == "torchrun" or "torchrun" in words:

@@ -31,8 +31,11 @@ def import_vllm():
         ) from None
     if not torch.cuda.is_available():
         import vllm._custom_ops
+        from vllm.model_executor.layers import utils
 
-        vllm._custom_ops._supports_onednn = False  # its prepacking empties the weights that updates are written into
+        # prepacking, of all linear layers or of small ones with AMX, empties the weights that updates are written into
+        vllm._custom_ops._supports_onednn = False
+        utils._CPU_SGL_GEMM_MAX_WEIGHT_BYTES = -1
     return vllm
 
 

@@ -262,6 +262,7 @@ def late_entropy(make_trainer, target, **changes):
     return sum(found[20:]) / 20
 
 
+@pytest.mark.slow
 def test_entropy_follows_the_target(make_trainer):
     """Four targets on both sides of where the model is; without the term it stays there."""
     assert late_entropy(make_trainer, 0.9, coef=0.0) == pytest.approx(1.7, abs=0.2)

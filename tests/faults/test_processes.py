@@ -238,6 +238,7 @@ def torchrun(make_run, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.fault(2)
 def test_a_rank_killed_in_its_step_is_restarted_and_ends_in_the_same_bits(torchrun, outcome, tmp_path, times, figure):
     """Against a run that nothing happened to."""
@@ -343,6 +344,7 @@ def test_a_hang_that_keeps_the_interpreter_is_ended(start, code_of, make_run):
     assert code_of(pid) == 1 and "Timeout" in errors.read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_to_two_ranks_saves_the_same_iteration_and_goes_on(torchrun, outcome, tmp_path, make_run):
     settings = ("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")
     config, code, printed, *_ = torchrun("nothing", *settings, signal_after=2)
