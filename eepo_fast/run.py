@@ -81,7 +81,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     """Load data and models; UserError, on all ranks, before anything is written. The engine is closed afterwards."""
     with world.agree():
         if config.rollout.engine == "vllm":
-            import_vllm()
+            import_vllm(deterministic=config.rollout.deterministic)
             if config.rollout.sleep and not torch.cuda.is_available():
                 raise UserError("rollout.sleep: expected false on a CPU, found true: vLLM sleeps on a GPU only")
         if config.train.engine == "deepspeed":
@@ -195,6 +195,7 @@ def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longe
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enable_sleep=rollout.sleep,
+        deterministic=rollout.deterministic,
         **settings,
     )
 
