@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,8 @@ def test_sync_forget_generate_sleep_wake(engine, device):
 
 
 def test_a_quorum_and_what_goes_on_under_forgetful_weights(engine, device):
-    policy, requests = make_policy(make_model(), device), requests_for(8)
+    policy = make_policy(make_model(), device)
+    requests = [replace(r, limits=(6, SAMPLING.max_new_tokens)) for r in requests_for(8)]
     sync(engine, policy, 1)
     rollouts = engine.generate(requests, SAMPLING, None, None, 0.5)
     cut = [r for r in rollouts if r.preempted]

@@ -157,7 +157,14 @@ class StubExecutor(Executor):
         return Late(output) if non_block else output
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None, non_block=False, **more):
-        assert method == "reset_mm_cache", f"nobody was expected to call {method}"
+        assert method in ("reset_mm_cache", "reset_encoder_cache"), f"nobody was expected to call {method}"
+
+    def sleep(self, level=1):
+        self.sleeping_tags = {"weights", "kv_cache"}
+        self.runner.slots.clear()  # the cache's memory is given back, whatever the scheduler thinks is in it
+
+    def wake_up(self, tags=None):
+        self.sleeping_tags = set()
 
     def check_health(self):
         pass
@@ -248,6 +255,7 @@ class Rehearsal:
         self.runner = self.core.model_executor.runner
         self.in_flight_at_reset = []
         self.wrong, self.num_preempted, self.num_cut = [], 0, 0
+        self.engine._enable_sleep = True  # which a CPU's vLLM refuses
         self.watch(fault)
 
     def watch(self, fault):
@@ -300,6 +308,12 @@ class Rehearsal:
         self.check("stage 1", requests, rollouts, mark, (version, False), whole=False)
         cut = [r for r in rollouts if r.preempted]
         self.num_cut += len(cut)
+        if version == 3:  # asleep with a batch in flight, and woken by sampling, then by an update
+            self.engine.sleep()
+            self.in_flight_asleep = len(self.core.batch_queue)
+            again = self.engine.generate(requests, SAMPLING)
+            self.check("woken", requests, again, mark, (version, False))
+            self.engine.sleep()
         mark = self.forget()
         rest = continuation(cut, SAMPLING.max_new_tokens, 0, version)
         requests = [*rest, *requests_for(4, 6, stage=2)]
@@ -334,6 +348,7 @@ class Rehearsal:
             "queue": self.core.batch_queue_size,
             "wrong": self.wrong,
             "in flight at a reset": max(self.in_flight_at_reset),
+            "in flight asleep": self.in_flight_asleep,
             "preempted": self.num_preempted,
             "cut at the quorum": self.num_cut,
             "sampled": self.runner.num_sampled,

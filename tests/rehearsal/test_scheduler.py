@@ -1,5 +1,6 @@
 """Our engine over vLLM's own scheduler and engine core, as they are on a GPU and never on a CPU: asynchronous, a batch
-in flight when `generate` returns and when the prefix cache is reset, sequences preempted for want of blocks."""
+in flight when `generate` returns, when the prefix cache is reset and when the engine sleeps, and too few blocks for all
+sequences."""
 
 import json
 import os
@@ -32,6 +33,7 @@ def test_versions_and_tokens_are_right_whatever_is_in_flight(found, model_runner
     assert isinstance(report, dict), report
     assert report["scheduler"] and report["queue"] == 2, "vLLM's asynchronous scheduler and its queue of batches"
     assert report["in flight at a reset"] > 0 and report["preempted"] > 0 and report["cut at the quorum"] > 0
+    assert report["in flight asleep"] > 0
     assert report["sampled"] > 1000 and report["wrong"] == []
 
 
