@@ -212,6 +212,19 @@ def samples(config: Config, machine: Machine) -> int:
     return -(-config.train.prompts_per_iteration * config.rollout.group_size // halves // engines)
 
 
+def wire_bytes(config: Config, micro_batches: float) -> float:
+    """A weight's, over a rank's link, in one update. DeepSpeed sums gradients by an all-reduce (twice their size): once
+    an update in stages 0 and 1, at every micro-batch in stage 2, which waits for it with `overlap_comm`, too. Stage 3
+    scatters them at every micro-batch, and gathers the weights for each pass forward and backward. Stages 1 and 2
+    gather the weights once an update. In the dtype computed with; stage 0 in fp32."""
+    stage, itemsize = config.train.zero_stage, 4 if config.model.dtype == "float32" else 2
+    if stage == 0:
+        return 2 * 4
+    if stage == 3:
+        return 3 * itemsize * micro_batches
+    return 2 * itemsize * (micro_batches if stage == 2 else 1) + itemsize
+
+
 def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     """Of an iteration's phases. Rollout: a step reads the weights and the cache once and multiplies a token a sequence;
     the stage lasts as long as its longest answer. Passes: 2 FLOP a weight and token forward, 4 backward, 2 again where
@@ -247,7 +260,12 @@ def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     if config.grpo.kl_coef:
         result["reference"] = forward
     updates = train.prompts_per_iteration // train.prompts_per_update
-    wire = (6 * shape.weights / machine.link_bytes_per_s if n > 1 else 0.0) * updates
+    wire = 0.0
+    if n > 1:
+        micro_batches = -(-tokens // (updates * max(train.micro_batch_tokens, prompt + mean)))
+        wire = updates * wire_bytes(config, micro_batches) * shape.weights / machine.link_bytes_per_s
+        if config.eepo.enabled:  # ∇L goes to its owners at every micro-batch, in fp32; half of the completions
+            result["unlearn"] += 4 * shape.weights * -(-updates * micro_batches // 2) / machine.link_bytes_per_s
     added = extra / completions if config.aepo.mode == "term" else 0.0  # else they replace others
     result["update"] = step * (1 + added) + wire + updates * 20 * shape.weights / n / machine.bytes_per_s
     result["sync"] = 6 * shape.weights / machine.bytes_per_s

