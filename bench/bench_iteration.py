@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.attention.varlen  # defines its operators
 import trl_peer
 from common import allocations, parser_with_defaults, record
 from models import SHAPES, make_model
@@ -68,6 +69,26 @@ def _(query, key, *rest, **more):
 def _(grad, query, key, *rest, **more):
     batch, heads, length, size = query
     return 10 * batch * heads * length * key[2] * size
+
+
+def addmm_flops(added, a, b, *rest, **more) -> int:
+    """PyTorch's own formula does not know the product with a dtype of its own, which the head has on a GPU."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@register_flop_formula(torch.ops.torch_attn._varlen_attn, get_raw=True)
+def _(query, key, value, boundaries, *rest, **more):
+    return attention_flops(query, boundaries, 4)
+
+
+@register_flop_formula(torch.ops.torch_attn._varlen_attn_backward, get_raw=True)
+def _(grad, query, key, value, out, lse, boundaries, *rest, **more):
+    return attention_flops(query, boundaries, 10)
+
+
+def attention_flops(query, boundaries, factor: int) -> int:
+    """As the formulas for a CPU count: all pairs of a sequence."""
+    return factor * query.shape[1] * query.shape[2] * sum(length**2 for length in boundaries.diff().tolist())
 
 
 def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt], *, checkpointing: bool) -> Trainer:
@@ -152,7 +173,7 @@ def cpu_seconds() -> float:
 
 def flops(trainer: Trainer) -> float:
     streams, trainer._stream = trainer._stream, lambda *sizes: None  # the counter does not see other threads
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm_flops}) as counter:
         trainer.iteration()
     trainer._stream = streams
     return counter.get_total_flops()

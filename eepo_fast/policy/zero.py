@@ -110,7 +110,8 @@ class ZeroPolicy:
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
         )
-        self.base_optimizer, self.scheduler = make_optimizer(model, optimizer)
+        self.fused = self.device.type == "cuda" and not train.offload_optimizer
+        self.base_optimizer, self.scheduler = make_optimizer(model, optimizer, fused=self.fused)
         with redirect_stdout(io.StringIO()):  # it prints what it builds
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
@@ -301,6 +302,7 @@ class ZeroPolicy:
             held = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for tensor in held:
             state = {key: torch.zeros_like(tensor) for key in MOMENTS[1:]}
-            self.base_optimizer.state[tensor] = {"step": torch.tensor(count), **state}
+            step = torch.tensor(count, device=tensor.device if self.fused else "cpu")
+            self.base_optimizer.state[tensor] = {"step": step, **state}
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()
