@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.attention.varlen  # defines its operators
 import trl_peer
 from common import allocations, parser_with_defaults, record
 from models import SHAPES, make_model
@@ -74,21 +73,6 @@ def _(grad, query, key, *rest, **more):
 def addmm_flops(added, a, b, *rest, **more) -> int:
     """PyTorch's own formula does not know the product with a dtype of its own, which the head has on a GPU."""
     return 2 * a[0] * a[1] * b[1]
-
-
-@register_flop_formula(torch.ops.torch_attn._varlen_attn, get_raw=True)
-def _(query, key, value, boundaries, *rest, **more):
-    return attention_flops(query, boundaries, 4)
-
-
-@register_flop_formula(torch.ops.torch_attn._varlen_attn_backward, get_raw=True)
-def _(grad, query, key, value, out, lse, boundaries, *rest, **more):
-    return attention_flops(query, boundaries, 10)
-
-
-def attention_flops(query, boundaries, factor: int) -> int:
-    """As the formulas for a CPU count: all pairs of a sequence."""
-    return factor * query.shape[1] * query.shape[2] * sum(length**2 for length in boundaries.diff().tolist())
 
 
 def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt], *, checkpointing: bool) -> Trainer:

@@ -105,8 +105,9 @@ class ZeroPolicy:
         self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
         self._parameters = dict(model.named_parameters())
         below_fp32 = compute_dtype != torch.float32
-        # DeepSpeed takes its masters from the weights rounded to 16 bits
-        masters = {n: p.detach().clone() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
+        # DeepSpeed takes its masters from the weights rounded to 16 bits. It gives each weight other memory for that;
+        # what they had is kept here as it is, not a second time.
+        masters = {n: p.detach() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
         )

@@ -31,6 +31,8 @@ def played(tmp_path_factory):
             ["unlearning", "unlearning", FEW, None],
             ["whole gradients", "unlearning", FEW, "whole_gradients"],
             ["trainer", "trainer", {}, None],
+            ["start", "start", {}, None],
+            ["whole copy", "start", {}, "whole_copy"],
             ["unpinned", "trainer", {}, "unpinned"],
         ],
     )
@@ -96,6 +98,14 @@ def test_the_gradient_of_unlearning_is_there_once(played):
     assert beyond(found, "batch 1") < beyond(found, "batch 0") - 0.1 * size
     layers = size - 1.16  # of the rest is one embedding, which is made whole in any case
     assert whole["gib"]["batch 1"]["peak"] - found["gib"]["batch 1"]["peak"] > 0.3 * layers
+
+
+def test_a_start_holds_one_model_on_the_host(played):
+    """Eight ranks of a host do so at once: with a copy each it would be twice as much."""
+    found, whole = played["start"], played["whole copy"]
+    assert found["devices"] == ["cuda"] and not found["reference_requires_grad"]
+    assert found["host_gib"] < 0.05 * found["model_gib"]
+    assert whole["host_gib"] > 0.9 * whole["model_gib"]
 
 
 def test_an_iteration_moves_what_it_moves_without_waiting(played):

@@ -1,6 +1,7 @@
 // One CUDA device that is not there. PyTorch's CPU build asks two registries what CUDA is: who switches devices and
 // streams, and whether there is a device. Both are empty there; with these two entries tensors of "cuda" under
 // FakeTensorMode, autograd and autocast work as they would beside a GPU. Nothing is computed on it.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -45,6 +46,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   c10::DeviceIndex current_device() const override { return 0; }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   int getNumGPUs() const override { return 1; }
   void deviceSynchronize(c10::DeviceIndex) const override {}
 };

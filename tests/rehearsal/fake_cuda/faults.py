@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from eepo_kernels import row_stats
 
+from eepo_fast import run
 from eepo_fast.policy import attention, micro_batches, plain
 
 
@@ -57,4 +59,31 @@ def unpinned():
     return replaced(micro_batches, "move", lambda t, device: t.to(device))
 
 
-FAULTS = {f.__name__: f for f in (whole_gradients, foreach_adamw, autocast_cache, two_dtypes, unaligned, unpinned)}
+def whole_copy():
+    """The reference is copied whole on the host before it is moved."""
+
+    def copied(model, device, dtype):
+        return copy.deepcopy(model).requires_grad_(False).to(device)
+
+    return replaced(run, "frozen_copy", copied)
+
+
+def flops_by_pytorch_alone():
+    import bench_iteration
+
+    counter = bench_iteration.FlopCounterMode
+    return replaced(bench_iteration, "FlopCounterMode", lambda display, **_: counter(display=display))
+
+
+def baseline_on_the_host():
+    randn = torch.randn
+    return replaced(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
+
+
+FAULTS = {
+    f.__name__: f
+    for f in (
+        whole_gradients, foreach_adamw, autocast_cache, two_dtypes, unaligned, unpinned, whole_copy,
+        flops_by_pytorch_alone, baseline_on_the_host,
+    )
+}  # fmt: skip

@@ -7,6 +7,7 @@ import ctypes
 import json
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])  # before torch
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     import device
 
     sys.path.append(str(device.SOURCE.parents[3] / "bench"))
+    sys.modules["trl_peer"] = SimpleNamespace(TRL=None)
     import scenes
     from faults import FAULTS
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from types import SimpleNamespace
+
 import torch
 from eepo_kernels import fused_linear_loss
+from faults import replaced
 from stage import StubEngine, StubGrader, StubTokenizer, make_model, make_rollouts, playing, read_config
 from tracing import GIB, Trace
 
+from eepo_fast import run
 from eepo_fast.config import EepoConfig, GrpoConfig, OptimizerConfig
+from eepo_fast.distributed import World
 from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.trainer import Trainer
@@ -42,6 +50,8 @@ def found_in(trace: Trace) -> dict:
         "attention": attention,
         "programs": {name: len(found.programs) for name, found in trace.launches.items()},
         "launches": {name: sum(found.programs.values()) for name, found in trace.launches.items()},
+        "updates": {str(operation): count for operation, count in trace.updates.items()},
+        "host_gib": trace.host_peak / GIB,
         "misaligned": {name: found.misaligned for name, found in trace.launches.items()},
         "kernel_dtypes": {
             name: sorted({part[0] for key in found.programs for part in key if part[0].startswith("torch.")})
@@ -115,7 +125,7 @@ def trainer(layers: int = 2) -> dict:
         reference = make_policy(config, frozen, **shared, optimizer=None, gradient_checkpointing=False)
         prompts = [Prompt(Problem(f"p{i}", "", "1"), "", [5] * 256) for i in range(4)]
         played = Trainer(
-            config, policy=made, reference=reference, engine=StubEngine(model, 512), grader=StubGrader(),
+            config, policy=made, reference=reference, engine=StubEngine(model), grader=StubGrader(),
             prompts=prompts, tokenizer=StubTokenizer(), stop_token_ids=[1],
         )  # fmt: skip
         trace.waits.clear()
@@ -124,4 +134,102 @@ def trainer(layers: int = 2) -> dict:
         return found_in(trace) | {"row": {k: v for k, v in row.items() if k.startswith(("unlearn/", "tokens/"))}}
 
 
-SCENES = {f.__name__: f for f in (head, policy, unlearning, trainer)}
+def start(layers: int = 4) -> dict:
+    """Policy and reference of one device, from a model on the host; more of the host than that model."""
+    config = read_config(MODEL, "train.engine=torch", "train.liger=false")
+    with playing() as trace:
+        model = make_model(config, MODEL, layers, device="cpu")
+        before = trace.alive["cpu"]
+        made, reference = run.make_policies(config, model, StubTokenizer(), World())
+        where = {p.device.type for m in (made.model, reference.model) for p in (*m.parameters(), *m.buffers())}
+        return {
+            "host_gib": (trace.host_peak - before) / GIB,
+            "model_gib": before / GIB,
+            "devices": sorted(where),
+            "reference_requires_grad": any(p.requires_grad for p in reference.model.parameters()),
+        }
+
+
+def passes(model: str, layers: int | None, checkpointing: bool, explain: bool = False) -> dict:
+    """A later micro-batch of an update: what is kept between its two passes, and the peak of each."""
+    config = read_config(model)
+    with playing() as trace:
+        made = make_policy(config, make_model(config, model, layers), gradient_checkpointing=checkpointing)
+        for parameter in made.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        rollouts = make_rollouts(4, LENGTH)
+        (micro,) = made.micro_batches(rollouts)
+        tokens = GrpoTokens.of(micro, {id(r): 1e-3 for r in rollouts}, {}, {})
+        trace.explained = Counter() if explain else None
+        with trace.phase("both"):
+            with trace.phase("forward"):
+                loss, _ = made.loss(micro, grpo_loss(GrpoConfig(kl_coef=0.0), tokens))
+            with trace.phase("backward"):
+                loss.backward()
+        forward, backward = trace.phases["forward"], trace.phases["backward"]
+        start = forward.start
+        found = {"static": start, "forward": forward.peak - start, "kept": backward.start - start}
+        found = {name: value / GIB for name, value in (found | {"backward": backward.peak - start}).items()}
+        return found | ({"at the peak": {w: n / GIB for w, n in trace.explained.most_common(25)}} if explain else {})
+
+
+class FirstTiming(Exception):
+    """A bench has come to what it measures."""
+
+
+def bench_iteration() -> dict:
+    """Models, trainers, and an iteration of each under the counter of FLOPs."""
+    import bench_iteration as bench
+    import models
+
+    models.SHAPES["rehearsed"] = (2048, 11008, 2, 16, 2, 151_936, True)
+    arguments = ["bench", "--model", "rehearsed", "--prompts", "2", "--group-size", "4"]
+    counted = {}
+
+    def flops(trainer, count=bench.flops) -> float:
+        name = "eepo" if trainer.config.eepo.enabled else "grpo"
+        counted[name] = count(trainer)
+        return counted[name]
+
+    def timed(*_):
+        raise FirstTiming
+
+    changes = {(sys, "argv"): arguments, (bench, "flops"): flops, (bench.Rounds, "ours"): timed}
+    changes[bench, "make_engine"] = lambda rollout, model, *_: StubEngine(model)
+    with playing() as trace, ExitStack() as changed:
+        for (owner, name), value in changes.items():
+            changed.enter_context(replaced(owner, name, value))
+        try:
+            bench.main()
+        except FirstTiming:
+            return found_in(trace) | {"flops": counted}
+    raise AssertionError("it measures nothing")
+
+
+def bench_weight_update() -> dict:
+    """The variants of `speed`, each once to warm up and once timed, over a plan like the engine's."""
+    import bench_weight_update as bench
+
+    with playing() as trace:
+        config = read_config(MODEL)
+        model = make_model(config, MODEL, 2)
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        views = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights.values()]
+        zeros = [0] * len(views)
+        plan = SimpleNamespace(
+            views=views, sources=lambda named: list(named.values()), keys=zeros, offsets=zeros,
+            row_strides=[w.shape[-1] for w in weights.values()],
+        )  # fmt: skip
+        held = dict(zip(weights, views, strict=True))
+        loader = SimpleNamespace(load_weights=lambda pairs: [held[name].copy_(w) for name, w in pairs])
+        llm = SimpleNamespace(collective_rpc=lambda *_, **__: None)
+        engine = SimpleNamespace(_plan=plan, _model=loader, llm=llm)
+        gradient = {name: torch.empty_like(w) for name, w in weights.items()}
+        before = trace.host_peak
+        bench.speed(model, engine, gradient, 1)
+        return found_in(trace) | {"host_gib": (trace.host_peak - before) / GIB}
+
+
+SCENES = {
+    f.__name__: f for f in (head, policy, unlearning, trainer, start, passes, bench_iteration, bench_weight_update)
+}

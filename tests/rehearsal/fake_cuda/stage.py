@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.attention.varlen  # defines its operators
-from eepo_kernels import ForgetStats, linear_chunks, linear_loss, row_stats, weight_update
+from eepo_kernels import ForgetStats, forget, linear_chunks, linear_loss, native, row_stats, sync, tensor_key
+from torch import nn
 from tracing import Launches, Trace
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -91,13 +92,19 @@ def playing(active: float = 1.0) -> Iterator[Trace]:
         for name in names:
             setattr(row_stats, name, trace.launches[name])
         linear_chunks.Pending.add_to = add_some
-        native, weight_update._use_native = weight_update._use_native, lambda *_: False
+        kept = {name: getattr(native, name) for name in ("library", "matrix_table", "run")}
+        native.library = lambda device_type: device_type
+        native.matrix_table = lambda dst, *_: dst
+        native.run = trace.weight_update
+        to, nn.Module.to = nn.Module.to, moved
         pool, background.ThreadPoolExecutor = background.ThreadPoolExecutor, Immediately
         try:
             yield trace
         finally:
-            linear_chunks.Pending.add_to, weight_update._use_native = add_to, native
-            background.ThreadPoolExecutor = pool
+            linear_chunks.Pending.add_to = add_to
+            for name, function in kept.items():
+                setattr(native, name, function)
+            background.ThreadPoolExecutor, nn.Module.to = pool, to
             for name, kernel in kernels.items():
                 setattr(row_stats, name, kernel)
 
@@ -108,31 +115,44 @@ def _attention_backward_bytes(grad, query, key, *_, **__) -> int:
     return query.numel() * 4 + (2 * 2 * query.numel() if key.shape[1] != query.shape[1] else 0)
 
 
-class StubEngine:
-    """16-bit weights on the device, and completions of a fixed length, the last of them preempted by a quorum."""
+def moved(self: nn.Module, *arguments, **options) -> nn.Module:
+    """Module.to: PyTorch's own swaps two tensors' insides, which those that are watched do not bear."""
+    known: dict[int, nn.Parameter] = {}
+    for module in self.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                there = p.detach().to(*arguments, **options)
+                known.setdefault(id(p), nn.Parameter(there, requires_grad=p.requires_grad))
+                module._parameters[name] = known[id(p)]
+        for name, b in module._buffers.items():
+            module._buffers[name] = b if b is None else b.to(*arguments, **options)
+    return self
 
-    def __init__(self, model, length: int):
+
+class StubEngine:
+    """16-bit weights on the device, and completions as long as they may be."""
+
+    def __init__(self, model):
         self.weights = {n: torch.empty_like(p, dtype=torch.bfloat16) for n, p in model.named_parameters()}
-        self.length, self.weights_version = length, WeightsVersion(0, False)
+        self.weights_version = WeightsVersion(0, False)
 
     def sync(self, weights, version) -> None:
         for bucket in weights:
-            for name, weight in bucket.items():
-                assert weight.device == self.weights[name].device, f"{name} on {weight.device}"
-                self.weights[name].copy_(weight)
+            sync([self.weights[name] for name in bucket], list(bucket.values()))
         self.weights_version = version
 
     def forget(self, gradient, *, eta, rounding, seed, step) -> ForgetStats:
-        for name, g in gradient.items():
-            assert g.device == self.weights[name].device and g.dtype == torch.float32 and g.is_contiguous(), name
         self.weights_version = self.weights_version._replace(forgotten=True)
-        return ForgetStats(torch.ones(4, dtype=torch.float64), sum(g.numel() for g in gradient.values()))
+        names, options = list(gradient), dict(eta=eta, rounding=rounding, seed=seed, step=step)
+        layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
+        return forget([self.weights[n] for n in names], list(gradient.values()), **layout, **options)
 
     def generate(self, requests, sampling, progress=None, finished=None, quorum=1.0) -> list[Rollout]:
         found = []
         for request in requests:
-            for index in request.sample_indices:
-                tokens, logprobs = [7] * self.length, [-1.0] * self.length
+            for k, index in enumerate(request.sample_indices):
+                length = request.limit(k, sampling)
+                tokens, logprobs = [7] * length, [-1.0] * length
                 version = self.weights_version
                 found.append(Rollout(request.prompt, request.stage, index, tokens, logprobs, version, True))
                 if finished:
