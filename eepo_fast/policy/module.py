@@ -51,6 +51,10 @@ class Policy(Protocol):
     def stream_tokens(self) -> int | None:
         """Tokens of a micro-batch that may be worked on while the engine samples; None where it has to wait."""
 
+    def pass_bytes(self, *, gradient: bool) -> float:
+        """What a micro-batch takes beside what stands: with its gradient, or for its log-probs alone. 0 where the
+        model's dimensions do not say."""
+
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
 

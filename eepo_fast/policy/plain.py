@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
+from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
@@ -94,6 +95,17 @@ class TorchPolicy:
     @property
     def stream_tokens(self) -> int | None:
         return self.batching["max_tokens"] if self.world.size == 1 else None
+
+    def pass_bytes(self, *, gradient: bool) -> float:
+        weight = next(self.model.parameters())
+        shape = Shape.of(self.model.config.to_dict())
+        if shape is None:
+            return 0.0
+        itemsize = AUTOCAST if self.module.autocast else weight.itemsize
+        where = (shape, self.batching["max_tokens"], itemsize, "cuda" if weight.is_cuda else "cpu")
+        if gradient:
+            return pass_bytes(*where, checkpointing=self.model.is_gradient_checkpointing)
+        return score_bytes(*where)
 
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
         """The same computation on another model of the same kind, without an optimizer."""

@@ -139,6 +139,9 @@ class ZeroPolicy:
     def stream_tokens(self) -> int | None:
         return None  # its ranks meet in every backward pass, and would have to agree on what has finished
 
+    def pass_bytes(self, *, gradient: bool) -> float:
+        return 0.0  # nobody asks: it does nothing beside sampling
+
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return my_micro_batches(rollouts, self.world, **self.batching)
 

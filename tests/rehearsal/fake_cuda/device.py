@@ -95,6 +95,7 @@ def attach() -> None:
     cuda.device_count, cuda.current_device = lambda: 1, lambda: 0
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.get_device_properties, cuda.get_device_name = lambda *_: properties, lambda *_: properties.name
+    cuda.mem_get_info, cuda.memory_snapshot = lambda *_: (MEMORY, MEMORY), lambda: []
     cuda.is_bf16_supported = lambda *_, **__: True
     cuda.is_current_stream_capturing = lambda: False
     cuda.Stream, cuda.Event = Stream, Event
