@@ -36,7 +36,9 @@ def speed(model, engine, gradient, repeats: int) -> dict:
     layout = dict(keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides, eta=3e-3)
     num_weights = sum(view.numel() for view in plan.views)
     # as many bytes as each update reads and writes: sync 4 + 2 a weight, forget 4 + 2 + 2
-    sources = {name: torch.randn(num_weights * size // 8) for name, size in (("sync", 6), ("forget", 8))}
+    device = plan.views[0].device
+    sizes = (("sync", 6), ("forget", 8))
+    sources = {name: torch.randn(num_weights * size // 8, device=device) for name, size in sizes}
     targets = {name: torch.empty_like(source) for name, source in sources.items()}
     backup = {name: torch.empty_like(w) for name, w in weights.items()}
 
@@ -127,7 +129,7 @@ def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
     # A training run's masters are off the bf16 grid, a checkpoint's mostly on it: a tenth of an ulp moves them off.
     generator = torch.Generator().manual_seed(0)
     masters = {
-        name: w * (1 + 2.0**-9 * 0.1 * torch.randn(w.shape, generator=generator))
+        name: w * (1 + 2.0**-9 * 0.1 * torch.randn(w.shape, generator=generator).to(w.device))
         for name, w in policy.named_weights().items()
     }
 

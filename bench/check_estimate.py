@@ -8,7 +8,8 @@ import torch
 from common import interleaved, parse_args, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eepo_fast.estimate import AUTOCAST, Shape, activation_bytes
+from eepo_fast.policy import footprint
+from eepo_fast.policy.footprint import AUTOCAST, Shape
 from eepo_fast.policy.micro_batches import collate
 from eepo_fast.policy.module import PolicyModule, prepare_model
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
@@ -85,7 +86,7 @@ def main() -> None:
                "seconds_over_estimate": rates[SETTINGS[0]] / rates[setting]}  # fmt: skip
         for name, (dtype, autocast, itemsize) in DTYPES.items():
             module, batch, shape = build(setting, dtype, autocast)
-            estimated = activation_bytes(shape, batch.input_ids.numel(), itemsize, checkpointing=False)
+            estimated = footprint.kept_bytes(shape, batch.input_ids.numel(), itemsize, checkpointing=False)
             estimated += 4 * shape.vocab_size * shape.hidden_size  # the head's gradient is made in the forward pass
             row[f"{name}_bytes_over_estimate"] = kept_bytes(module, batch) / estimated
         rows.append(row)

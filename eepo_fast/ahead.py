@@ -5,6 +5,7 @@ Unlearning does so too: unlearn.StreamedUnlearning.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from eepo_fast.config import Config
 from eepo_fast.distributed import World
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
+from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from eepo_fast.types import Grade, Rollout
+from eepo_fast.unlearn import StreamedUnlearning
 
 CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
 
@@ -30,6 +33,8 @@ class ScoredAhead:
         self.known: dict[int, tuple[Rollout, list[float]]] = {}
         """By id(), and with the rollout: another must not get its id()."""
         self.gave_up = False
+        self.put_off = 0
+        """Batches for which there was no room beside the engine; scored after the stage."""
         self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._score, batch))
 
     def take(self, rollout: Rollout) -> None:
@@ -38,8 +43,12 @@ class ScoredAhead:
 
     def _score(self, batch: list[Rollout]) -> None:
         try:
-            if not self.gave_up:
+            if self.gave_up:
+                return
+            if self.background.has_room(self.policy.pass_bytes(gradient=False)):
                 self._remember(batch)
+            else:
+                self.put_off += 1
         except torch.OutOfMemoryError:  # beside the engine; there is room when it sleeps
             self.gave_up = True
 
@@ -52,6 +61,33 @@ class ScoredAhead:
         self.background.wait()
         self._remember([r for r in rollouts if id(r) not in self.known])
         return {id(r): self.known[id(r)][1] for r in rollouts if id(r) in self.known}
+
+
+class Yielding:
+    """An engine's sampling, where something else has memory beside it: if it runs out, that is given up, and sampling
+    begins again, once. Seeds are a request's own, so that the same comes of it."""
+
+    def __init__(self, engine: RolloutEngine, give_up: Callable[[list[Rollout]], None]):
+        """give_up: told what has been handed over, which does not count."""
+        self.engine, self.give_up = engine, give_up
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress, finished: Callable[[Rollout], None], quorum
+    ) -> list[Rollout]:
+        handed: list[Rollout] = []
+
+        def noted(rollout: Rollout) -> None:
+            handed.append(rollout)
+            finished(rollout)
+
+        try:
+            return self.engine.generate(requests, sampling, progress, noted, quorum)
+        except torch.OutOfMemoryError:
+            pass  # what follows is outside the handler, whose traceback holds memory
+        self.give_up(handed)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self.engine.generate(requests, sampling, progress, finished, quorum)
 
 
 class GradedAhead:
@@ -110,6 +146,9 @@ class Ahead:
         size = config.train.prompts_per_iteration * config.rollout.group_size
         share = size / max(1, world.size // config.rollout.tensor_parallel)  # sampled here
         chunk = math.ceil(share / CHUNKS_GRADED)
+        self.ranks_per_engine = config.rollout.tensor_parallel
+        self.streamed: StreamedUnlearning | None = None
+        self.given_up = 0
         self.leads_engine = world.rank % config.rollout.tensor_parallel == 0
         """The other ranks of an engine see the same completions."""
         self.graded = GradedAhead(grader, decode, chunk=chunk, seconds=config.reward.step_seconds)
@@ -119,6 +158,27 @@ class Ahead:
         self.scored = ScoredAhead(reference, scoring) if possible else None
         """Nothing runs beside a CPU's sampling, nor where ranks would have to meet."""
         self.backgrounds = (self.graded.background, self.unlearning, scoring)
+
+    def beside(self, engine: RolloutEngine, streamed: StreamedUnlearning | None) -> RolloutEngine | Yielding:
+        """The engine to sample with, which may take back what `streamed` and the scores hold. Not where an engine is
+        spread over ranks: those that have memory left wait inside it for the one that has none."""
+        self.streamed = streamed or self.streamed
+        alone = self.unlearning.pool is None or (streamed is None and self.scored is None)
+        return engine if alone or self.ranks_per_engine > 1 else Yielding(engine, self._give_up)
+
+    def _give_up(self, handed: list[Rollout]) -> None:
+        self.given_up += 1
+        if self.streamed:
+            self.streamed.drop()
+        if self.scored:
+            self.scored.background.wait()
+            self.scored.gave_up = True
+        self.drop(handed)
+
+    def metrics(self) -> dict[str, int]:
+        """How often sampling ran out of memory and began again, and batches that found no room beside it."""
+        waiting = [part.put_off for part in (self.streamed, self.scored) if part]
+        return {"rollout/out_of_memory": self.given_up, "rollout/put_off": sum(waiting)}
 
     def take(self, rollout: Rollout) -> None:
         if self.leads_engine:

@@ -19,6 +19,9 @@ def side_stream(name: str) -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+SPARE_BYTES = 1 << 30  # left to the engine: its sampling step asks for memory of its own
+
+
 class Background:
     """A thread, with a CUDA stream of its own on a GPU; or no thread, and work is done when it is given."""
 
@@ -46,6 +49,17 @@ class Background:
         """Until its stream has done what it was given."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def has_room(self, num_bytes: float) -> bool:
+        """Can its stream have so much, and the engine beside it what a step takes? What PyTorch keeps for the stream
+        counts as free; what it keeps for others does not."""
+        if self.stream is None:
+            return True
+        kept = 0
+        for segment in torch.cuda.memory_snapshot():
+            if segment["stream"] == self.stream.cuda_stream:
+                kept += segment["total_size"] - segment["allocated_size"]
+        return num_bytes + SPARE_BYTES <= torch.cuda.mem_get_info()[0] + kept
 
     def wait(self) -> None:
         """For all that was given; raises what it raised."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import Config
+from eepo_fast.policy.footprint import AUTOCAST, KEYS, Shape, kept_bytes, pass_bytes
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
 BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
-AUTOCAST = 3.4  # bytes an activation, measured
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
 GPUS_A_NODE = 8
 KEPT_GIB = 1.0  # never planned for: fragments of the allocator
@@ -38,6 +38,11 @@ class Machine:
     link_bytes_per_s: float
     """Of a collective, a rank."""
     measured: bool = False
+
+    @property
+    def device(self) -> str:
+        """What is measured on the spot is a CPU."""
+        return "cpu" if self.measured else "cuda"
 
     @property
     def neighbours(self) -> int:
@@ -99,43 +104,6 @@ def _best_seconds(run, repeats: int = 5) -> float:
     return best
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model of the Llama family: T tokens cost what these say."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    vocab_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    tie_word_embeddings: bool
-
-    @property
-    def layer_weights(self) -> int:
-        attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
-        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-
-    @property
-    def weights(self) -> int:
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * self.layer_weights + embeddings + self.hidden_size
-
-    @property
-    def multiplied_weights(self) -> int:
-        """Those that a token is multiplied with: every layer's and the head's."""
-        return self.num_hidden_layers * self.layer_weights + self.vocab_size * self.hidden_size
-
-    def kv_bytes(self, itemsize: int = 2) -> int:
-        """Keys and values of one token."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
-
-    def attention_flops(self, length: float) -> float:
-        """Scores and mixing of one token's forward pass at the end of `length` tokens, on average half of them."""
-        return 2 * 2 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * length / 2
-
-
 def find_shape(config: Config) -> Shape:
     """From model.dimensions, completed from the folder's config.json where there is one. UserError where they do not
     say enough."""
@@ -143,27 +111,15 @@ def find_shape(config: Config) -> Shape:
     path = Path(config.model.path).expanduser() / "config.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8")) | known
-    needed = [name for name in Shape.__dataclass_fields__ if name not in ("head_dim", "tie_word_embeddings")]
-    missing = [name for name in needed if not isinstance(known.get(name), int)]
-    if missing:
+    known.setdefault("model_type", Path(config.model.path).name.lower())
+    shape = Shape.of(known)
+    if shape is None:
+        missing = [name for name in KEYS if not isinstance(known.get(name), int)]
         raise UserError(
             f"model.dimensions: an estimate needs {', '.join(missing)} of {config.model.path}; add them, as its "
             "config.json has them"
         )
-    head_dim = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
-    values = {name: known[name] for name in needed}
-    return Shape(**values, head_dim=head_dim, tie_word_embeddings=bool(known.get("tie_word_embeddings", False)))
-
-
-def activation_bytes(shape: Shape, tokens: int, itemsize: float, checkpointing: bool) -> float:
-    """Kept for the backward pass of a micro-batch. A layer keeps what its products, norms, rotary embedding and SwiGLU
-    need: 4 D + 4 heads + 3 key-value heads + 4 I elements a token, in 16 bits 3 D more, since norms are taken in fp32
-    (norms of queries and keys not counted); with checkpointing its input alone, and one layer's worth while it is done
-    again. itemsize: 4, 2, or AUTOCAST where fp32 and 16 bits are mixed."""
-    heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    layer = (7 if itemsize == 2 else 4) * shape.hidden_size + 4 * heads + 3 * kv + 4 * shape.intermediate_size
-    kept = shape.num_hidden_layers * (shape.hidden_size if checkpointing else layer) + 4 * shape.hidden_size
-    return tokens * itemsize * (kept + (layer if checkpointing else 0))
+    return shape
 
 
 def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
@@ -185,11 +141,11 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     parts["optimizer"] = 0 if on_host else 8 * w / (cut if has_masters else 1)
     bucket = min(BUCKET, w) * itemsize
     parts["gradients"] = 4 * w if not sharded or stage <= 1 else 4 * w / cut + 2 * bucket
-    head = 4 * shape.vocab_size * shape.hidden_size + (1 << 30 if not machine.measured else 256 << 20)
-    parts["head workspace"] = head
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = max(train.micro_batch_tokens, longest)
-    parts["activations"] = activation_bytes(shape, tokens, kept, train.gradient_checkpointing)
+    parts["activations"] = kept_bytes(shape, tokens, kept, train.gradient_checkpointing)
+    whole = pass_bytes(shape, tokens, kept, machine.device, checkpointing=train.gradient_checkpointing)
+    parts["head workspace"] = whole - parts["activations"]  # or that of a layer which is done again
     parts["reference"] = (compute if sharded else 4) * w if config.grpo.kl_coef else 0
     return {name: value / GIB for name, value in parts.items()}
 
@@ -295,6 +251,20 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     return peaks
 
 
+def streamed_peak(config: Config, peaks: dict[str, float], engine: float) -> float | None:
+    """GiB while ∇L is made beside an engine that samples; None where that is not done."""
+    if not config.eepo.enabled or config.train.engine == "deepspeed":
+        return None
+    return peaks["unlearning pass"] + (engine if config.rollout.sleep else 0.0)
+
+
+def start_on_host(config: Config, shape: Shape, machine: Machine) -> float:
+    """GiB of a node's memory that its ranks take together while they start: each loads the model in fp32; DeepSpeed's
+    is rounded there, beside the fp32 weights, which become the masters. Arithmetic."""
+    rounded = 2 if config.train.engine == "deepspeed" and config.model.dtype != "float32" else 0
+    return machine.neighbours * (4 + rounded) * shape.weights / GIB
+
+
 def check_engine_memory(config: Config, memory_gib: float, *, on_gpu: bool) -> None:
     """UserError where an engine cannot hold the whole model in the memory of a rank, or in the share it may take.
     Silent where the model's shape is not known without a download."""
@@ -359,6 +329,11 @@ def estimate(config: Config, machine: Machine) -> list[str]:
         lines.append(f"  does not fit into {machine.memory_gib:.1f} GiB: {hint}")
     else:
         lines.append(f"  fits, with {machine.memory_gib - peak:.1f} GiB to spare")
+    if (beside := streamed_peak(config, peaks, weights + cache)) is not None and not machine.measured:
+        where = "beside sampling" if beside <= machine.memory_gib else "after sampling: it does not fit beside it"
+        lines.append(f"  {'with unlearning beside sampling, GiB:':<44}{beside:>12.2f}  ({where})")
+    host = start_on_host(config, shape, machine)
+    lines.append(f"  {'host memory at the start, GiB a node:':<44}{host:>12.2f}")
     longest = (config.data.max_prompt_tokens + config.rollout.max_new_tokens) * shape.kv_bytes() / GIB
     if cache and config.rollout.engine == "vllm" and cache < longest / config.rollout.tensor_parallel:
         lines.append("  the engine's cache does not hold one sequence: raise rollout.gpu_memory_utilization")

@@ -168,12 +168,9 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
         check_head(model)  # for both, the reference being its copy, and before either is prepared
     reference = None
     if config.grpo.kl_coef:
-        frozen = copy.deepcopy(model).requires_grad_(False)
-        if sharded:
-            for parameter in frozen.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
-                parameter.data = parameter.data.to(dtype)
+        frozen = frozen_copy(model, device, dtype if sharded else None)
         with world.agree():
-            reference = TorchPolicy(frozen.to(device), world=world, **shared, **plain)
+            reference = TorchPolicy(frozen, world=world, **shared, **plain)
     if sharded:
         engine_dtype = getattr(torch, config.rollout.dtype)
         policy = ZeroPolicy(
@@ -182,6 +179,14 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
         return policy, reference
     options = dict(optimizer=config.optimizer, gradient_checkpointing=train.gradient_checkpointing)
     return TorchPolicy(model.to(device), **shared, **plain, **options), reference
+
+
+def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    """On the device and in the dtype weight by weight: the host, where every rank of it does so at once, never holds a
+    second model. Buffers such as rotary frequencies keep their dtype."""
+    there = {id(p): p.detach().to(device, dtype, copy=True) for p in model.parameters()}
+    known = {key: torch.nn.Parameter(weight, requires_grad=False) for key, weight in there.items()}
+    return copy.deepcopy(model, known).to(device)
 
 
 def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longest: int) -> RolloutEngine:

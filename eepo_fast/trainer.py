@@ -162,7 +162,7 @@ class Trainer:
             times=self.times,
             out_of_memory=self.out_of_memory,
         )
-        return batch, {**metrics, **aepo.aepo_metrics(extra)}
+        return batch, {**metrics, **self.ahead.metrics(), **aepo.aepo_metrics(extra)}
 
     def _next_prompts(self) -> list[Prompt]:
         train = self.config.train
@@ -195,7 +195,7 @@ class Trainer:
 
         with self._timed(f"rollout_{name}"):
             rollouts = generate_everywhere(
-                self.engine,
+                self.ahead.beside(self.engine, streamed),
                 requests,
                 sampling,
                 expected_tokens=costs,

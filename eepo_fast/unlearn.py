@@ -185,6 +185,8 @@ class StreamedUnlearning:
         self.spans: list[tuple[float, float]] = []
         """When it was worked on."""
         self.gave_up = False
+        self.put_off = 0
+        """Micro-batches for which there was no room beside the engine; made after the stage."""
 
     def take(self, rollout: Rollout) -> None:
         """A completion that has finished; a micro-batch of them is worked on at once."""
@@ -192,15 +194,31 @@ class StreamedUnlearning:
             self.queue.put(rollout)
 
     def _work(self, batch: list[Rollout]) -> None:
+        if self.whole is None:
+            return
+        if not self._has_room():
+            self.put_off += 1
+            return
         started = time.perf_counter()
         try:
-            if self.whole is not None:
-                with torch.enable_grad():  # engines sample without
-                    self.whole.add(batch)
-                self.background.synchronize()
+            with torch.enable_grad():  # engines sample without
+                self.whole.add(batch)
+            self.background.synchronize()
         except torch.OutOfMemoryError:
             self.whole, self.gave_up = None, True
         self.spans.append((started, time.perf_counter()))
+
+    def _has_room(self) -> bool:
+        """For a micro-batch, and at the first for ∇L itself."""
+        policy = self.whole.policy
+        gradient = 0 if self.whole.done else sum(p.nbytes for p in policy.model.parameters())
+        return self.background.has_room(policy.pass_bytes(gradient=True) + gradient)
+
+    def drop(self) -> None:
+        """What has been done is of completions that do not count, or its memory is needed: all is made later."""
+        self.background.wait()
+        self.whole = None
+        self.spans.clear()
 
     def seconds_until(self, moment: float) -> float:
         """Spent on it before a moment of `time.perf_counter`."""

@@ -43,6 +43,8 @@ def packed_attention(
     assert not kwargs.get("softcap") and kwargs.get("s_aux") is None, "attention with a cap or sinks"
     longest = max(lengths)
     window = sliding_window if sliding_window and sliding_window < longest else None
+    if query.is_cuda:
+        query, key, value = _one_dtype(query, key, value)
     if query.is_cuda and query.dtype != torch.float32:
         flat = [t[0].transpose(0, 1) for t in (query, key, value)]  # [L, heads, E]
         return _varlen()(*flat, boundaries, longest, scaling, window)[None], None
@@ -56,6 +58,13 @@ def packed_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the rotary embedding, made in fp32, leaves queries and keys in fp32, and values are in 16 bits."""
+    autocast = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if autocast else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

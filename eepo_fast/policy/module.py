@@ -53,6 +53,10 @@ class Policy(Protocol):
     def stream_tokens(self) -> int | None:
         """Tokens of a micro-batch that may be worked on while the engine samples; None where it has to wait."""
 
+    def pass_bytes(self, *, gradient: bool) -> float:
+        """What a micro-batch takes beside what stands: with its gradient, or for its log-probs alone. 0 where the
+        model's dimensions do not say."""
+
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
 
@@ -105,7 +109,9 @@ class PolicyModule(nn.Module):
     def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None):
         """(loss, statistics) with a `loss_fn`, else the statistics alone."""
         device = batch.input_ids.device.type
-        precision = torch.autocast(device, self.autocast) if self.autocast else nullcontext()
+        # A weight is used once a pass: keeping its 16-bit copy to the pass's end saves no work, and holds half the
+        # weights' memory beside the head's. Where nothing is done again its product keeps the copy anyway.
+        precision = torch.autocast(device, self.autocast, cache_enabled=False) if self.autocast else nullcontext()
         with named("micro-batch forward"), precision:
             inputs = self._head_inputs(batch)
             if loss_fn is None:

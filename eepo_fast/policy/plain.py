@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
+from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
@@ -21,23 +23,35 @@ from eepo_fast.types import Rollout
 
 
 class PlainGradient:
-    """See `Gradient`: whole tensors by name."""
+    """See `Gradient`: whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
+    memory is free from there on: from the second micro-batch on there would else be two of the whole model."""
 
     def __init__(self, model: PreTrainedModel):
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, loss: Tensor) -> None:
-        # autograd.grad, not backward(): the policy's .grad must stay as it is
-        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters.values(), strict=True)]
-        if self.tensors:
-            torch._foreach_add_(list(self.tensors.values()), grads)
-        else:
-            self.tensors = dict(zip(self.parameters, grads, strict=True))
+        found = dict(self.tensors)
+        hooks = [p.register_hook(partial(_receive, found, name)) for name, p in self.parameters.items()]
+        try:
+            # autograd.grad, not backward(): the policy's .grad must stay as it is
+            torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not self.tensors:  # in the model's order, whatever order they came in
+            self.tensors = {n: found[n] if n in found else torch.zeros_like(p) for n, p in self.parameters.items()}
 
     def norm(self) -> float:
         return float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
+
+
+def _receive(found: dict[str, Tensor], name: str, grad: Tensor) -> Tensor:
+    if name in found:
+        found[name].add_(grad)
+    else:
+        found[name] = grad
+    return grad.new_zeros(()).expand_as(grad)  # nobody reads what autograd goes on with
 
 
 class TorchPolicy:
@@ -68,7 +82,7 @@ class TorchPolicy:
         self.batching = dict(max_tokens=micro_batch_tokens, pad_id=pad_id, packed=packed, device=weight.device)
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip
-            self.optimizer, self.scheduler = make_optimizer(model, optimizer)
+            self.optimizer, self.scheduler = make_optimizer(model, optimizer, fused=weight.is_cuda)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -81,6 +95,17 @@ class TorchPolicy:
     @property
     def stream_tokens(self) -> int | None:
         return self.batching["max_tokens"] if self.world.size == 1 else None
+
+    def pass_bytes(self, *, gradient: bool) -> float:
+        weight = next(self.model.parameters())
+        shape = Shape.of(self.model.config.to_dict())
+        if shape is None:
+            return 0.0
+        itemsize = AUTOCAST if self.module.autocast else weight.itemsize
+        where = (shape, self.batching["max_tokens"], itemsize, "cuda" if weight.is_cuda else "cpu")
+        if gradient:
+            return pass_bytes(*where, checkpointing=self.model.is_gradient_checkpointing)
+        return score_bytes(*where)
 
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
         """The same computation on another model of the same kind, without an optimizer."""
@@ -151,8 +176,9 @@ class TorchPolicy:
             parameter.copy_(masters[name])
             found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
             if found:
+                on_host = {"step"} if parameter.device.type == "cpu" or not self.optimizer.defaults["fused"] else set()
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in found.items()
+                    key: value if key in on_host else value.to(parameter.device) for key, value in found.items()
                 }
         set_scheduler(self.optimizer, self.scheduler, num_steps)
 
@@ -167,14 +193,17 @@ def set_scheduler(optimizer: torch.optim.Optimizer, scheduler, num_steps: int) -
 
 
 def make_optimizer(
-    model: PreTrainedModel, config: OptimizerConfig
+    model: PreTrainedModel, config: OptimizerConfig, *, fused: bool
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """fused: where the state is on a GPU. PyTorch's other way to do all weights at once there holds as much again as
+    they have while it steps. On a CPU it is one weight after the other."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=fused or None,
     )
     warmup = config.warmup_steps
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))

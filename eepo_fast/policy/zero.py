@@ -105,12 +105,14 @@ class ZeroPolicy:
         self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
         self._parameters = dict(model.named_parameters())
         below_fp32 = compute_dtype != torch.float32
-        # DeepSpeed takes its masters from the weights rounded to 16 bits
-        masters = {n: p.detach().clone() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
+        # DeepSpeed takes its masters from the weights rounded to 16 bits. It gives each weight other memory for that;
+        # what they had is kept here as it is, not a second time.
+        masters = {n: p.detach() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
         )
-        self.base_optimizer, self.scheduler = make_optimizer(model, optimizer)
+        self.fused = self.device.type == "cuda" and not train.offload_optimizer
+        self.base_optimizer, self.scheduler = make_optimizer(model, optimizer, fused=self.fused)
         with redirect_stdout(io.StringIO()):  # it prints what it builds
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
@@ -136,6 +138,9 @@ class ZeroPolicy:
     @property
     def stream_tokens(self) -> int | None:
         return None  # its ranks meet in every backward pass, and would have to agree on what has finished
+
+    def pass_bytes(self, *, gradient: bool) -> float:
+        return 0.0  # nobody asks: it does nothing beside sampling
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return my_micro_batches(rollouts, self.world, **self.batching)
@@ -301,6 +306,7 @@ class ZeroPolicy:
             held = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for tensor in held:
             state = {key: torch.zeros_like(tensor) for key in MOMENTS[1:]}
-            self.base_optimizer.state[tensor] = {"step": torch.tensor(count), **state}
+            step = torch.tensor(count, device=tensor.device if self.fused else "cpu")
+            self.base_optimizer.state[tensor] = {"step": step, **state}
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()

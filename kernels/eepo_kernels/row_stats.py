@@ -182,6 +182,13 @@ def row_grad_kernel(
         tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < padded(V))
 
 
+def _aligned(indices: Tensor) -> Tensor:
+    """Contiguous, and begins at a multiple of 16 bytes: a part of a chunk may begin anywhere, and Triton compiles a
+    kernel a second time, in mid-run, for an address that is no multiple."""
+    indices = indices.contiguous()
+    return indices.clone() if indices.storage_offset() * indices.itemsize % 16 else indices
+
+
 def _has_padded_rows(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and matrix.stride(0) % ROW_ALIGNMENT.value == 0
 
@@ -193,7 +200,7 @@ class TritonRows:
         """logits: [n, V], left as it is, its rows padded to ROW_ALIGNMENT; targets: [n] int64; bias: [V] or None."""
         n = len(logits)
         assert _has_padded_rows(logits)
-        targets = targets.contiguous()
+        targets = _aligned(targets)
         self.logits, self.targets, self.bias, self.temperature = logits, targets, bias, temperature
         self.columns = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(5)]
         with torch.cuda.device_of(logits):  # Triton launches on the current device
@@ -227,7 +234,7 @@ class TritonRows:
                 self.targets,
                 *self.columns,
                 *coefficients,
-                index,
+                _aligned(index),
                 out,
                 self.logits.stride(0),
                 out.stride(0),

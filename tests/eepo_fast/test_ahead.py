@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +262,80 @@ def test_scores_belong_to_their_rollout(make_policy, make_rollouts):
         found = ahead.score(rollouts)
         assert [len(found[id(r)]) for r in rollouts] == [r.num_tokens for r in rollouts]
     background.close()
+
+
+def test_sampling_that_runs_out_of_memory_begins_again_once(make_trainer, beside_grader, monkeypatch):
+    """What ran beside it gives its memory up; grades and metrics are those of an iteration in which it never ran."""
+    rows, rewards = [], []
+    for fails in (0, 1, 2):
+        made = lambda name, threaded, **options: Background(name, threaded=True)  # noqa: E731
+        monkeypatch.setattr("eepo_fast.ahead.Background", made)
+        trainer = make_trainer(grader=beside_grader(), eepo=OPEN, train={"micro_batch_tokens": 40})
+        generate, calls = trainer.engine.generate, []
+
+        def failing(requests, sampling, progress, finished, quorum, generate=generate, calls=calls, fails=fails):
+            found = generate(requests, sampling, progress, finished, quorum)
+            calls.append(len(requests))
+            if len(calls) <= fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        trainer.engine.generate = failing
+        if fails == 2:
+            with pytest.raises(torch.OutOfMemoryError):
+                trainer.iteration()
+            continue
+        batch, row = trainer.iteration()
+        rows.append(row)
+        rewards.append([r.reward for r in batch.rollouts])
+        assert row["rollout/out_of_memory"] == fails and len(calls) == 2 + fails
+    assert rewards[0] == rewards[1]
+    for key in ("unlearn/loss", "unlearn/grad_norm", "policy/loss", "policy/grad_norm"):
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-4, abs=1e-6)
+    assert rows[1]["unlearn/hidden_s"] == 0 < rows[0]["unlearn/hidden_s"]
+
+
+def test_an_engine_that_nothing_runs_beside_is_not_asked_again(make_trainer):
+    trainer = make_trainer(eepo=OPEN)
+
+    def failing(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.engine.generate = failing
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.iteration()
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_batch_without_room_beside_the_engine_waits(make_policy, make_rollouts, room):
+    policy = make_policy(micro_batch_tokens=40)
+    rollouts = make_rollouts([9, 12, 7, 15, 8])
+    background, asked = Background("score", threaded=True), []
+
+    def has_room(num_bytes):
+        asked.append(num_bytes)
+        return room
+
+    background.has_room = has_room
+    ahead = ScoredAhead(policy, background)
+    for r in rollouts:
+        ahead.take(r)
+    background.wait()
+    assert (len(ahead.known) > 0) == room and ahead.put_off == (0 if room else len(asked))
+    assert len(asked) > 0 and asked[0] == policy.pass_bytes(gradient=False) > 0
+    assert ahead.score(rollouts).keys() == {id(r) for r in rollouts}
+    background.close()
+
+
+def test_room_is_what_is_free_and_what_is_kept_for_the_stream(monkeypatch):
+    """PyTorch keeps memory for a stream: what it keeps for another one is of no use to this one."""
+    background = Background("score", threaded=False)
+    assert background.has_room(1e30), "nothing runs beside a CPU's sampling"
+    background.stream = SimpleNamespace(cuda_stream=7)
+    segments = [
+        {"stream": 7, "total_size": 3 << 30, "allocated_size": 1 << 30},
+        {"stream": 0, "total_size": 64 << 30, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 << 30, 80 << 30))
+    assert background.has_room(6 << 30) and not background.has_room((6 << 30) + 1)

@@ -1,0 +1,24 @@
+"""Plays scenes on the fake CUDA device (fake_cuda/) in a process of their own: one for all that a test file asks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent / "fake_cuda"
+
+
+def play(folder: Path, requests: list[list]) -> dict[str, dict]:
+    """requests: [name, scene, its arguments, fault or None]; folder: where the compiled device is kept."""
+    sys.path.insert(0, str(HERE))
+    try:
+        import device
+    finally:
+        sys.path.remove(str(HERE))
+    command = [sys.executable, str(HERE / "run.py"), str(device.build(folder)), json.dumps(requests)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return json.loads(found.removeprefix("FOUND "))
