@@ -26,8 +26,11 @@ class PlainGradient:
     def __init__(self, model: PreTrainedModel):
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {}
+        self.known_norm: float | None = None
+        """Of the last call of `norm`: the forget step is held against it, and reads the gradient once."""
 
     def add(self, loss: Tensor) -> None:
+        self.known_norm = None
         # autograd.grad, not backward(): the policy's .grad must stay as it is
         found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters.values(), strict=True)]
@@ -37,7 +40,9 @@ class PlainGradient:
             self.tensors = dict(zip(self.parameters, grads, strict=True))
 
     def norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
+        norm = torch.nn.utils.get_total_norm(list(self.tensors.values())) if self.tensors else 0.0
+        self.known_norm = float(norm)
+        return self.known_norm
 
 
 class TorchPolicy:
@@ -135,7 +140,7 @@ class TorchPolicy:
         self, engine: RolloutEngine, gradient: PlainGradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
         options = dict(eta=config.learning_rate, rounding=config.rounding, seed=seed, step=step)
-        return engine.forget(gradient.tensors, **options)
+        return engine.forget(gradient.tensors, norm=gradient.known_norm, **options)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_weights().items()

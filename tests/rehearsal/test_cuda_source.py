@@ -17,13 +17,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from eepo_kernels import forget, native, sync, tensor_key
+from eepo_kernels import checksums, forget, native, sync, tensor_key
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "weight_update_cuda.cu"
 FLAGS = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAUNCH = re.compile(r"(\w+)<<<([^,]+), ([^,]+), [^>]*>>>\((.*?)\);", re.DOTALL)
+LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<([^,]+), ([^,]+), [^>]*>>>\((.*?)\);", re.DOTALL)
 BLOCKS_OF_AN_H200 = 1056
 
 
@@ -72,6 +72,7 @@ def on_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         monkeypatch.setattr(native, "run", native._run_cuda)
+        monkeypatch.setattr(native, "run_checksums", native._run_checksums_cuda)
         library.cuda_on_cpu_start(ctypes.c_uint64(order))
 
     return use
@@ -127,6 +128,8 @@ def every_layout(dtype: torch.dtype, gradient_dtype: torch.dtype) -> Case:
     case.add(case.dst(0), case.gradient(0))
     case.add(case.dst(40, 64)[:, 16:48], case.gradient(40, 32))  # rows inside a wider destination, whole vectors
     case.add(case.dst(40, 50)[:, 11:41], case.gradient(40, 30))  # and cut vectors
+    case.add(case.dst(60, 256)[:, 32:224], case.gradient(60, 192))  # two pieces; a thread comes to every column
+    case.add(case.dst(5, 4096)[:, 16:2576], case.gradient(5, 2560))  # rows longer than a block's step
     whole = case.gradient(64, 96)
     case.add(case.dst(64, 32), whole[:, 32:64], 32, 96)  # a shard of columns, its gradient a view of the whole
     case.add(case.dst(64, 31), whole[:, 5:36], 5, 96)
@@ -209,14 +212,56 @@ def test_sync_rounds_like_pytorch(rehearsed, on_cpu, dst, src):
     assert torch.equal(found.isnan(), expected.isnan()) and rehearsed.cuda_on_cpu_faults() == 0
 
 
+def checked(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Columns, matrices of one piece and of several, rows that vectors of 16 bytes fit into and not, a shard's view."""
+    case = Case(dtype, torch.float32)
+    whole = [
+        case.dst(*shape) for shape in ((7,), (2048,), (40, 64), (3, 5, 7), (129, 192), (40, 50), (1, 20_011), (0, 4))
+    ]
+    return [*whole, case.dst(40, 64)[:, 16:48], case.dst(40, 50)[:, 11:41], case.dst(4001)[1:].view(5, 800)]
+
+
+@pytest.mark.parametrize("num_blocks", [3, BLOCKS_OF_AN_H200])
+@pytest.mark.parametrize("as_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_checksums_are_those_of_pytorch(rehearsed, on_cpu, dtype, as_dtype, num_blocks):
+    tensors = checked(DTYPES[dtype])
+    dtypes = [DTYPES[as_dtype]] * len(tensors)
+    expected = checksums(tensors, dtypes, backend="torch")
+    on_cpu(rehearsed, num_blocks, order=1)
+    assert torch.equal(checksums(tensors, dtypes, backend="native"), expected)
+    assert rehearsed.cuda_on_cpu_faults() == 0
+
+
+def test_dtypes_of_a_model_may_differ(rehearsed, on_cpu):
+    """A launch for each pair of them; the sums are of all."""
+
+    def make() -> Case:
+        case = Case(torch.bfloat16, torch.float32)
+        for i, (dst, src) in enumerate([("bf16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")]):
+            case.whole.append(case.numbers(300 + i).to(DTYPES[dst]))
+            case.add(case.whole[-1], (case.numbers(300 + i) * 0.1).to(DTYPES[src]), i)
+        return case
+
+    expected, found = make(), make()
+    figures_of = figures(expected.run("stochastic", "torch"))
+    on_cpu(rehearsed, 2)
+    assert figures(found.run("stochastic", "native")) == pytest.approx(figures_of, rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(found.whole, expected.whole, strict=True))
+
+
 FAULTS = {
-    "rounds to nearest": ("eepo_bf16_stochastic(updated, bits)", "eepo_bf16_nearest(updated)"),
+    "rounds to nearest": ("STOCHASTIC ? __uint_as_float", "false ? __uint_as_float"),
     "two roundings": ("__fmaf_rn(eta, gradient, old)", "(eta * gradient + old)"),
-    "the flat index without its rows": ("m.flat + row * m.flat_stride + column", "m.flat + column"),
+    "the flat index without its rows": ("flat + at.row * flat_stride + at.column", "flat + at.column"),
     "the draw of another element": ("lane_of(words, flat % EEPO_LANES)", "lane_of(words, 0)"),
     "a zero gradient is rounded": ("gradient == 0.0f ? old : updated", "updated"),
     "16 bytes at any address": ("((m.dst | m.src) & 15) == 0 && ", ""),
-    "the last piece is whole": ("aligned && e + VECTOR <= last", "aligned"),
+    "the last piece is whole": (
+        "for (; e + VECTOR <= last; e += STEP, at.step()) {",
+        "for (; e < last; e += STEP, at.step()) {",
+    ),
+    "a row too far": ("if (column >= columns) column", "if (column > columns) column"),
     "a block adds up what is not written": ("gridDim.x - 1", "gridDim.x / 2"),
     "a barrier in one warp alone": ("  if (!is_last) return;", "  if (!is_last && threadIdx.x < 32) return;"),
 }
@@ -230,3 +275,11 @@ def test_a_fault_in_the_source_is_seen(tmp_path, on_cpu, fault):
     about_blocks = "block" in fault or "barrier" in fault
     what = (many_tensors, (torch.bfloat16,)) if about_blocks else (every_layout, (torch.bfloat16, torch.float32))
     assert differences(library, *what, "stochastic")[0] > 0
+
+
+@pytest.mark.parametrize("change", [("(at.row + 1) *", "at.row *"), ("(int32_t)all[i] >> 16", "all[i] >> 16")])
+def test_a_fault_in_the_checksum_is_seen(tmp_path, on_cpu, change):
+    tensors = checked(torch.bfloat16)
+    expected = checksums(tensors, backend="torch")
+    on_cpu(build(tmp_path, change))
+    assert not torch.equal(checksums(tensors, backend="native"), expected)

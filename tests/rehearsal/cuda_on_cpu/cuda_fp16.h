@@ -131,8 +131,9 @@ static inline T __shfl_down_sync(uint32_t mask, T value, int offset) {
 }
 
 static inline void __threadfence() {}
-static inline unsigned atomicAdd(unsigned *address, unsigned value) {
-  unsigned old = *address;
+template <typename T>
+static inline T atomicAdd(T *address, T value) {
+  T old = *address;
   *address += value;
   return old;
 }
