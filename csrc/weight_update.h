@@ -34,3 +34,12 @@ struct EepoUpdate {
 
 // Sums over all elements: <applied, intended>, |intended|^2, |applied|^2, |applied - intended|^2.
 enum { EEPO_NUM_SUMS = 4 };
+
+// One matrix to check: `num_rows` rows of `num_columns` elements of `dtype`, `stride` elements apart. Its checksum is the
+// sum over its rows of (number of the row, from 1) times (sum of the row's bits as signed integers), modulo 2^64, after
+// every element is rounded to nearest in `as_dtype`.
+struct EepoChecked {
+  int64_t address;
+  int64_t num_rows, num_columns, stride;
+  int64_t dtype, as_dtype;
+};

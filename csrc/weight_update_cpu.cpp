@@ -163,6 +163,61 @@ EEPO_CLONES void run_piece(const Piece &piece, const EepoUpdate &update, double 
   if (done < piece.count) run_block(m, update, dst + done, src + done, flat + done, (int)(piece.count - done), sums);
 }
 
+// Bits of n elements from index `first` on, each rounded to `as_dtype`, as signed integers.
+EEPO_INLINE void to_integers(int32_t *out, const EepoChecked &m, int64_t first, int n) {
+  if (m.dtype == m.as_dtype && m.dtype == EEPO_FP32) {
+    memcpy(out, (const int32_t *)m.address + first, n * sizeof(int32_t));
+  } else if (m.dtype == m.as_dtype) {
+    const int16_t *in = (const int16_t *)m.address + first;
+    for (int i = 0; i < n; i++) out[i] = in[i];
+  } else {
+    alignas(64) float values[BLOCK];
+    load(values, m.address, first, m.dtype, n);
+    if (m.as_dtype == EEPO_FP32) memcpy(out, values, n * sizeof(float));
+    else if (m.as_dtype == EEPO_BF16)
+      for (int i = 0; i < n; i++) out[i] = (int16_t)eepo_bf16_nearest(values[i]);
+    else
+      for (int i = 0; i < n; i++) out[i] = (int16_t)float_to_fp16(values[i]);
+  }
+}
+
+// The checksum's share of `count` rows from `row` on. A matrix of one column lies in memory as a row does.
+EEPO_CLONES uint64_t check_rows(const EepoChecked &m, int64_t row, int64_t count) {
+  alignas(64) int32_t bits[BLOCK];
+  uint64_t total = 0;
+  if (m.num_columns == 1 && m.stride == 1) {
+    for (int64_t done = 0; done < count; done += BLOCK) {
+      const int n = (int)std::min<int64_t>(BLOCK, count - done);
+      to_integers(bits, m, row + done, n);
+      for (int i = 0; i < n; i++) total += (uint64_t)(row + done + i + 1) * (uint64_t)(int64_t)bits[i];
+    }
+    return total;
+  }
+  for (int64_t r = row; r < row + count; r++) {
+    int64_t sum = 0;
+    for (int64_t column = 0; column < m.num_columns; column += BLOCK) {
+      const int n = (int)std::min<int64_t>(BLOCK, m.num_columns - column);
+      to_integers(bits, m, r * m.stride + column, n);
+      for (int i = 0; i < n; i++) sum += bits[i];
+    }
+    total += (uint64_t)(r + 1) * (uint64_t)sum;
+  }
+  return total;
+}
+
+// Run `work`, which takes what is left to do, in so many threads.
+template <typename Work>
+void in_threads(int32_t num_threads, const Work &work) {
+  std::vector<std::thread> threads;
+  try {
+    for (int32_t i = 1; i < num_threads; i++) threads.emplace_back(work);
+  } catch (const std::system_error &) {
+    // no more threads to be had: those that run, and this one, do the work
+  }
+  work();
+  for (std::thread &thread : threads) thread.join();
+}
+
 std::vector<Piece> cut(const EepoMatrix *matrices, int64_t num_matrices) {
   std::vector<Piece> pieces;
   for (int64_t i = 0; i < num_matrices; i++) {
@@ -188,14 +243,30 @@ EEPO_EXPORT void eepo_weight_update_cpu(const EepoMatrix *matrices, int64_t num_
       for (size_t i = first; i < std::min(first + 16, pieces.size()); i++)
         run_piece(pieces[i], *update, &partial[i * EEPO_NUM_SUMS]);
   };
-  std::vector<std::thread> threads;
-  try {
-    for (int32_t i = 1; i < num_threads; i++) threads.emplace_back(work);
-  } catch (const std::system_error &) {
-    // no more threads to be had: those that run, and this one, do the work
-  }
-  work();
-  for (std::thread &thread : threads) thread.join();
+  in_threads(num_threads, work);
   for (int k = 0; k < EEPO_NUM_SUMS; k++) sums[k] = 0.0;
   for (size_t i = 0; i < partial.size(); i++) sums[i % EEPO_NUM_SUMS] += partial[i];
+}
+
+// sums: an integer a matrix, overwritten.
+EEPO_EXPORT void eepo_checksums_cpu(const EepoChecked *matrices, int64_t num_matrices, int64_t *sums,
+                                    int32_t num_threads) {
+  struct Rows {
+    int64_t matrix, row, count;
+  };
+  std::vector<Rows> pieces;
+  for (int64_t i = 0; i < num_matrices; i++) {
+    sums[i] = 0;
+    const int64_t at_a_time = std::max<int64_t>(1, PIECE / std::max<int64_t>(1, matrices[i].num_columns));
+    for (int64_t row = 0; row < matrices[i].num_rows; row += at_a_time)
+      pieces.push_back({i, row, std::min(at_a_time, matrices[i].num_rows - row)});
+  }
+  std::vector<uint64_t> partial(pieces.size());
+  std::atomic<size_t> next{0};
+  in_threads(num_threads, [&] {
+    for (size_t i; (i = next.fetch_add(1)) < pieces.size();)
+      partial[i] = check_rows(matrices[pieces[i].matrix], pieces[i].row, pieces[i].count);
+  });
+  for (size_t i = 0; i < pieces.size(); i++)
+    sums[pieces[i].matrix] = (int64_t)((uint64_t)sums[pieces[i].matrix] + partial[i]);
 }

@@ -1,5 +1,6 @@
-// sync and forget on a GPU: one launch for the whole model. Bound by memory: every element is read and written once, in
-// 16-byte accesses where the layout allows; sums are reduced in the same pass, in an order that the grid fixes.
+// sync and forget on a GPU: one launch for all weights of a model that share their dtypes, and checksums of all of them
+// in another. Bound by memory: every element is read and written once, in 16-byte accesses where the layout allows; sums
+// are reduced in the same pass, in an order that the grid fixes.
 //
 // Compile with -fmad=false: the fused multiply-adds are written out.
 
@@ -12,60 +13,72 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int VECTOR = EEPO_LANES;  // elements a thread takes at a time: one Philox call, 16 bytes of 16-bit weights
-constexpr int PIECE = THREADS * VECTOR * 4;
+constexpr int STEP = THREADS * VECTOR;
+constexpr int PIECE = STEP * 4;
 
-__device__ __forceinline__ void unpack(float *out, uint32_t word, bool bf16) {
-  if (bf16) {
-    out[0] = __uint_as_float(word << 16);
-    out[1] = __uint_as_float(word & 0xFFFF0000u);
-  } else {
-    out[0] = __half2float(__ushort_as_half((unsigned short)word));
-    out[1] = __half2float(__ushort_as_half((unsigned short)(word >> 16)));
-  }
+template <int DTYPE>
+__device__ __forceinline__ float to_float(uint32_t bits) {
+  if (DTYPE == EEPO_BF16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half((unsigned short)bits));
 }
 
-__device__ __forceinline__ void load_vector(float *out, int64_t address, int64_t first, int64_t dtype) {
-  if (dtype == EEPO_FP32) {
+template <int DTYPE>
+__device__ __forceinline__ void unpack(float *out, uint32_t word) {
+  out[0] = to_float<DTYPE>(word & 0xFFFFu);
+  out[1] = DTYPE == EEPO_BF16 ? __uint_as_float(word & 0xFFFF0000u) : to_float<DTYPE>(word >> 16);
+}
+
+template <int DTYPE>
+__device__ __forceinline__ void load_vector(float *out, int64_t address, int64_t first) {
+  if (DTYPE == EEPO_FP32) {
     const float4 *in = reinterpret_cast<const float4 *>((const float *)address + first);
     float4 low = in[0], high = in[1];
     out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
     out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
   } else {
     uint4 words = *reinterpret_cast<const uint4 *>((const uint16_t *)address + first);
-    bool bf16 = dtype == EEPO_BF16;
-    unpack(out, words.x, bf16), unpack(out + 2, words.y, bf16);
-    unpack(out + 4, words.z, bf16), unpack(out + 6, words.w, bf16);
+    unpack<DTYPE>(out, words.x), unpack<DTYPE>(out + 2, words.y);
+    unpack<DTYPE>(out + 4, words.z), unpack<DTYPE>(out + 6, words.w);
   }
 }
 
-__device__ __forceinline__ float load_one(int64_t address, int64_t index, int64_t dtype) {
-  if (dtype == EEPO_FP32) return ((const float *)address)[index];
-  uint16_t raw = ((const uint16_t *)address)[index];
-  return dtype == EEPO_BF16 ? __uint_as_float((uint32_t)raw << 16) : __half2float(__ushort_as_half(raw));
+template <int DTYPE>
+__device__ __forceinline__ float load_one(int64_t address, int64_t index) {
+  if (DTYPE == EEPO_FP32) return ((const float *)address)[index];
+  return to_float<DTYPE>(((const uint16_t *)address)[index]);
 }
 
-__device__ __forceinline__ uint16_t to_half_bits(float x, int64_t dtype) {
-  return dtype == EEPO_BF16 ? eepo_bf16_nearest(x) : __half_as_ushort(__float2half_rn(x));
+template <int DTYPE>
+__device__ __forceinline__ uint16_t to_half_bits(float x) {
+  return DTYPE == EEPO_BF16 ? eepo_bf16_nearest(x) : __half_as_ushort(__float2half_rn(x));
 }
 
-__device__ __forceinline__ void store_vector(int64_t address, int64_t first, int64_t dtype, const float *x) {
-  if (dtype == EEPO_FP32) {
+// x: what the destination's dtype holds exactly, with EXACT; else rounded to nearest.
+template <int DTYPE, bool EXACT>
+__device__ __forceinline__ void store_vector(int64_t address, int64_t first, const float *x) {
+  if (DTYPE == EEPO_FP32) {
     float4 *out = reinterpret_cast<float4 *>((float *)address + first);
     out[0] = make_float4(x[0], x[1], x[2], x[3]);
     out[1] = make_float4(x[4], x[5], x[6], x[7]);
   } else {
     uint32_t words[4];
-    for (int i = 0; i < 4; i++)
-      words[i] = to_half_bits(x[2 * i], dtype) | (uint32_t)to_half_bits(x[2 * i + 1], dtype) << 16;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (DTYPE == EEPO_BF16 && EXACT)
+        words[i] = __float_as_uint(x[2 * i]) >> 16 | (__float_as_uint(x[2 * i + 1]) & 0xFFFF0000u);
+      else
+        words[i] = to_half_bits<DTYPE>(x[2 * i]) | (uint32_t)to_half_bits<DTYPE>(x[2 * i + 1]) << 16;
+    }
     *reinterpret_cast<uint4 *>((uint16_t *)address + first) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
-__device__ __forceinline__ void store_one(int64_t address, int64_t index, int64_t dtype, float x) {
-  if (dtype == EEPO_FP32)
+template <int DTYPE>
+__device__ __forceinline__ void store_one(int64_t address, int64_t index, float x) {
+  if (DTYPE == EEPO_FP32)
     ((float *)address)[index] = x;
   else
-    ((uint16_t *)address)[index] = to_half_bits(x, dtype);
+    ((uint16_t *)address)[index] = to_half_bits<DTYPE>(x);
 }
 
 // The eight 16-bit draws of the group that holds flat index `flat`, as four words.
@@ -88,19 +101,20 @@ __device__ __forceinline__ uint32_t lane_of(const uint32_t *words, int lane) {
 }
 
 // One element of forget: what the destination will hold, as fp32. Adds to the sums.
-__device__ __forceinline__ float forget_one(float old, float gradient, float eta, uint32_t bits, int64_t dtype,
-                                            bool stochastic, float *sums) {
+template <int DTYPE, bool STOCHASTIC>
+__device__ __forceinline__ float forget_one(float old, float gradient, float eta, uint32_t bits, float *sums) {
   float updated = __fmaf_rn(eta, gradient, old);
-  if (dtype == EEPO_BF16)
-    updated = __uint_as_float((uint32_t)(stochastic ? eepo_bf16_stochastic(updated, bits) : eepo_bf16_nearest(updated)) << 16);
-  if (dtype == EEPO_FP16) {
-    if (stochastic) updated = eepo_fp16_stochastic(updated, bits);
+  if (DTYPE == EEPO_BF16)
+    updated = STOCHASTIC ? __uint_as_float((__float_as_uint(updated) + bits) & 0xFFFF0000u)
+                         : __uint_as_float((uint32_t)eepo_bf16_nearest(updated) << 16);
+  if (DTYPE == EEPO_FP16) {
+    if (STOCHASTIC) updated = eepo_fp16_stochastic(updated, bits);
     updated = __half2float(__float2half_rn(updated));
   }
   updated = gradient == 0.0f ? old : updated;
   float intended = eta * gradient, applied = updated - old, noise = applied - intended;
-  sums[0] += applied * intended, sums[1] += intended * intended;
-  sums[2] += applied * applied, sums[3] += noise * noise;
+  sums[0] = __fmaf_rn(applied, intended, sums[0]), sums[1] = __fmaf_rn(intended, intended, sums[1]);
+  sums[2] = __fmaf_rn(applied, applied, sums[2]), sums[3] = __fmaf_rn(noise, noise, sums[3]);
   return updated;
 }
 
@@ -109,73 +123,95 @@ __device__ __forceinline__ bool is_aligned(const EepoMatrix &m) {
   return ((m.dst | m.src) & 15) == 0 && ((strides | m.flat) & (VECTOR - 1)) == 0;
 }
 
+// Where a thread is in a matrix, STEP elements on at a time: no division but at the start of a piece.
+struct Walk {
+  int64_t row, column, columns;
+  int rows_a_step, columns_a_step;
+
+  __device__ __forceinline__ Walk(int64_t num_rows, int64_t num_columns, int64_t element) : columns(num_columns) {
+    row = num_rows > 1 ? element / num_columns : 0;
+    column = element - row * num_columns;
+    int width = num_columns > STEP ? STEP + 1 : (int)num_columns;
+    rows_a_step = STEP / width;
+    columns_a_step = STEP - (width > STEP ? 0 : rows_a_step * width);
+  }
+
+  __device__ __forceinline__ void step() {
+    row += rows_a_step, column += columns_a_step;
+    if (column >= columns) column -= columns, row++;
+  }
+};
+
+template <int OPERATION, int DST, int SRC>
 __device__ void run_piece(const EepoMatrix &m, int64_t first, const EepoUpdate &update, float *sums) {
+  constexpr bool FORGET = OPERATION != EEPO_SYNC, STOCHASTIC = OPERATION == EEPO_FORGET_STOCHASTIC;
   const int64_t last = min(first + PIECE, m.num_rows * m.num_columns);
-  const bool forget = update.operation != EEPO_SYNC;
-  const bool stochastic = update.operation == EEPO_FORGET_STOCHASTIC && m.dst_dtype != EEPO_FP32;
-  const bool aligned = is_aligned(m);
-  for (int64_t e = first + threadIdx.x * VECTOR; e < last; e += THREADS * VECTOR) {
-    const int64_t row = m.num_rows > 1 ? e / m.num_columns : 0, column = e - row * m.num_columns;
-    if (aligned && e + VECTOR <= last) {
-      const int64_t dst = row * m.dst_stride + column;
+  int64_t e = first + threadIdx.x * VECTOR;
+  if (is_aligned(m)) {
+    const int64_t dst_stride = m.dst_stride, src_stride = m.src_stride, flat_stride = m.flat_stride;
+    const int64_t dst_address = m.dst, src_address = m.src, flat = m.flat, key = m.key;
+    Walk at(m.num_rows, m.num_columns, e);
+#pragma unroll 1
+    for (; e + VECTOR <= last; e += STEP, at.step()) {
+      const int64_t dst = at.row * dst_stride + at.column;
       float x[VECTOR], old[VECTOR];
-      load_vector(x, m.src, row * m.src_stride + column, m.src_dtype);
-      if (forget) {
+      load_vector<SRC>(x, src_address, at.row * src_stride + at.column);
+      if (FORGET) {
         uint32_t words[4] = {};
-        load_vector(old, m.dst, dst, m.dst_dtype);
-        if (stochastic) draw(words, m.flat + row * m.flat_stride + column, m.key, update);
+        load_vector<DST>(old, dst_address, dst);
+        if (STOCHASTIC) draw(words, flat + at.row * flat_stride + at.column, key, update);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
-          x[i] = forget_one(old[i], x[i], update.eta, lane_of(words, i), m.dst_dtype, stochastic, sums);
+          x[i] = forget_one<DST, STOCHASTIC>(old[i], x[i], update.eta, lane_of(words, i), sums);
       }
-      store_vector(m.dst, dst, m.dst_dtype, x);
-      continue;
+      store_vector<DST, FORGET || SRC == DST>(dst_address, dst, x);
     }
-    for (int64_t k = e; k < min(e + VECTOR, last); k++) {
-      const int64_t r = k / m.num_columns, c = k - r * m.num_columns, dst = r * m.dst_stride + c;
-      float x = load_one(m.src, r * m.src_stride + c, m.src_dtype);
-      if (forget) {
+  }
+#pragma unroll 1
+  for (; e < last; e += STEP) {  // what has no 16-byte accesses, or no whole vector
+    const int64_t end = min(e + VECTOR, last);
+#pragma unroll 1
+    for (int64_t k = e; k < end; k++) {
+      const int64_t r = m.num_rows > 1 ? k / m.num_columns : 0, c = k - r * m.num_columns, dst = r * m.dst_stride + c;
+      float x = load_one<SRC>(m.src, r * m.src_stride + c);
+      if (FORGET) {
         uint32_t words[4] = {};
         const uint64_t flat = m.flat + r * m.flat_stride + c;
-        if (stochastic) draw(words, flat, m.key, update);
-        float old = load_one(m.dst, dst, m.dst_dtype);
-        x = forget_one(old, x, update.eta, lane_of(words, flat % EEPO_LANES), m.dst_dtype, stochastic, sums);
+        if (STOCHASTIC) draw(words, flat, m.key, update);
+        x = forget_one<DST, STOCHASTIC>(load_one<DST>(m.dst, dst), x, update.eta, lane_of(words, flat % EEPO_LANES), sums);
       }
-      store_one(m.dst, dst, m.dst_dtype, x);
+      store_one<DST>(m.dst, dst, x);
     }
   }
 }
 
+// The last table entry whose first piece is not beyond this one.
+__device__ __forceinline__ int entry_of(int64_t piece, const int64_t *first_piece, int num_entries) {
+  int low = 0, high = num_entries - 1;
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (first_piece[middle] <= piece) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
 // Sum over the block, in thread 0.
-__device__ double block_sum(double value) {
-  __shared__ double warps[THREADS / 32];
+template <typename T>
+__device__ T block_sum(T value) {
+  __shared__ T warps[THREADS / 32];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
   __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
-  double total = 0.0;
+  T total = 0;
   if (threadIdx.x == 0)
     for (int i = 0; i < THREADS / 32; i++) total += warps[i];
   return total;
 }
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(THREADS) weight_update_kernel(const EepoMatrix *matrices, const int64_t *first_piece,
-                                                                int num_matrices, int64_t num_pieces, EepoUpdate update,
-                                                                double *partial, unsigned *blocks_done, double *sums) {
-  double total[EEPO_NUM_SUMS] = {};
-  for (int64_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
-    int low = 0, high = num_matrices - 1;  // the last matrix whose first piece is not beyond this one
-    while (low < high) {
-      int middle = (low + high + 1) / 2;
-      if (first_piece[middle] <= piece) low = middle;
-      else high = middle - 1;
-    }
-    float sums_of_piece[EEPO_NUM_SUMS] = {};
-    run_piece(matrices[low], (piece - first_piece[low]) * PIECE, update, sums_of_piece);
-    for (int k = 0; k < EEPO_NUM_SUMS; k++) total[k] += sums_of_piece[k];
-  }
+// The sums of all threads of the grid, added to `sums`.
+__device__ void reduce(const double *total, double *partial, unsigned *blocks_done, double *sums) {
   for (int k = 0; k < EEPO_NUM_SUMS; k++) {
     double block = block_sum(total[k]);
     if (threadIdx.x == 0) partial[blockIdx.x * EEPO_NUM_SUMS + k] = block;
@@ -193,20 +229,153 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight_update_kernel(const
     double mine = 0.0;
     for (int i = threadIdx.x; i < gridDim.x; i += THREADS) mine += partial[i * EEPO_NUM_SUMS + k];
     double all = block_sum(mine);
-    if (threadIdx.x == 0) sums[k] = all;
+    if (threadIdx.x == 0) sums[k] += all;  // launches of one update follow each other
   }
   if (threadIdx.x == 0) *blocks_done = 0;
 }
 
+template <int OPERATION, int DST, int SRC>
+__global__ void __launch_bounds__(THREADS) weight_update_kernel(const EepoMatrix *matrices, const int64_t *first_piece,
+                                                                int num_matrices, int64_t num_pieces, EepoUpdate update,
+                                                                double *partial, unsigned *blocks_done, double *sums) {
+  double total[EEPO_NUM_SUMS] = {};
+  for (int64_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
+    const int i = entry_of(piece, first_piece, num_matrices);
+    float sums_of_piece[EEPO_NUM_SUMS] = {};
+    run_piece<OPERATION, DST, SRC>(matrices[i], (piece - first_piece[i]) * PIECE, update, sums_of_piece);
+    for (int k = 0; k < EEPO_NUM_SUMS; k++) total[k] += sums_of_piece[k];
+  }
+  if constexpr (OPERATION != EEPO_SYNC) reduce(total, partial, blocks_done, sums);
+}
+
+template <int OPERATION, int DST, int SRC>
+void launch_update(const EepoMatrix *matrices, const int64_t *first_piece, int num_matrices, int64_t num_pieces,
+                   const EepoUpdate &update, double *partial, unsigned *blocks_done, double *sums, int num_blocks,
+                   void *stream) {
+  weight_update_kernel<OPERATION, DST, SRC><<<num_blocks, THREADS, 0, (cudaStream_t)stream>>>(
+      matrices, first_piece, num_matrices, num_pieces, update, partial, blocks_done, sums);
+}
+
+using Launch = decltype(&launch_update<EEPO_SYNC, EEPO_FP32, EEPO_FP32>);
+
+template <int OPERATION, int DST>
+Launch of_source(int64_t src) {
+  return src == EEPO_FP32   ? launch_update<OPERATION, DST, EEPO_FP32>
+         : src == EEPO_BF16 ? launch_update<OPERATION, DST, EEPO_BF16>
+                            : launch_update<OPERATION, DST, EEPO_FP16>;
+}
+
+template <int OPERATION>
+Launch of_destination(int64_t dst, int64_t src) {
+  // an fp32 destination takes the sum as it is: there is nothing to draw
+  constexpr int EXACT = OPERATION == EEPO_FORGET_STOCHASTIC ? (int)EEPO_FORGET_NEAREST : OPERATION;
+  return dst == EEPO_FP32   ? of_source<EXACT, EEPO_FP32>(src)
+         : dst == EEPO_BF16 ? of_source<OPERATION, EEPO_BF16>(src)
+                            : of_source<OPERATION, EEPO_FP16>(src);
+}
+
+// The bits of one element, rounded to `as_dtype` where that is another than its own, as a signed integer.
+__device__ __forceinline__ int64_t bits_of(const EepoChecked &m, int64_t index) {
+  if (m.dtype == EEPO_FP32) {
+    const float x = ((const float *)m.address)[index];
+    if (m.as_dtype == EEPO_FP32) return (int32_t)__float_as_uint(x);
+    return (int16_t)(m.as_dtype == EEPO_BF16 ? to_half_bits<EEPO_BF16>(x) : to_half_bits<EEPO_FP16>(x));
+  }
+  const uint16_t raw = ((const uint16_t *)m.address)[index];
+  if (m.dtype == m.as_dtype) return (int16_t)raw;
+  const float x = m.dtype == EEPO_BF16 ? to_float<EEPO_BF16>(raw) : to_float<EEPO_FP16>(raw);
+  if (m.as_dtype == EEPO_FP32) return (int32_t)__float_as_uint(x);
+  return (int16_t)(m.as_dtype == EEPO_BF16 ? to_half_bits<EEPO_BF16>(x) : to_half_bits<EEPO_FP16>(x));
+}
+
+// The same for VECTOR elements of one row, added up: 16-bit ones as they are, or fp32 ones rounded to AS.
+template <int DTYPE, int AS>
+__device__ __forceinline__ int64_t sum_of_vector(int64_t address, int64_t first) {
+  if (DTYPE == EEPO_FP32) {
+    float x[VECTOR];
+    load_vector<EEPO_FP32>(x, address, first);
+    int64_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+      sum += AS == EEPO_FP32 ? (int64_t)(int32_t)__float_as_uint(x[i]) : (int64_t)(int16_t)to_half_bits<AS>(x[i]);
+    return sum;
+  }
+  const uint4 words = *reinterpret_cast<const uint4 *>((const uint16_t *)address + first);
+  const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+  int32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum += (int32_t)(int16_t)all[i] + ((int32_t)all[i] >> 16);
+  return sum;
+}
+
+template <int DTYPE, int AS>
+__device__ __forceinline__ int64_t check_vectors(const EepoChecked &m, int64_t &e, int64_t last) {
+  const int64_t address = m.address, stride = m.stride;
+  Walk at(m.num_rows, m.num_columns, e);
+  int64_t total = 0;
+#pragma unroll 1
+  for (; e + VECTOR <= last; e += STEP, at.step())
+    total += (at.row + 1) * sum_of_vector<DTYPE, AS>(address, at.row * stride + at.column);
+  return total;
+}
+
+// What a thread adds to the checksum of a matrix: each row's sum times its number, as integers that wrap around.
+__device__ int64_t check_piece(const EepoChecked &m, int64_t first) {
+  const int64_t last = min(first + PIECE, m.num_rows * m.num_columns);
+  int64_t e = first + threadIdx.x * VECTOR, total = 0;
+  const int64_t strides = m.num_rows > 1 ? m.stride | m.num_columns : 0;
+  if ((m.address & 15) == 0 && (strides & (VECTOR - 1)) == 0) {
+    if (m.dtype == m.as_dtype && m.dtype != EEPO_FP32) total = check_vectors<EEPO_BF16, EEPO_BF16>(m, e, last);
+    else if (m.dtype == EEPO_FP32 && m.as_dtype == EEPO_FP32) total = check_vectors<EEPO_FP32, EEPO_FP32>(m, e, last);
+    else if (m.dtype == EEPO_FP32 && m.as_dtype == EEPO_BF16) total = check_vectors<EEPO_FP32, EEPO_BF16>(m, e, last);
+    else if (m.dtype == EEPO_FP32) total = check_vectors<EEPO_FP32, EEPO_FP16>(m, e, last);
+  }
+#pragma unroll 1
+  for (; e < last; e += STEP) {
+    const int64_t end = min(e + VECTOR, last);
+#pragma unroll 1
+    for (int64_t k = e; k < end; k++) {
+      const int64_t r = m.num_rows > 1 ? k / m.num_columns : 0;
+      total += (r + 1) * bits_of(m, r * m.stride + k - r * m.num_columns);
+    }
+  }
+  return total;
+}
+
+__global__ void __launch_bounds__(THREADS) checksum_kernel(const EepoChecked *matrices, const int64_t *first_piece,
+                                                           int num_matrices, int64_t num_pieces,
+                                                           unsigned long long *sums) {
+  for (int64_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
+    const int i = entry_of(piece, first_piece, num_matrices);
+    const int64_t sum = block_sum(check_piece(matrices[i], (piece - first_piece[i]) * PIECE));
+    if (threadIdx.x == 0) atomicAdd(&sums[i], (unsigned long long)sum);  // integers: in any order
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
 EEPO_EXPORT int64_t eepo_piece_size() { return PIECE; }
 
-// All pointers but `update` are on the device. first_piece[i]: pieces of the matrices before i. partial:
-// num_blocks * EEPO_NUM_SUMS doubles; blocks_done: one zero; sums: EEPO_NUM_SUMS doubles. Returns a cudaError_t.
+// All pointers but `update` are on the device; matrices: of one pair of dtypes, those of the first. first_piece[i]:
+// pieces of the matrices before i. partial: num_blocks * EEPO_NUM_SUMS doubles; blocks_done: one zero; sums:
+// EEPO_NUM_SUMS doubles, which a forget step is added to. Returns a cudaError_t.
 EEPO_EXPORT int32_t eepo_weight_update_cuda(const EepoMatrix *matrices, const int64_t *first_piece, int32_t num_matrices,
                                             int64_t num_pieces, const EepoUpdate *update, double *partial,
-                                            uint32_t *blocks_done, double *sums, int32_t num_blocks, void *stream) {
-  weight_update_kernel<<<num_blocks, THREADS, 0, (cudaStream_t)stream>>>(matrices, first_piece, num_matrices, num_pieces,
-                                                                         *update, partial, blocks_done, sums);
+                                            uint32_t *blocks_done, double *sums, int32_t num_blocks, void *stream,
+                                            int64_t dst_dtype, int64_t src_dtype) {
+  const Launch run = update->operation == EEPO_SYNC             ? of_destination<EEPO_SYNC>(dst_dtype, src_dtype)
+                     : update->operation == EEPO_FORGET_NEAREST ? of_destination<EEPO_FORGET_NEAREST>(dst_dtype, src_dtype)
+                                                                : of_destination<EEPO_FORGET_STOCHASTIC>(dst_dtype, src_dtype);
+  run(matrices, first_piece, num_matrices, num_pieces, *update, partial, blocks_done, sums, num_blocks, stream);
+  return cudaGetLastError();
+}
+
+// sums: a zero a matrix, all on the device. Returns a cudaError_t.
+EEPO_EXPORT int32_t eepo_checksums_cuda(const EepoChecked *matrices, const int64_t *first_piece, int32_t num_matrices,
+                                        int64_t num_pieces, int64_t *sums, int32_t num_blocks, void *stream) {
+  checksum_kernel<<<num_blocks, THREADS, 0, (cudaStream_t)stream>>>(matrices, first_piece, num_matrices, num_pieces,
+                                                                    (unsigned long long *)sums);
   return cudaGetLastError();
 }
 

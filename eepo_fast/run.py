@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eepo_kernels import checksums
 from transformers import PreTrainedModel
 
 from eepo_fast import checkpoint, metrics
@@ -35,7 +36,6 @@ from eepo_fast.rewards import Grader, check_golds, make_grader
 from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine, import_vllm
-from eepo_fast.rollout.weights import checksums
 from eepo_fast.signals import listening
 from eepo_fast.trackers import Trackers
 from eepo_fast.trackers import chosen as chosen_trackers

@@ -29,8 +29,11 @@ class PlainGradient:
     def __init__(self, model: PreTrainedModel):
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {}
+        self.known_norm: float | None = None
+        """Of the last call of `norm`: the forget step is held against it, and reads the gradient once."""
 
     def add(self, loss: Tensor) -> None:
+        self.known_norm = None
         found = dict(self.tensors)
         hooks = [p.register_hook(partial(_receive, found, name)) for name, p in self.parameters.items()]
         try:
@@ -43,7 +46,9 @@ class PlainGradient:
             self.tensors = {n: found[n] if n in found else torch.zeros_like(p) for n, p in self.parameters.items()}
 
     def norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
+        norm = torch.nn.utils.get_total_norm(list(self.tensors.values())) if self.tensors else 0.0
+        self.known_norm = float(norm)
+        return self.known_norm
 
 
 def _receive(found: dict[str, Tensor], name: str, grad: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ class TorchPolicy:
         self, engine: RolloutEngine, gradient: PlainGradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
         options = dict(eta=config.learning_rate, rounding=config.rounding, seed=seed, step=step)
-        return engine.forget(gradient.tensors, **options)
+        return engine.forget(gradient.tensors, norm=gradient.known_norm, **options)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_weights().items()

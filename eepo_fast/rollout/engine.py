@@ -47,8 +47,18 @@ class RolloutEngine(Protocol):
         """Own weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight once;
         a bucket is read before the next is asked for. version: whose weights these are."""
 
-    def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
-        """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`."""
+    def forget(
+        self,
+        gradient: Mapping[str, Tensor],
+        *,
+        eta: float,
+        rounding: str,
+        seed: int,
+        step: int,
+        norm: float | None = None,
+    ) -> ForgetStats:
+        """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`. norm: ‖gradient‖ where the
+        caller has it; an engine may hold it against the length of the step it has made."""
 
     def generate(
         self,

@@ -11,13 +11,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from eepo_kernels import ForgetStats, forget, linear_logprobs, sync, tensor_key
+from eepo_kernels import ForgetStats, checksums, forget, linear_logprobs, sync, tensor_key
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Progress, Request, Sampling, spared
-from eepo_fast.rollout.weights import checksums, rounded_checksums
 from eepo_fast.types import EngineError, Rollout, WeightsVersion
 
 SCORE_TOKENS = 8192  # scored at once
@@ -56,13 +55,22 @@ class HfEngine:
             sources = list(bucket.values())
             sync([self.weights[name] for name in bucket], sources)
             dtypes = [self.weights[name].dtype for name in bucket]
-            sums.update(zip(bucket, rounded_checksums(sources, dtypes), strict=True))
+            sums.update(zip(bucket, checksums(sources, dtypes), strict=True))
         missing = self.weights.keys() - sums.keys()
         assert not missing, f"a sync without {min(missing)}"
         self.weights_version = version
         self._expected = torch.stack([sums[name] for name in self.weights]).to(self.device)
 
-    def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
+    def forget(
+        self,
+        gradient: Mapping[str, Tensor],
+        *,
+        eta: float,
+        rounding: str,
+        seed: int,
+        step: int,
+        norm: float | None = None,
+    ) -> ForgetStats:
         assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten
         # from here on the weights are no longer the policy's, even if the update is interrupted
         self.weights_version, self._expected = self.weights_version._replace(forgotten=True), None

@@ -3,8 +3,8 @@
 The engine starts with no weights of its own; the first `sync` gives it the policy's. It samples only while the checksum
 of what it holds is the one its last update must have left.
 
-On a GPU vLLM schedules ahead: when `generate` returns, a batch of it is still in flight. It was launched before whatever
-comes next, which waits for its stream (`running_on`), and its result is dropped with the requests that it was for.
+On a GPU vLLM schedules ahead: when `generate` returns, a batch is still in flight. It was launched before whatever comes
+next, which waits for its stream (`running_on`), and its result is dropped with the requests that it was for.
 
 Under torchrun every rank has an engine, or every group of `tensor_parallel` neighbouring ranks has one together: vLLM's
 external launcher on the process group that is there. The ranks of a group make the same calls with the same arguments,
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from eepo_kernels import ForgetStats, forget, sync, tensor_key
+from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,10 +38,8 @@ from eepo_fast.rollout.weights import (
     Plan,
     PlanError,
     check_plan,
-    checksums,
     gather,
     record_plan,
-    rounded_checksums,
 )
 from eepo_fast.types import EngineError, Rollout, WeightsVersion
 
@@ -105,7 +103,8 @@ class VllmEngine:
         self._asleep = False
         self._enable_sleep = enable_sleep
         self._expected: Tensor | None = None
-        self._step: tuple[Tensor, ForgetStats] | None = None
+        self._step: tuple[float | None, ForgetStats] | None = None
+        """Length that the last forget step was to have, where that is known, and what it did."""
         self._shadow: dict[str, Tensor] | None = None
         self._plan: Plan | None = None
         self._num_requests = 0
@@ -155,7 +154,7 @@ class VllmEngine:
                 part = self._plan.restricted_to(bucket)
                 sources = part.sources(bucket)
                 sync(part.views, sources)
-                expected = rounded_checksums(sources, [view.dtype for view in part.views])
+                expected = checksums(sources, [view.dtype for view in part.views])
                 sums.update(zip((copy.slice for copy in part.copies), expected, strict=True))
             else:
                 sync([self._shadow[name] for name in bucket], list(bucket.values()))
@@ -170,7 +169,16 @@ class VllmEngine:
         self._finish_update(expected)
 
     @torch.no_grad()
-    def forget(self, gradient: Mapping[str, Tensor], *, eta: float, rounding: str, seed: int, step: int) -> ForgetStats:
+    def forget(
+        self,
+        gradient: Mapping[str, Tensor],
+        *,
+        eta: float,
+        rounding: str,
+        seed: int,
+        step: int,
+        norm: float | None = None,
+    ) -> ForgetStats:
         assert gradient.keys() == self._shapes.keys() and not self.weights_version.forgotten
         self._check_shapes(gradient)
         if self._expected is None:
@@ -187,8 +195,7 @@ class VllmEngine:
             layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
             stats = forget(list(self._shadow.values()), [gradient[n] for n in names], **layout, **options)
         # read, and compared, when the engine is next asked to sample: nothing waits for it here
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradient.values()]
-        self._step = eta * torch.linalg.vector_norm(torch.stack(norms)), stats
+        self._step = None if norm is None else eta * norm, stats
         self._finish_update(checksums(self._plan.views) if self._plan is not None else self._reload())
         return stats
 
@@ -250,12 +257,13 @@ class VllmEngine:
         if self._expected is None:
             return "the engine's weights were never synced, or their last update did not finish"
         if self._step is not None:
-            intended, applied = float(self._step[0]), self._step[1].intended_norm
+            intended, stats = self._step
             views = self._plan.views if self._plan is not None else self._shadow.values()
-            missing = sum(view.numel() for view in views) - self._step[1].num_weights
+            missing = sum(view.numel() for view in views) - stats.num_weights
             if missing:
                 return f"the last forget step left out {missing} weights"
-            small = max(intended, applied) < SMALLEST_NORM
+            applied = stats.intended_norm
+            small = intended is None or max(intended, applied) < SMALLEST_NORM
             if not small and not math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE):
                 return f"expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
         held = self._plan.views if self._plan is not None else [p.data for p in self._model.parameters()]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from eepo_kernels import tensor_key
+from eepo_kernels import checksums, tensor_key
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -252,21 +252,3 @@ def check_plan(
             sync([copy.view for copy in chosen], [copy.of(values) for copy in chosen])
     if not all(gather(torch.equal(expected, checksums(parameters)), group)):
         raise PlanError("what the plan writes is not what vLLM's own loader writes")
-
-
-def checksums(tensors: Sequence[Tensor]) -> Tensor:
-    """int64 [tensors]: the bits of each tensor as integers, each row's sum times its number, reduced on its device."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.int64)
-    integers = {2: torch.int16, 4: torch.int32}
-    found = []
-    for t in tensors:
-        bits = t.view(integers[t.itemsize])
-        rows = bits.sum(-1, dtype=torch.int64).flatten() if t.dim() > 1 else bits.flatten().to(torch.int64)
-        found.append((rows * torch.arange(1, len(rows) + 1, device=t.device)).sum())
-    return torch.stack(found)
-
-
-def rounded_checksums(sources: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Tensor:
-    """What `checksums` gives for each source rounded to nearest in its dtype: one at a time, from the sources alone."""
-    return torch.cat([checksums([source.to(dtype)]) for source, dtype in zip(sources, dtypes, strict=True)])

@@ -2,6 +2,15 @@
 
 from eepo_kernels.linear_loss import fused_linear_loss, linear_logprobs
 from eepo_kernels.reference import TokenStats
-from eepo_kernels.weight_update import ForgetStats, forget, sync, tensor_key
+from eepo_kernels.weight_update import ForgetStats, checksums, forget, sync, tensor_key
 
-__all__ = ["ForgetStats", "TokenStats", "forget", "fused_linear_loss", "linear_logprobs", "sync", "tensor_key"]
+__all__ = [
+    "ForgetStats",
+    "TokenStats",
+    "checksums",
+    "forget",
+    "fused_linear_loss",
+    "linear_logprobs",
+    "sync",
+    "tensor_key",
+]

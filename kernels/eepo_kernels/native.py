@@ -1,6 +1,7 @@
-"""The compiled weight update (csrc/): finding it, and handing it a table of matrices. Plain ctypes: no torch headers.
+"""The compiled weight update (csrc/) and its checksums: finding them, and handing them a table of matrices.
 
-`_C` is the CPU part, `_C_cuda` the CUDA one; a build without a compiler has neither, and PyTorch serves.
+Plain ctypes: no torch headers. `_C` is the CPU part, `_C_cuda` the CUDA one; a build without a compiler has
+neither, and PyTorch serves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SYNC, FORGET_NEAREST, FORGET_STOCHASTIC = 0, 1, 2
 FIELDS = 11  # of EepoMatrix, int64 each
+CHECKED_FIELDS = 6  # of EepoChecked
 NUM_SUMS = 4
 BLOCKS_PER_SM = 8
 
@@ -107,25 +109,94 @@ def run(table: Tensor, update: Update, device: torch.device) -> Tensor:
 
 
 def _run_cuda(table: Tensor, update: Update, device: torch.device) -> Tensor:
+    """One launch for each pair of dtypes among the matrices: most models have one."""
     cuda = library("cuda")
-    piece = cuda.eepo_piece_size()
-    pieces = (table[:, 2] * table[:, 3] + piece - 1) // piece
-    first_piece, num_pieces = pieces.cumsum(0) - pieces, int(pieces.sum())
+    pairs = table[:, -2] * len(DTYPES) + table[:, -1]
+    groups = [table[pairs == pair] for pair in pairs.unique()]
+    pieces = [_pieces(group[:, 2] * group[:, 3]) for group in groups]
     with torch.cuda.device(device):
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
-        if num_pieces == 0:
-            return sums
-        num_blocks = min(num_pieces, BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count)
-        on_device = torch.cat([table.flatten(), first_piece]).pin_memory().to(device, non_blocking=True)
-        partial = torch.empty(num_blocks * NUM_SUMS, dtype=torch.float64, device=device)
+        tables = [part for group, (first, _) in zip(groups, pieces, strict=True) for part in (group, first)]
+        on_device = _to_device(tables, device)
+        most = _num_blocks(max((count for _, count in pieces), default=0), device)
+        partial = torch.empty(most * NUM_SUMS, dtype=torch.float64, device=device)
         blocks_done = torch.zeros(1, dtype=torch.int32, device=device)
-        code = cuda.eepo_weight_update_cuda(
-            ctypes.c_void_p(on_device.data_ptr()), ctypes.c_void_p(on_device[table.numel() :].data_ptr()),
-            ctypes.c_int32(len(table)), ctypes.c_int64(num_pieces), ctypes.byref(update),
-            ctypes.c_void_p(partial.data_ptr()), ctypes.c_void_p(blocks_done.data_ptr()),
-            ctypes.c_void_p(sums.data_ptr()), ctypes.c_int32(num_blocks),
-            ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
-        )  # fmt: skip
+        for i, (group, (_, num_pieces)) in enumerate(zip(groups, pieces, strict=True)):
+            if num_pieces == 0:
+                continue
+            code = cuda.eepo_weight_update_cuda(
+                ctypes.c_void_p(on_device[2 * i].data_ptr()), ctypes.c_void_p(on_device[2 * i + 1].data_ptr()),
+                ctypes.c_int32(len(group)), ctypes.c_int64(num_pieces), ctypes.byref(update),
+                ctypes.c_void_p(partial.data_ptr()), ctypes.c_void_p(blocks_done.data_ptr()),
+                ctypes.c_void_p(sums.data_ptr()), ctypes.c_int32(_num_blocks(num_pieces, device)),
+                ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+                ctypes.c_int64(int(group[0, -2])), ctypes.c_int64(int(group[0, -1])),
+            )  # fmt: skip
+            _raise_if_failed(code, cuda)
+    return sums
+
+
+def _pieces(num_elements: Tensor) -> tuple[Tensor, int]:
+    """(pieces before each of these matrices, of all of them); a block of a GPU takes a piece at a time."""
+    size = library("cuda").eepo_piece_size()
+    pieces = (num_elements + size - 1) // size
+    return pieces.cumsum(0) - pieces, int(pieces.sum())
+
+
+def _num_blocks(num_pieces: int, device: torch.device) -> int:
+    return min(num_pieces, BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """All in one copy, which the host does not wait for."""
+    if not tables:
+        return []
+    whole = torch.cat([table.flatten() for table in tables]).pin_memory().to(device, non_blocking=True)
+    return list(whole.split([table.numel() for table in tables]))
+
+
+def _raise_if_failed(code: int, cuda: ctypes.CDLL) -> None:
     if code:
         raise RuntimeError(f"weight update: CUDA error {code}: {cuda.eepo_cuda_error(code).decode()}")
+
+
+def checksum_table(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Tensor:
+    """[tensors, CHECKED_FIELDS] int64, EepoChecked a row. A tensor of one dimension is a column."""
+    table = []
+    for t, dtype in zip(tensors, dtypes, strict=True):
+        columns = t.shape[-1] if t.dim() > 1 else 1
+        stride = columns if t.is_contiguous() else as_rows(t)[2]
+        num_rows = t.numel() // columns if columns else 0
+        table.append((t.data_ptr(), num_rows, columns, stride, DTYPES[t.dtype], DTYPES[dtype]))
+    return torch.tensor(table, dtype=torch.int64).view(-1, CHECKED_FIELDS)
+
+
+def run_checksums(table: Tensor, device: torch.device) -> Tensor:
+    """The checksum of every matrix of `table` (a CPU tensor), int64 on `device`; on a GPU in one launch that nothing
+    waits for."""
+    if device.type == "cpu":
+        sums = torch.empty(len(table), dtype=torch.int64)
+        library("cpu").eepo_checksums_cpu(
+            ctypes.c_void_p(table.data_ptr()), ctypes.c_int64(len(table)), ctypes.c_void_p(sums.data_ptr()),
+            ctypes.c_int32(torch.get_num_threads()),
+        )  # fmt: skip
+        return sums
+    return _run_checksums_cuda(table, device)
+
+
+def _run_checksums_cuda(table: Tensor, device: torch.device) -> Tensor:
+    cuda = library("cuda")
+    first_piece, num_pieces = _pieces(table[:, 1] * table[:, 2])
+    with torch.cuda.device(device):
+        sums = torch.zeros(len(table), dtype=torch.int64, device=device)
+        if num_pieces == 0:
+            return sums
+        matrices, first = _to_device([table, first_piece], device)
+        code = cuda.eepo_checksums_cuda(
+            ctypes.c_void_p(matrices.data_ptr()), ctypes.c_void_p(first.data_ptr()), ctypes.c_int32(len(table)),
+            ctypes.c_int64(num_pieces), ctypes.c_void_p(sums.data_ptr()),
+            ctypes.c_int32(_num_blocks(num_pieces, device)),
+            ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+        )  # fmt: skip
+    _raise_if_failed(code, cuda)
     return sums

@@ -1,4 +1,5 @@
-"""`sync` and `forget`: the two in-place updates of an engine's weights, for a whole model in one launch.
+"""`sync` and `forget`: the two in-place updates of an engine's weights, for a whole model in one launch; and
+`checksums`, by which an engine knows that it holds what the last of them has left.
 
 The work is done by csrc/ (CUDA, and its CPU twin), or by `weight_update_torch.py` where nothing was compiled; all three
 give the same bits.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from eepo_kernels import native
 from eepo_kernels.ranges import ranged
-from eepo_kernels.weight_update_torch import forget_run
+from eepo_kernels.weight_update_torch import checksum, forget_run
 
 log = logging.getLogger(__name__)
 
@@ -172,3 +173,22 @@ def forget(
 def _rows_of(weight: Tensor) -> list[Tensor]:
     """Views of the rows of the last dimension."""
     return [row for part in weight for row in _rows_of(part)] if weight.dim() > 1 else [weight]
+
+
+@ranged
+@torch.no_grad()
+def checksums(
+    tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """int64 [tensors]: the bits of each tensor as signed integers, each row's sum times its number from 1, modulo 2⁶⁴.
+
+    tensors: fp32, bf16 or fp16, rows contiguous; one of one dimension is a column. dtypes: what each is rounded to
+    first, to nearest, so that a checksum says what a `sync` of it must leave. Computed on the tensors' device, in one
+    launch that reads them once; `backend` as in `forget`.
+    """
+    dtypes = [t.dtype for t in tensors] if dtypes is None else dtypes
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int64)
+    if _use_native(tensors, [], backend):
+        return native.run_checksums(native.checksum_table(tensors, dtypes), tensors[0].device)
+    return torch.stack([checksum(t.to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)])

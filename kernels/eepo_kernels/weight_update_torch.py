@@ -85,3 +85,10 @@ def forget_run(weight: Tensor, gradient: Tensor, offset: int, key: int, eta: flo
         noise = applied - intended
         sums += torch.stack([applied @ intended, intended @ intended, applied @ applied, noise @ noise])
     return sums
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The twin of csrc/'s checksum, of one tensor: a scalar on its device."""
+    bits = tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    rows = bits.sum(-1, dtype=torch.int64).flatten() if tensor.dim() > 1 else bits.flatten().to(torch.int64)
+    return (rows * torch.arange(1, len(rows) + 1, device=tensor.device)).sum()

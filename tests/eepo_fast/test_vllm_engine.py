@@ -104,7 +104,8 @@ def moved(model, gradient, eta):
 
 
 def forget(engine, gradient, eta=0.5, rounding="stochastic"):
-    return engine.forget(gradient, eta=eta, rounding=rounding, seed=1, step=2)
+    norm = sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5
+    return engine.forget(gradient, eta=eta, rounding=rounding, seed=1, step=2, norm=norm)
 
 
 def test_parity_after_sync_forget_and_restore(pair):

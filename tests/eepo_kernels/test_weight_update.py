@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eepo_kernels import forget, native, sync, tensor_key, weight_update
+from eepo_kernels import checksums, forget, native, sync, tensor_key, weight_update
 from eepo_kernels.reference import stochastic_round
 from eepo_kernels.weight_update_torch import fused_multiply_add, philox, random_bits, round_stochastic
 
@@ -230,6 +230,17 @@ def test_compiled_sync_rounds_like_pytorch(source, target):
     assert torch.equal(dst.signbit()[number], master.to(target).signbit()[number])
 
 
+@pytest.mark.parametrize("as_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_checksums_are_those_of_pytorch(dtype, as_dtype):
+    """And theirs are the sums written out: every layout, and values near ties of rounding."""
+    tensors = [weight.to(dtype) for weight, _, _, _ in layouts().values()] + [torch.randn(700, 300).to(dtype)[:, 7:205]]
+    found = checksums(tensors, [as_dtype] * len(tensors), backend="native")
+    assert torch.equal(found, checksums(tensors, [as_dtype] * len(tensors), backend="torch"))
+    bits = tensors[-1].to(as_dtype).contiguous().view(torch.int32 if as_dtype == torch.float32 else torch.int16)
+    assert found[-1].item() == sum((r + 1) * sum(row) for r, row in enumerate(bits.tolist()))
+
+
 def test_one_thread_or_many_give_the_same_sums():
     weight, gradient = torch.randn(1_000_003).bfloat16(), torch.randn(1_000_003) * 1e-4
     found = []
@@ -298,6 +309,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(dtype, rounding):
     for a, b in zip(there, weights, strict=True):
         assert torch.equal(a.cpu(), b)
     assert on_gpu.retention == pytest.approx(on_cpu.retention, rel=1e-4)
+    assert torch.equal(checksums(there, backend="native").cpu(), checksums(weights, backend="torch"))
     master = [torch.randn(w.shape) for w in weights]
     sync(there, [m.cuda() for m in master], backend="native")
     for a, m in zip(there, master, strict=True):
