@@ -1,4 +1,4 @@
-"""`make gpu-check` on a CPU: every step goes through, small; one that fails or takes too long does not stop the next."""
+"""`make gpu-check` on a CPU: all steps go through, small; one that fails or takes too long does not stop the next."""
 
 import importlib.util
 import json
