@@ -3,8 +3,8 @@
 The engine starts with no weights of its own; the first `sync` gives it the policy's. It samples only while the checksum
 of what it holds is the one its last update must have left.
 
-On a GPU vLLM schedules ahead: when `generate` returns, a batch of it is still in flight. It was launched before whatever
-comes next, which waits for its stream (`running_on`), and its result is dropped with the requests that it was for.
+On a GPU vLLM schedules ahead: when `generate` returns, a batch is still in flight. It was launched before whatever is
+next, which waits for its stream (`running_on`), and its result is dropped with the requests that it was for.
 
 Under torchrun every rank has an engine, or every group of `tensor_parallel` neighbouring ranks has one together: vLLM's
 external launcher on the process group that is there. The ranks of a group make the same calls with the same arguments,
