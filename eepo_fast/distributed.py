@@ -7,6 +7,7 @@ time limit of a device's collective.
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from eepo_fast.types import UserError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=4)  # over gloo: longer than a rollout whose longest answer is on another rank
 DEVICE_TIMEOUT = timedelta(minutes=30)  # of devices' collectives, which ranks enter together; a lost node ends them
@@ -78,7 +81,12 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Whatever ends the block, the process groups are closed: their threads must not meet the interpreter's end,
         which would turn the exit code into that of an abort."""
-        close_groups(failed=kind is not None)
+        try:
+            close_groups(failed=kind is not None)
+        except Exception as found:
+            if kind is None:
+                raise
+            log.warning("process groups: not closed in order: %s", found)  # what ended the block is the news
 
     def wait(self) -> None:
         if self.size > 1:
@@ -113,7 +121,11 @@ def start_world() -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=DEVICE_TIMEOUT)
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    try:
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    except BaseException:  # another rank has left already
+        close_groups(failed=True)
+        raise
     return World(dist.get_rank(), dist.get_world_size(), group)
 
 

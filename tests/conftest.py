@@ -50,7 +50,8 @@ SLOW = (
     "test_mistakes_are_one_line_and_end_every_rank[overrides6",
     "test_two_ranks_hold_what_one_would[llama",
 )
-SLOW_S = 900  # the budget of a test that is marked slow; pyproject.toml has the others' budget
+SLOW_S = 900  # the budget of a test that is slow, needs a GPU or starts ranks; pyproject.toml has the others' budget
+CHAOS_S = 3600
 
 # The contract: what every row of metrics.jsonl has.
 METRIC_KEYS = [
@@ -95,7 +96,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.name.startswith(SLOW):
             item.add_marker("slow")
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        if config.getoption("--chaos"):
+            item.add_marker(pytest.mark.timeout(CHAOS_S))
+        elif any(item.get_closest_marker(mark) for mark in ("slow", "gpu")) or "launch" in item.fixturenames:
             item.add_marker(pytest.mark.timeout(SLOW_S))
         if "faults" in Path(item.fspath).parts:
             item.add_marker("chaos")

@@ -23,6 +23,10 @@ FIELDS = 11  # of EepoMatrix, int64 each
 CHECKED_FIELDS = 6  # of EepoChecked
 NUM_SUMS = 4
 BLOCKS_PER_SM = 8
+FUNCTIONS = {
+    "cpu": ("eepo_weight_update_cpu", "eepo_checksums_cpu"),
+    "cuda": ("eepo_weight_update_cuda", "eepo_checksums_cuda", "eepo_piece_size", "eepo_cuda_error"),
+}
 
 
 class Update(ctypes.Structure):
@@ -48,6 +52,13 @@ def library(device_type: str) -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(spec.origin)
     except OSError as error:
         log.warning("weight update: %s cannot be loaded: %s", spec.origin, error)
+        return None
+    lacking = [name for name in FUNCTIONS[device_type] if not hasattr(loaded, name)]
+    if lacking:
+        log.warning(
+            "weight update: %s was built from other sources, without %s; `pip install -e .` builds it again, and "
+            "PyTorch does the same work until then, slowly", spec.origin, lacking[0],
+        )  # fmt: skip
         return None
     if device_type == "cuda":
         loaded.eepo_piece_size.restype = ctypes.c_int64

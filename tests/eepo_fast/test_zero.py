@@ -46,14 +46,14 @@ def test_gradient_forgotten_weights_loss_and_update_are_those_of_one_process(lau
             assert found["poisoned"] == 0, "a gradient that is no number on one rank is dropped on all"
 
 
-def train(*overrides, ranks=1, wrapper=None):
+def train(*overrides, ranks=1, wrapper=None, timeout=280):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "eepo_fast.cli"]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["--no-python", "bash", str(wrapper)] if wrapper else ["-m", "eepo_fast.cli"]
     command += ["train", str(ROOT / "configs" / "demo.yaml"), "grpo.kl_coef=1e-4", "checkpoint.every=1", *overrides]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def read(folder, step):
@@ -131,14 +131,14 @@ def test_mistakes_are_one_line_and_end_every_rank(tmp_path, overrides, on_rank_1
     wrapper.write_text(WRAPPER.format(extra=extra, environment=environment, python=sys.executable))
     start = time.monotonic()
     keys = ["train.engine=deepspeed", "train.prompts_per_update=1", f"run.root={tmp_path / 'runs'}", *overrides]
-    done = train(*keys, ranks=2, wrapper=wrapper)
+    done = train(*keys, ranks=2, wrapper=wrapper, timeout=115)
     lines = [line for line in done.stderr.splitlines() if line.startswith("eepo-fast: ")]
     # engines that start together lose one another: then the other one says so too
     most = 2 if "vLLM" in message else 1
     assert done.returncode != 0 and 1 <= len(lines) <= most, done.stderr[-3000:]
     assert any(part in line for part in message.split("|") for line in lines), lines
     assert not (tmp_path / "runs").exists()
-    assert time.monotonic() - start < 60, "no rank waits for another one"
+    assert time.monotonic() - start < 110, "no rank waits for another one"
 
 
 WORDS = [

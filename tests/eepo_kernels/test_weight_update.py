@@ -340,3 +340,12 @@ def test_a_library_that_cannot_be_loaded_is_said_and_not_used(tmp_path, monkeypa
         assert any("cannot be loaded" in record.getMessage() for record in caplog.records)
     finally:
         native.library.cache_clear()
+
+
+def test_a_library_of_other_sources_is_said_and_left_out(monkeypatch, caplog):
+    """After a `git pull` without a build."""
+    native.library.cache_clear()
+    monkeypatch.setitem(native.FUNCTIONS, "cpu", ("eepo_weight_update_cpu", "eepo_of_tomorrow"))
+    found = native.library("cpu")
+    native.library.cache_clear()
+    assert found is None and "without eepo_of_tomorrow; `pip install -e .` builds it again" in caplog.text

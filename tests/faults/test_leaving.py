@@ -1,9 +1,15 @@
 """Whichever way a rank leaves, it closes what it opened, and its exit code is the one that was meant."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from eepo_fast import distributed
+from eepo_fast.types import UserError
 
 SCRIPT = Path(__file__).parent / "leaving.py"
 CODES = {  # of rank 0, and of rank 1
@@ -19,7 +25,8 @@ CODES = {  # of rank 0, and of rank 1
 
 def leave(folder, *options):
     command = [sys.executable, str(SCRIPT), str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # two ranks, perhaps one GPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -35,3 +42,30 @@ def test_a_world_that_closes_nothing_is_noticed(tmp_path):
     """Negative control. Its exit code depends on who is faster: threads of the group, or the interpreter's end."""
     found, _ = leave(tmp_path, "--open")
     assert [closed for _, closed in found["it ends"]] == [False, False]
+
+
+def test_an_error_of_closing_does_not_hide_what_was_meant(monkeypatch):
+    def fail(**options):
+        raise RuntimeError("the network is gone")
+
+    monkeypatch.setattr(distributed, "close_groups", fail)
+    with pytest.raises(UserError, match="no such file"), distributed.World():
+        raise UserError("no such file")
+    with pytest.raises(RuntimeError, match="the network is gone"), distributed.World():
+        pass
+
+
+def test_a_world_that_cannot_be_whole_is_closed(monkeypatch):
+    """Another rank leaves between the two groups."""
+    closed = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+
+    def lost(**options):
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(distributed.dist, "new_group", lost)
+    monkeypatch.setattr(distributed, "close_groups", lambda **options: closed.append(options))
+    with pytest.raises(RuntimeError, match="connection closed"):
+        distributed.start_world()
+    assert closed == [{"failed": True}]
