@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 
 from eepo_fast.distributed import listen_on_loopback
 from eepo_fast.types import UserError
+
+log = logging.getLogger(__name__)
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 INVARIANT_FROM = (8, 0)  # compute capability, as vLLM documents it
@@ -160,9 +163,16 @@ def config_folder(model: PreTrainedModel) -> Path:
 
 
 def logits_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """In which a vLLM model of weights in `dtype` computes its logits."""
+    """In which a vLLM model of weights in `dtype` computes its logits; a warning where it is not the policy's."""
     found = [getattr(m, "head_dtype", None) for m in model.modules() if type(m).__name__ == "LogitsProcessor"]
-    return found[0] if found and isinstance(found[0], torch.dtype) else dtype
+    used = found[0] if found and isinstance(found[0], torch.dtype) else dtype
+    if used != torch.float32:
+        log.warning(
+            "vLLM computes logits in %s here, the policy in float32: expect a rollout/logprob_gap of some hundredths "
+            "of a nat",
+            used,
+        )
+    return used
 
 
 # -- where it runs

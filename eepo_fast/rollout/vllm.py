@@ -87,13 +87,6 @@ class VllmEngine:
             )
             self.llm = vllm.LLM(**arguments)
         self.logits_dtype = logits_dtype(self._model, dtype)
-        if self.logits_dtype != torch.float32:
-            log.warning(
-                "vLLM %s computes logits in %s here, the policy in float32: expect a rollout/logprob_gap of some "
-                "hundredths of a nat",
-                vllm.__version__,
-                self.logits_dtype,
-            )
         self._group: dist.ProcessGroup | None = None
         """The ranks that this engine is spread over, for values on the CPU."""
         if tensor_parallel > 1:

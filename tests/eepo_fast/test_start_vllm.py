@@ -78,7 +78,7 @@ def assert_logits(engine, hidden, weight):
     torch.testing.assert_close(found, hidden.float() @ weight.float().T, rtol=1e-5, atol=1e-4)
 
 
-def test_a_vllm_without_fp32_logits_is_noticed():
+def test_a_vllm_without_fp32_logits_is_noticed(caplog):
     """As 0.26 is: the override is read by nobody, and the layer has no such dtype."""
 
     class LogitsProcessor(torch.nn.Module):
@@ -86,6 +86,7 @@ def test_a_vllm_without_fp32_logits_is_noticed():
 
     model = torch.nn.Sequential(LogitsProcessor())
     assert start_vllm.logits_dtype(model, torch.bfloat16) == torch.bfloat16
+    assert "logits in torch.bfloat16 here" in caplog.text
 
 
 # -- the key of what vLLM has compiled

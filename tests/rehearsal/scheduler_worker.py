@@ -157,7 +157,8 @@ class StubExecutor(Executor):
         return Late(output) if non_block else output
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None, non_block=False, **more):
-        assert method in ("reset_mm_cache", "reset_encoder_cache"), f"nobody was expected to call {method}"
+        expected = ("reset_mm_cache", "reset_encoder_cache", "synchronize_device")
+        assert method in expected, f"nobody was expected to call {method}"
 
     def sleep(self, level=1):
         self.sleeping_tags = {"weights", "kv_cache"}
