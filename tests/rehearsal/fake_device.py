@@ -19,6 +19,6 @@ def play(folder: Path, requests: list[list]) -> dict[str, dict]:
     command = [sys.executable, str(HERE / "run.py"), str(device.build(folder)), json.dumps(requests)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.returncode == 0, f"exit {done.returncode}: " + done.stdout[-2000:] + done.stderr[-6000:]
     found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     return json.loads(found.removeprefix("FOUND "))

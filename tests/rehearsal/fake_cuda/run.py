@@ -1,15 +1,51 @@
-"""python run.py LIBRARY REQUESTS: plays scenes in a process that has the fake device, and prints what they found.
+"""python run.py LIBRARY REQUESTS: plays scenes in processes that have the fake device, and prints what they found.
 
-REQUESTS: a JSON list of [name, scene, its arguments, fault or null]. An error is a finding, too: its type and words.
+REQUESTS: a JSON list of [name, scene, its arguments, fault or null]. Each has a process of its own, forked from one
+that has imported what they need, so that no fault outlives its scene. An error of a fault is a finding: type and words.
 """
 
 import ctypes
+import faulthandler
 import json
+import os
 import sys
+import traceback
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+
+def played(scene, arguments: dict, fault) -> dict:
+    with fault() if fault else nullcontext():
+        try:
+            return scene(**arguments)
+        except Exception as error:
+            if not fault:
+                raise
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+def in_a_process_of_its_own(*request) -> dict:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.write(writer, json.dumps(played(*request)).encode())  # a pipe holds 64 KiB; they are a few
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)  # what PyTorch takes down at a process's end does not know this device
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, f"exit {os.waitstatus_to_exitcode(status)}"
+    return json.loads(text)
+
+
 if __name__ == "__main__":
+    faulthandler.enable()
     ctypes.CDLL(sys.argv[1])  # before torch
 
     import device
@@ -22,11 +58,9 @@ if __name__ == "__main__":
     device.attach()
     found = {}
     for name, scene, arguments, fault in json.loads(sys.argv[2]):
-        with FAULTS[fault]() if fault else nullcontext():
-            try:
-                found[name] = scenes.SCENES[scene](**arguments)
-            except Exception as error:
-                if not fault:
-                    raise
-                found[name] = {"error": f"{type(error).__name__}: {error}"}
-    print("FOUND " + json.dumps(found))
+        try:
+            found[name] = in_a_process_of_its_own(scenes.SCENES[scene], arguments, fault and FAULTS[fault])
+        except AssertionError as error:
+            sys.exit(f"{name}: {error}")
+    print("FOUND " + json.dumps(found), flush=True)
+    os._exit(0)

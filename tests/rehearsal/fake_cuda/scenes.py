@@ -139,7 +139,7 @@ def start(layers: int = 4) -> dict:
     config = read_config(MODEL, "train.engine=torch", "train.liger=false")
     with playing() as trace:
         model = make_model(config, MODEL, layers, device="cpu")
-        before = trace.alive["cpu"]
+        trace.host_peak = before = trace.alive["cpu"]
         made, reference = run.make_policies(config, model, StubTokenizer(), World())
         where = {p.device.type for m in (made.model, reference.model) for p in (*m.parameters(), *m.buffers())}
         return {
