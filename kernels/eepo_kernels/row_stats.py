@@ -19,9 +19,15 @@ from torch import Tensor
 from eepo_kernels.reference import TokenStats
 
 BLOCK_V = 1024
-NUM_WARPS = 4  # 8 logits a thread: two 16-byte loads in flight, and registers for 16 programs an SM
+NUM_WARPS = 4  # 8 logits a thread: two 16-byte loads in flight
+LAUNCH = {"BLOCK_V": BLOCK_V, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 ROW_ALIGNMENT = tl.constexpr(16)
-MASKED = tl.constexpr(-1e30)  # stands for a logit of -inf: differences of two stay finite, where -inf - -inf is NaN
+LOAD_BITS = tl.constexpr(128)
+MASKED = tl.constexpr(-1e28)
+"""Stands for a logit of -inf: differences of two stay finite, where -inf - -inf is NaN, and so do a row's sums of them
+at the lowest temperature."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -46,13 +52,20 @@ def softplus(x):
 
 
 @triton.jit
-def load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr):
-    """logit + bias in fp32; -inf from V on and where the logit is -inf. The temperature divides differences of these,
-    not the logits: at an offset of 1e4 one rounding less of a thousandth."""
-    z = tl.load(logits_ptr + cols, mask=cols < padded(V), other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-    return tl.where(cols < V, z, float("-inf"))
+def load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr, CUT: tl.constexpr):
+    """logit + bias in fp32; MASKED where that is -inf and, with CUT, from V on. The temperature divides differences of
+    these, not the logits: at an offset of 1e4 one rounding less of a thousandth."""
+    if CUT:
+        z = tl.load(logits_ptr + cols, mask=cols < padded(V), other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+        z = tl.where(cols < V, z, MASKED)
+    else:
+        z = tl.load(logits_ptr + cols).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + cols).to(tl.float32)
+    # a NaN stays one
+    return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -62,6 +75,22 @@ def padded(V):
 
 
 @triton.jit
+def merge(m, s, w, z, scale):
+    """A block z [groups, lanes] into the running maxima m [groups] and sums s, w [groups, lanes]: one exponential a
+    logit, and one a group for what its maximum has moved by."""
+    top = tl.maximum(m, tl.max(z, 1))
+    step = ((m - top) * scale)[:, None]
+    decay = tl.exp2(step)
+    delta = (z - top[:, None]) * scale
+    e = tl.exp2(delta)
+    return top, s * decay + e, (w + s * step) * decay + e * delta
+
+
+# One number a row is read through these: they may begin anywhere, and a kernel is compiled once for all places.
+ANY_ALIGNMENT = ["targets_ptr", "index_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def row_stats_fwd_kernel(
     logits_ptr,
     bias_ptr,
@@ -77,37 +106,46 @@ def row_stats_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Every lane keeps the running maximum m of its logits but the target's, s = Σ e^δ and w = Σ e^δ δ for δ = (z-m)/T,
-    with one exponential a logit; the lanes are merged once at the end."""
+    """Every lane keeps s = Σ e^δ and w = Σ e^δ δ over its logits but the target's, for δ = (z-m)/T; the lanes of one
+    16-byte load share their running maximum m. All are merged once at the end. In the loop δ is in units of log 2.
+
+    The target's block and the last one come first, so that the loop over the others compares no column with anything.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
-    target = tl.load(targets_ptr + row)
+    wanted = tl.load(targets_ptr + row)
     # A wrong index never becomes a wild read: the row is NaN.
-    valid = (target >= 0) & (target < V)
-    safe_target = tl.where(valid, target, 0)
-    z_target = load_logits(logits_ptr, bias_ptr, safe_target, V, HAS_BIAS)
-    z_target = tl.where(valid, z_target, float("nan"))
+    valid = (wanted >= 0) & (wanted < V)
+    target = tl.where(valid, wanted, 0).to(tl.int32)
+    z_target = load_logits(logits_ptr, bias_ptr, target, V, HAS_BIAS, True)
+    z_target = tl.where(z_target == MASKED, float("-inf"), tl.where(valid, z_target, float("nan")))
 
-    m = tl.full([BLOCK_V], MASKED, tl.float32)
-    s = tl.zeros([BLOCK_V], tl.float32)
-    w = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z = load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS)
-        masked = (z == float("-inf")) | (cols == target)
-        z = tl.where(masked, MASKED, z)
-        delta = (z - m) * inverse_temperature
-        decay = tl.where(masked, 0.0, tl.exp(-tl.abs(delta)))  # of the old sums if z is the new maximum, else of z
-        higher = z > m
-        w = tl.where(higher, (w - s * delta) * decay, w + decay * delta)
-        s = tl.where(higher, s * decay + 1.0, s + decay)
-        m = tl.where(higher, z, m)
+    LANES: tl.constexpr = LOAD_BITS // logits_ptr.dtype.element_ty.primitive_bitwidth
+    GROUPS: tl.constexpr = BLOCK_V // LANES
+    scale = inverse_temperature * LOG2_E
+    block = tl.arange(0, GROUPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    m = tl.full([GROUPS], MASKED, tl.float32)
+    s = tl.zeros([GROUPS, LANES], tl.float32)
+    w = tl.zeros([GROUPS, LANES], tl.float32)
 
+    target_block, num_whole = target // BLOCK_V, V // BLOCK_V
+    cols = target_block * BLOCK_V + block
+    z = load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS, True)
+    m, s, w = merge(m, s, w, tl.where(cols == target, MASKED, z), scale)
+    if (num_whole * BLOCK_V < V) & (target_block != num_whole):
+        z = load_logits(logits_ptr, bias_ptr, num_whole * BLOCK_V + block, V, HAS_BIAS, True)
+        m, s, w = merge(m, s, w, z, scale)
+    for i in range(0, num_whole - (target_block < num_whole).to(tl.int32)):
+        start = (i + (i >= target_block).to(tl.int32)) * BLOCK_V
+        z = load_logits(logits_ptr, bias_ptr, start + block, V, HAS_BIAS, False)
+        m, s, w = merge(m, s, w, z, scale)
+
+    s = tl.where((m == MASKED)[:, None], 0.0, s)  # such a group has met no logit above -inf
     shift = tl.max(m, 0)
-    below = (m - shift) * inverse_temperature
-    rescale = tl.exp(below)
-    total = tl.sum(s * rescale, 0)
-    weighted = tl.sum((w + s * below) * rescale, 0)
+    below = ((m - shift) * scale)[:, None]
+    rescale = tl.exp2(below)
+    total = tl.sum(tl.sum(s * rescale, 1), 0)
+    weighted = tl.sum(tl.sum((w + s * below) * rescale, 1), 0) * LN_2
     log_total = tl.log(total)
     lead = (z_target - shift) * inverse_temperature - log_total
     logp = -softplus(-lead)
@@ -125,7 +163,7 @@ def row_stats_fwd_kernel(
     tl.store(total_ptr + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def row_grad_kernel(
     logits_ptr,
     bias_ptr,
@@ -170,16 +208,24 @@ def row_grad_kernel(
     finite_logp = tl.where(logp == float("-inf"), MASKED, logp)
     finite_log1mp = tl.where(log1mp == float("-inf"), MASKED, log1mp)
     target_grad = a * q - c * p - b * p * (finite_logp + entropy)
-    slope = -b * q * inverse_total
+    scale = inverse_temperature * LOG2_E
+    slope = -b * q * inverse_total * LN_2
     constant = (c * p - a * q - b * q * (finite_log1mp - log_total + entropy)) * inverse_total
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z = load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS)
-        # tl.where and not tl.maximum, which would turn NaN into a number
-        shifted = (tl.where(z == float("-inf"), MASKED, z) - shift) * inverse_temperature
-        grad = tl.exp(shifted) * (constant + slope * shifted)
-        grad = tl.where(cols == target, target_grad, grad)
+    block = tl.arange(0, BLOCK_V)
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        z = load_logits(logits_ptr, bias_ptr, start + block, V, HAS_BIAS, False)
+        shifted = (z - shift) * scale
+        grad = tl.exp2(shifted) * (constant + slope * shifted)
+        tl.store(grad_ptr + start + block, grad.to(grad_ptr.dtype.element_ty))
+    if whole < V:
+        cols = whole + block
+        shifted = (load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS, True) - shift) * scale
+        grad = tl.where(cols < V, tl.exp2(shifted) * (constant + slope * shifted), 0.0)
         tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < padded(V))
+    tl.debug_barrier()  # whichever thread wrote the target's place has done so
+    in_row = (target >= 0) & (target < V)
+    tl.store(grad_ptr + target, target_grad.to(grad_ptr.dtype.element_ty), mask=in_row)
 
 
 def _aligned(indices: Tensor) -> Tensor:
@@ -213,8 +259,7 @@ class TritonRows:
                 logits.shape[1],
                 1.0 / temperature,
                 HAS_BIAS=bias is not None,
-                BLOCK_V=BLOCK_V,
-                num_warps=NUM_WARPS,
+                **LAUNCH,
             )
 
     def _bias_or_placeholder(self) -> Tensor:
@@ -241,6 +286,5 @@ class TritonRows:
                 self.logits.shape[1],
                 1.0 / self.temperature,
                 HAS_BIAS=self.bias is not None,
-                BLOCK_V=BLOCK_V,
-                num_warps=NUM_WARPS,
+                **LAUNCH,
             )
