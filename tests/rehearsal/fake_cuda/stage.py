@@ -141,7 +141,7 @@ class StubEngine:
             sync([self.weights[name] for name in bucket], list(bucket.values()))
         self.weights_version = version
 
-    def forget(self, gradient, *, eta, rounding, seed, step) -> ForgetStats:
+    def forget(self, gradient, *, eta, rounding, seed, step, norm=None) -> ForgetStats:
         self.weights_version = self.weights_version._replace(forgotten=True)
         names, options = list(gradient), dict(eta=eta, rounding=rounding, seed=seed, step=step)
         layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
