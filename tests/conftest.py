@@ -49,6 +49,7 @@ SLOW = (
     "test_mistakes_are_one_line_and_end_every_rank[overrides4",
     "test_mistakes_are_one_line_and_end_every_rank[overrides6",
     "test_two_ranks_hold_what_one_would[llama",
+    "test_a_spill_or_an_error_fails[spill",
 )
 SLOW_S = 900  # the budget of a test that is slow, needs a GPU or starts ranks; pyproject.toml has the others' budget
 CHAOS_S = 3600
