@@ -234,11 +234,11 @@ __device__ void reduce(const double *total, double *partial, unsigned *blocks_do
   if (threadIdx.x == 0) *blocks_done = 0;
 }
 
-// three blocks an SM: up to 80 registers, where the heuristic of sm_100 stops at 64 and spills
+// Blocks an SM: from fp32 to fp32 one fewer, for there sm_100's heuristic would stop at 64 registers and spill.
 template <int OPERATION, int DST, int SRC>
-__global__ void __launch_bounds__(THREADS, 3) weight_update_kernel(const EepoMatrix *matrices, const int64_t *first_piece,
-                                                                int num_matrices, int64_t num_pieces, EepoUpdate update,
-                                                                double *partial, unsigned *blocks_done, double *sums) {
+__global__ void __launch_bounds__(THREADS, SRC == EEPO_FP32 && DST == EEPO_FP32 ? 3 : 4)
+    weight_update_kernel(const EepoMatrix *matrices, const int64_t *first_piece, int num_matrices, int64_t num_pieces,
+                         EepoUpdate update, double *partial, unsigned *blocks_done, double *sums) {
   double total[EEPO_NUM_SUMS] = {};
   for (int64_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
     const int i = entry_of(piece, first_piece, num_matrices);
