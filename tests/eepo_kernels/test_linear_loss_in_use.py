@@ -378,7 +378,9 @@ def test_the_kernels_alone_never_read_outside():
     assert rows.stats().logprobs.isnan().tolist() == [False, True, True]
     half = TritonRows(logits.half(), torch.tensor([1, 2, 3]), None, 0.7).stats()
     full = TritonRows(logits.half().float(), torch.tensor([1, 2, 3]), None, 0.7).stats()
-    assert torch.equal(half.entropy, full.entropy) and torch.equal(half.logprobs, full.logprobs)
+    # not bit for bit: a 16-byte load, which shares a running maximum, holds eight of these and four of those
+    for name in ("entropy", "logprobs"):
+        torch.testing.assert_close(getattr(half, name), getattr(full, name), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_active", [1, 2, 3, 11])
