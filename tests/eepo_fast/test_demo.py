@@ -66,4 +66,4 @@ def test_smollm2_through_the_command_line(tmp_path):
     assert len(metrics) == 2
     for row in metrics:
         assert row["unlearn/active_fraction"] > 0 and abs(row["unlearn/retention"] - 1) < 0.5
-        assert 0 < row["rollout/logprob_gap"] < 0.05 and row["entropy/stage2"] > 0
+        assert 0 < row["rollout/logprob_gap"] < 0.3 and row["entropy/stage2"] > 0

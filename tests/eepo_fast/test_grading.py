@@ -75,7 +75,9 @@ def check_hostile(cases, answer_seconds, folder, monkeypatch):
         spent = time.monotonic() - start
         for answer, grade in zip(answers[i : i + 2], grades, strict=True):
             assert grade.reward == 0, answer[:100]
-            assert grade.status in ("ok", "no_answer", "timeout", "too_large"), (answer[:100], grade)
+            # one that outgrows its worker's memory before its time is up is an error
+            harmless = ("ok", "no_answer", "timeout", "too_large", *(["error"] if cases[i].get("endless") else []))
+            assert grade.status in harmless, (answer[:100], grade)
             late += grade.seconds >= 5
         assert spent < 30, answers[i : i + 2]  # with new workers starting, on a busy machine
     grader.close()
