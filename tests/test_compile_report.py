@@ -1,5 +1,6 @@
 """bench/compile_report.py as it is run: every kernel for every GPU, and what it does when one goes wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,10 +26,19 @@ def test_every_kernel_compiles_for_every_gpu_without_a_spill():
         lines = [line for line in done.stdout.splitlines() if arch in line]
         assert sum("row_stats_fwd_kernel" in line for line in lines) == 12
         assert sum("row_grad_kernel" in line for line in lines) == 12
-        assert (
-            sum("weight_update_kernel" in line for line in lines) == 24
-        )  # three operations on three dtypes from three
+        assert sum("weight_update_kernel" in line for line in lines) == 24  # 3 operations on 3 dtypes from 3
         assert sum("checksum_kernel" in line for line in lines) == 1
+        # the goals, instructions a logit; a weight of the forget step: from the 50 of a kernel that knew no dtypes
+        assert most_instructions(lines, "row_stats_fwd_kernel", "no bias") <= 21
+        assert most_instructions(lines, "row_grad_kernel", "no bias") <= 18
+        assert most_instructions(lines, "weight_update_kernel", "forget stochastic, bf16 from fp32") <= 40
+
+
+def most_instructions(lines, kernel, variant):
+    """Of the lines that are meant: the fifth column from the right."""
+    found = [line.split()[-5] for line in lines if line.startswith(kernel) and variant in line]
+    assert found
+    return max(map(float, found))
 
 
 BREAK = """
@@ -39,19 +49,54 @@ compile_report.main()
 """
 
 
+# One kernel in one variant, so that a control takes seconds.
+ONE_OF_TRITON = "one = compile_report.triton_variants; compile_report.triton_variants = lambda: list(one())[:1]; "
+ONE_OF_TRITON += "compile_report.all_kernels = lambda: ['row_stats_fwd_kernel']; "
+ONE = ONE_OF_TRITON + "compile_report.compile_csrc = lambda arch: []; "
+
+
+@pytest.mark.parametrize(
+    "better, words",
+    [
+        ((-1, 0), "registers, "),
+        ((0, -1), "instructions an element, "),
+        (None, "is not in figures.json"),
+    ],
+    ids=["registers", "instructions", "no figure"],
+)
+def test_a_kernel_that_got_worse_fails(tmp_path, better, words):
+    """Figures are written, and pass; then they say that the kernel was better once."""
+    folder = str(SCRIPT.parent)
+    here = ONE + f"compile_report.FIGURES = __import__('pathlib').Path({str(tmp_path / 'figures.json')!r})"
+    wrote = run(BREAK.format(folder=folder, change=here + "; sys.argv.append('--write')"))
+    assert wrote.returncode == 0, wrote.stderr
+    assert run(BREAK.format(folder=folder, change=here)).returncode == 0
+    found = json.loads((tmp_path / "figures.json").read_text())
+    ((compiler, gpus),) = found.items()
+    ((name, (registers, instructions)),) = gpus["sm_90"].items()
+    assert registers > 0 and instructions > 8
+    changed = {} if better is None else {name: [registers + better[0], instructions + better[1]]}
+    (tmp_path / "figures.json").write_text(json.dumps({compiler: {"sm_90": changed}}))
+    done = run(BREAK.format(folder=folder, change=here))
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         (
-            "compile_report.row_stats.BLOCK_V, compile_report.row_stats.NUM_WARPS = 4096, 1",
+            ONE + "compile_report.row_stats.BLOCK_V, compile_report.row_stats.NUM_WARPS = 4096, 1",
             "row_stats_fwd_kernel (fp32, no bias, V % 16 = 0) spills on sm_90",
         ),
         (
-            "compile_report.row_stats.BLOCK_V = 1000",
+            ONE + "compile_report.row_stats.BLOCK_V = 1000",
             "row_stats_fwd_kernel (fp32, no bias, V % 16 = 0) does not compile for sm_90",
         ),
-        ("compile_report.all_kernels = lambda: ['new_kernel']", "new_kernel is in no variant of this report"),
-        ("compile_report.CSRC = __import__('pathlib').Path({csrc!r})", "csrc does not compile for sm_90"),
+        (ONE + "compile_report.all_kernels = lambda: ['new_kernel']", "new_kernel is in no variant of this report"),
+        (
+            ONE_OF_TRITON + "compile_report.CSRC = __import__('pathlib').Path({csrc!r})",
+            "csrc does not compile for sm_90",
+        ),
     ],
     ids=["spill", "triton error", "kernel left out", "csrc error"],
 )
@@ -66,6 +111,7 @@ def test_csrc_kernels_are_in_the_report(tmp_path):
     if not any(Path(p, "nvcc").exists() for p in os.environ["PATH"].split(":")):
         pytest.skip("nvcc is not on the PATH")
     (tmp_path / "scale.cu").write_text("__global__ void scale(float *x, float a) { x[threadIdx.x] *= a; }")
-    change = f"compile_report.CSRC = __import__('pathlib').Path({str(tmp_path)!r})"
+    folder = f"__import__('pathlib').Path({str(tmp_path)!r})"
+    change = ONE_OF_TRITON + f"compile_report.CSRC, compile_report.FIGURES = {folder}, {folder} / 'none.json'"
     done = run(BREAK.format(folder=str(SCRIPT.parent), change=change))
     assert done.returncode == 0 and "scale.cu" in done.stdout
