@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -89,13 +89,14 @@ class Trace(TorchDispatchMode):
             made.known = data  # what the host knows, it may ask for
             return made
 
-        torch.tensor = remembered
+        torch.tensor, FakeTensor.__deepcopy__ = remembered, _deepcopied
         Tensor.is_pinned = lambda t, *_: t.untyped_storage()._cdata in trace.pinned
         try:
             with Fake(allow_non_fake_inputs=True) as trace.fake, trace:
                 yield trace
         finally:
             FakeTensor.tolist, Tensor.is_pinned, torch.tensor = tolist, pinned, tensor
+            del FakeTensor.__deepcopy__
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -209,6 +210,12 @@ class Trace(TorchDispatchMode):
                         self.explained[where] += size if device == "cuda" else 0
                     self.explained["transient"] = more
                 phase.peak = alive
+
+
+def _deepcopied(tensor: Tensor, memo: dict) -> Tensor:
+    """PyTorch's own copies the memory of a storage, of which there is none here, and leaves a broken heap."""
+    made = tensor.detach().clone()
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _line() -> str:
