@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CPU_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHES = (80, 90, 100)  # those the toolkit knows; the last one also as PTX, for chips that come later
 
 

@@ -212,6 +212,7 @@ def test_every_documented_command_runs(command, place):
     how(words)(words, place, list(COMMANDS).index(command))
 
 
+@pytest.mark.slow
 def test_examples_run(place):
     found = [block for _, block in blocks("python")]
     assert len(found) >= 3
@@ -276,6 +277,7 @@ def test_links_lead_somewhere(page):
             assert anchor in map(slug, headings), f"{page}: {target}"
 
 
+@pytest.mark.slow
 def test_the_pages_are_built_strictly(tmp_path):
     source = tmp_path / "project"
     shutil.copytree(ROOT / "docs", source / "docs")

@@ -1,4 +1,4 @@
-"""The command line in a subprocess: a run's folder, resuming, and one line for every mistake."""
+"""The command line: a run's folder, resuming, and one line for every mistake. One run is a process of its own."""
 
 import json
 import subprocess
@@ -13,9 +13,21 @@ from eepo_fast.cli import main
 ROOT = Path(__file__).parents[2]
 
 
-def run(*args, cwd=None):
+def run_as_process(*args):
     command = [sys.executable, "-m", "eepo_fast.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def run(capfd):
+    """The same in this process, which has imported everything."""
+
+    def call(*args):
+        capfd.readouterr()
+        code = main([str(a) for a in args])
+        return subprocess.CompletedProcess(args, code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +56,8 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_its_folder_and_its_resumption(base, tmp_path, metric_keys):
-    done = run(*arguments(base, tmp_path))
+def test_a_run_its_folder_and_its_resumption(run, base, tmp_path, metric_keys):
+    done = run_as_process(*arguments(base, tmp_path))
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "r"
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -87,12 +99,12 @@ def test_a_run_its_folder_and_its_resumption(base, tmp_path, metric_keys):
         }
 
 
-def test_resume_starts_where_there_is_nothing(base, tmp_path):
+def test_resume_starts_where_there_is_nothing(run, base, tmp_path):
     done = run(*arguments(base, tmp_path, "--resume", "train.iterations=1"))
     assert done.returncode == 0 and "no checkpoint yet" in done.stdout
 
 
-def test_dry_run_prints_the_config_and_the_plan(tmp_path):
+def test_dry_run_prints_the_config_and_the_plan(run, tmp_path):
     for name, completions in [("demo", "256"), ("qwen2.5-3b", "1,024"), ("llama-3.2-3b-instruct", "1,024")]:
         done = run("train", ROOT / f"configs/{name}.yaml", f"run.root={tmp_path}", "--dry-run")
         assert done.returncode == 0, done.stderr
@@ -147,7 +159,7 @@ def test_a_refused_run_leaves_no_grading_process(tmp_path, monkeypatch):
     assert started and all(worker.process.poll() is not None for worker in started)
 
 
-def test_a_tokenizer_that_does_not_fit_leaves_no_run(base, tmp_path):
+def test_a_tokenizer_that_does_not_fit_leaves_no_run(run, base, tmp_path):
     import shutil
 
     shutil.copytree(base, tmp_path / "m")
@@ -161,4 +173,4 @@ def test_a_tokenizer_that_does_not_fit_leaves_no_run(base, tmp_path):
 
 def test_help_has_an_example_for_every_command():
     for command in ("train", "grade", "demo"):
-        assert "example: eepo-fast" in run(command, "--help").stdout
+        assert "example: eepo-fast" in run_as_process(command, "--help").stdout

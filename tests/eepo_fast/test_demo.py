@@ -25,6 +25,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_demo(small, capsys):
     root = small / "runs"
     assert main(["demo", "--root", str(root), "--seed", "3"]) == 0

@@ -237,6 +237,7 @@ def test_completions_made_elsewhere(tmp_path):
     assert len(rows_of(tmp_path / "o" / "completions" / "a.jsonl")) == 4
 
 
+@pytest.mark.slow
 def test_completions_of_our_own_are_graded_again(tmp_path, capsys):
     """As what they were: a greedy one is no sample."""
     data, file = problems(tmp_path / "a.jsonl", "1", "2"), tmp_path / "r.jsonl"

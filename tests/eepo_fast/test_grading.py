@@ -86,6 +86,7 @@ def check_hostile(cases, answer_seconds, folder, monkeypatch):
     return harm
 
 
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_hostile_answers(tmp_path, monkeypatch, figure):
     cases = rows("hostile.jsonl")

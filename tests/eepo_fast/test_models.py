@@ -97,6 +97,7 @@ def test_logits_scaled_after_the_head_are_refused(tiny_model, monkeypatch):
         check_head(tiny_model)
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2_trains_and_saves_like_any_other(test_config, tmp_path):
     """The GGUF package as a plain model: sane text, gradients, tied head, and a folder that transformers loads."""

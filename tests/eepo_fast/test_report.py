@@ -124,6 +124,7 @@ def test_what_a_run_says_is_text_on_the_page(runs, tmp_path):
     page_data(tmp_path / "page")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_can_be_drawn(runs, tmp_path):
     with (runs[0] / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "reward/me')

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from patience import watch_from
 
 from eepo_fast import cli, run, signals, trainer, watchdog
 from eepo_fast.checkpoint import writer
@@ -78,6 +79,7 @@ def die_while_forgetful(step, life):
 
 def hang(method, phase):
     """In iteration 2."""
+    watch_from(2)
     original = getattr(trainer.Trainer, method)
 
     def call(self, *args, **kwargs):
@@ -100,10 +102,12 @@ def hang_without_disk(method, phase):
 def hang_locked():
     """In a call that keeps the interpreter."""
     watchdog.LOCKED_S = 2.0
+    watch_from(2)
     original = trainer.Trainer._grade
 
     def grade(self, *args):
         if self.state.step == 1:
+            time.sleep(2 * watchdog.NOTE_S)  # it sets C's clock again once a second
             ctypes.PyDLL(None).sleep(60)
         return original(self, *args)
 
@@ -111,12 +115,13 @@ def hang_locked():
 
 
 def hang_unwatched(method, phase):
-    watchdog.Watchdog._watch = lambda self: None
     hang(method, phase)
+    watchdog.Watchdog._watch = lambda self: None
 
 
 def slow_sampling(seconds):
     original, calls = hf.sample, []
+    watch_from(1)
 
     def slow(*args):
         calls.append(1)

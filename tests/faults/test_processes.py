@@ -181,29 +181,29 @@ def test_saving_the_engine_instead_would_be_noticed(make_run, go, outcome, monke
 @pytest.mark.fault(20)
 @pytest.mark.parametrize(("method", "phase"), [("_generate", "rollout_stage1"), ("_grade", "reward")])
 def test_what_hangs_is_named_and_ended(start, code_of, make_run, method, phase):
-    config = make_run("run.timeout_s=6")
+    config = make_run("run.timeout_s=3")
     pid, errors = start(config, "hang", method=method, phase=phase)
     started = time.monotonic()
     assert code_of(pid) == 70 and time.monotonic() - started < 40
     line = errors.read_text()
-    assert f"eepo-fast: {phase} of iteration 2 hangs: nothing has moved (run.timeout_s=6)" in line
+    assert f"eepo-fast: {phase} of iteration 2 hangs: nothing has moved (run.timeout_s=3)" in line
     assert "Thread" in line and "hang" in line, "and where"
     assert json.loads((config.run_dir / "ended.json").read_text())["reason"] == "hung"
 
 
 def test_without_the_watchdog_it_hangs(start, code_of, make_run):
     """Negative control."""
-    config = make_run("run.timeout_s=3")
+    config = make_run("run.timeout_s=1")
     pid, _ = start(config, "hang_unwatched", method="_grade", phase="reward")
     wait_for_rows(config.run_dir, 1)
-    time.sleep(8)
+    time.sleep(4)
     os.kill(pid, 0)
     os.kill(pid, signal.SIGKILL)
     assert code_of(pid) == -signal.SIGKILL
 
 
 def test_slow_sampling_that_moves_is_not_ended(start, code_of, make_run):
-    pid, errors = start(make_run("run.timeout_s=6", "train.iterations=1"), "slow_sampling", seconds=1.2)
+    pid, errors = start(make_run("run.timeout_s=3", "train.iterations=1"), "slow_sampling", seconds=0.6)
     assert code_of(pid) == 0, errors.read_text()
 
 
@@ -256,11 +256,12 @@ def test_a_rank_killed_in_its_step_is_restarted_and_ends_in_the_same_bits(torchr
         assert same, (kind, settings, printed[-3000:])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3)
-@pytest.mark.parametrize("kind", ["hang reward", "hang update", pytest.param("stop rollout", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["hang reward", "hang update", "stop rollout"])
 def test_a_rank_that_hangs_is_named(torchrun, kind):
     config, code, printed, _, seconds = torchrun(kind, "run.timeout_s=8")
-    assert code != 0 and seconds < 80
+    assert code != 0 and seconds < 80, "from the misdeed on"
     said = re.findall(r"eepo-fast: (.*)", printed)
     assert len(said) == 1, printed[-3000:]
     assert re.match(r"rank 1 hangs in \w+ of iteration 3 \(run\.timeout_s=8\); 1 of 2 ranks wait for it", said[0])
@@ -333,7 +334,7 @@ def test_who_hangs_and_who_does_not(monkeypatch, case):
 
 def test_a_note_that_cannot_be_written_keeps_nobody_alive(start, code_of, make_run):
     """The disk may be what hangs."""
-    config = make_run("run.timeout_s=6")
+    config = make_run("run.timeout_s=3")
     pid, errors = start(config, "hang_without_disk", method="_grade", phase="reward")
     assert code_of(pid) == 70 and "reward of iteration 2 hangs" in errors.read_text()
 

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from patience import watch_from
+
 from eepo_fast import cli, trainer
 
 KIND, ITERATION, FOLDER = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -34,6 +36,7 @@ def misbehaving(original, where):
         setattr(trainer.Trainer, original.__name__, call)
 
 
+watch_from(ITERATION)
 misbehaving(trainer.Trainer._generate, "rollout")
 misbehaving(trainer.Trainer._grade, "reward")
 misbehaving(trainer.Trainer._update, "update")

@@ -1,5 +1,6 @@
-"""Run by test_liger.py in a process of its own, because Liger changes transformers for the whole of it: policy and
-reference are made as on a GPU, Liger included, out of a model on the host. Prints what was found, as JSON."""
+"""Run by test_liger.py: policy and reference are made as on a GPU, Liger included, out of a model on the host; each
+fault in a process of its own, because Liger changes transformers for the whole of it. Prints what was found, as JSON.
+"""
 
 import json
 import os
@@ -127,9 +128,7 @@ def refuse():
         return str(error)
 
 
-if __name__ == "__main__":
-    fault, *cases = sys.argv[1:]
-    plain.prepare_model = zero.prepare_model = prepare_as_on_gpu
+def rehearse_all(fault, cases):
     put_back(fault)
     found = {}
     for case in cases:
@@ -137,4 +136,25 @@ if __name__ == "__main__":
             found[case] = refuse() if case == "gemma2" else rehearse(*case.split("/"))
         except Exception as error:
             found[case] = f"{type(error).__name__}: {error}".splitlines()[0]
-    print("FOUND " + json.dumps(found))
+    return found
+
+
+def in_a_fork(fault, cases):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, json.dumps(rehearse_all(fault, cases)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0, fault
+    return json.loads(text)
+
+
+if __name__ == "__main__":
+    import deepspeed  # noqa: F401  (once, before it forks)
+    import liger_kernel.transformers  # noqa: F401
+
+    plain.prepare_model = zero.prepare_model = prepare_as_on_gpu
+    print("FOUND " + json.dumps({fault: in_a_fork(fault, cases) for fault, cases in json.loads(sys.argv[1]).items()}))

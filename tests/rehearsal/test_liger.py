@@ -14,8 +14,16 @@ pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; pip i
 FAMILIES = ("llama/torch", "qwen2/torch", "qwen3/torch", "qwen2/deepspeed")
 
 
-def rehearse(fault, *cases):
-    command = [sys.executable, str(Path(__file__).with_name("liger_worker.py")), fault, *cases]
+CASES = {
+    "none": [*FAMILIES, "gemma2"],
+    "liger everywhere": ["llama/torch", "qwen3/torch"],
+    "check beside the patch": ["llama/torch", "qwen2/deepspeed"],
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    command = [sys.executable, str(Path(__file__).with_name("liger_worker.py")), json.dumps(CASES)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -23,23 +31,24 @@ def rehearse(fault, *cases):
     return json.loads(line.removeprefix("FOUND "))
 
 
-def test_policy_and_reference_are_made_with_liger_and_others_stay_on_the_host():
-    found = rehearse("none", *FAMILIES, "gemma2")
-    assert "changes its logits after the head" in found.pop("gemma2")
-    for case, report in found.items():
+def test_policy_and_reference_are_made_with_liger_and_others_stay_on_the_host(found):
+    reports = dict(found["none"])
+    assert "changes its logits after the head" in reports.pop("gemma2")
+    assert set(reports) == set(FAMILIES)
+    for case, report in reports.items():
         assert isinstance(report, dict), (case, report)
         assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= set(report["layers"]), case
         assert not [name for name in report["fresh layers"] if "Liger" in name], case
         assert report["rotary on a GPU"] == "Liger's" and report["same on the host"], case
 
 
-def test_the_control_liger_as_it_leaves_transformers():
+def test_the_control_liger_as_it_leaves_transformers(found):
     """Both are made, because they were checked before; a model on the host is lost."""
-    found = rehearse("liger everywhere", "llama/torch", "qwen3/torch")
-    assert all(list(report) == ["the other model"] for report in found.values()), found
+    reports = found["liger everywhere"]
+    assert len(reports) == 2 and all(list(report) == ["the other model"] for report in reports.values()), reports
 
 
-def test_the_control_each_model_checked_when_it_is_its_turn():
+def test_the_control_each_model_checked_when_it_is_its_turn(found):
     """What every shipped config for eight GPUs died of: the policy's check met the reference's Liger."""
-    found = rehearse("check beside the patch", "llama/torch", "qwen2/deepspeed")
-    assert all(isinstance(report, str) for report in found.values()), found
+    reports = found["check beside the patch"]
+    assert len(reports) == 2 and all(isinstance(report, str) for report in reports.values()), reports
