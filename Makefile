@@ -11,6 +11,9 @@ CPU_TORCH := "torch==2.13.0" "triton==3.9.0; platform_system == 'Linux'"
 CORES := $(shell command -v nvidia-smi >/dev/null && echo 1 || nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTEST := $(PY) -m pytest -n $(CORES) --maxprocesses 8 --dist loadfile --durations 20
 
+# Many a container forbids it; without it every process compiles PyTorch's Python anew, seven seconds of its start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .NOTPARALLEL:  # two of pip in one folder
 .PHONY: demo test test-slow test-all lint chaos bench bench-gpu gpu-check study docs clean
 

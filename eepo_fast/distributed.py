@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=4)  # over gloo: longer than a rollout whose longest answer is on another rank
 DEVICE_TIMEOUT = timedelta(minutes=30)  # of devices' collectives, which ranks enter together; a lost node ends them
+
+
+class SupportsClose(Protocol):
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,22 @@ class World:
             if kind is None:
                 raise
             log.warning("process groups: not closed in order: %s", found)  # what ended the block is the news
+
+    @contextmanager
+    def closing(self, engine: SupportsClose) -> Iterator[None]:
+        """The engine is closed after the block, however that ends. Where it fails and GPUs are many, it is left to the
+        end of this process: an engine that is spread over them ends its groups in order, and would wait for ranks that
+        will not come; the world aborts all groups."""
+        try:
+            yield
+        except BaseException:
+            if self.size == 1 or not torch.cuda.is_available():
+                try:
+                    engine.close()
+                except Exception as found:
+                    log.warning("the engine: not closed in order: %s", found)  # what ended the block is the news
+            raise
+        engine.close()
 
     def wait(self) -> None:
         if self.size > 1:

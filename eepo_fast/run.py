@@ -116,7 +116,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     with world.agree() if config.rollout.engine == "hf" else nullcontext():
         longest = max(len(p.token_ids) for p in (*prompts, *evaluation.prompts))
         engine = make_engine(config.rollout, model, tokenizer, longest)
-    with closing(engine):
+    with world.closing(engine):
         policy, reference = make_policies(config, model, tokenizer, world)
         parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
         _check_engine(parts, config.rollout.temperature)

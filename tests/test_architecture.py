@@ -119,13 +119,6 @@ def test_constraints_name_versions_and_no_place():
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
 
 
-def test_what_is_slow_by_name_is_there():
-    text = (ROOT / "tests/conftest.py").read_text(encoding="utf-8")
-    listed = ast.literal_eval(re.search(r"^SLOW = (\(.*?^\))", text, re.M | re.S).group(1))
-    everything = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py"))
-    assert listed and all(f"def {name.partition('[')[0]}(" in everything for name in listed)
-
-
 def worlds_left_open(text):
     """Lines that join other processes outside a `with`, which closes the process groups whatever happens."""
     tree = ast.parse(text)

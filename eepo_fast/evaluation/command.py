@@ -169,7 +169,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
     longest = max(len(p.token_ids) for part in prompts.values() for p in part)
     engine = make_engine(config.rollout, model.to(device), tokenizer, longest)
     rows: dict[str, list[Row]] = {}
-    with closing(engine):
+    with world.closing(engine):
         engine.sync([{name: p.detach() for name, p in model.named_parameters()}], WeightsVersion(0, False))
         sampling = Sampling(options.temperature, config.rollout.max_new_tokens, stops)
         sampler = Sampler(engine, tokenizer, sampling, options.seed, world)

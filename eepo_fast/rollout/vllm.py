@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -86,23 +87,26 @@ class VllmEngine:
                 deterministic=deterministic,
             )
             self.llm = vllm.LLM(**arguments)
-        self.logits_dtype = logits_dtype(self._model, dtype)
-        self._group: dist.ProcessGroup | None = None
-        """The ranks that this engine is spread over, for values on the CPU."""
-        if tensor_parallel > 1:
-            from vllm.distributed.parallel_state import get_tp_group
-
-            self._group = get_tp_group().cpu_group
-        self._asleep = False
-        self._enable_sleep = enable_sleep
-        self._expected: Tensor | None = None
-        self._step: tuple[float | None, ForgetStats] | None = None
-        """Length that the last forget step was to have, where that is known, and what it did."""
-        self._shadow: dict[str, Tensor] | None = None
         self._plan: Plan | None = None
-        self._num_requests = 0
-        self.weights_version = WeightsVersion(0, False)
-        self._make_plan()
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            self.logits_dtype = logits_dtype(self._model, dtype)
+            self._group: dist.ProcessGroup | None = None
+            """The ranks that this engine is spread over, for values on the CPU."""
+            if tensor_parallel > 1:
+                from vllm.distributed.parallel_state import get_tp_group
+
+                self._group = get_tp_group().cpu_group
+            self._asleep = False
+            self._enable_sleep = enable_sleep
+            self._expected: Tensor | None = None
+            self._step: tuple[float | None, ForgetStats] | None = None
+            """Length that the last forget step was to have, where that is known, and what it did."""
+            self._shadow: dict[str, Tensor] | None = None
+            self._num_requests = 0
+            self.weights_version = WeightsVersion(0, False)
+            self._make_plan()
+            on_failure.pop_all()
 
     @property
     def _model(self) -> torch.nn.Module:

@@ -254,6 +254,24 @@ def test_the_engine_starts_and_captures_its_graphs_on_that_stream(streams, tiny_
     assert parallel_state.GraphCaptureContext is before and capture().priority == 0, "the control: vLLM's own"
 
 
+def test_what_fails_after_vllm_has_started_ends_it(tiny_model, monkeypatch):
+    """Its memory and its groups; vLLM itself closes what fails inside its own start."""
+    ended = []
+    core = SimpleNamespace(shutdown=lambda: ended.append("engine core"))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    monkeypatch.setattr(module, "engine_arguments", lambda *arguments, **options: {})
+    monkeypatch.setattr(module, "import_vllm", lambda **options: SimpleNamespace(LLM=lambda: llm))
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "logits_dtype", fail)
+    monkeypatch.setattr(VllmEngine, "_model", None)
+    with pytest.raises(MemoryError):
+        VllmEngine(tiny_model, dtype=torch.bfloat16, max_sequences=4, max_model_len=64)
+    assert ended == ["engine core"]
+
+
 # -- memory
 
 

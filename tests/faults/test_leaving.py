@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,31 @@ def test_an_error_of_closing_does_not_hide_what_was_meant(monkeypatch):
     with pytest.raises(UserError, match="no such file"), distributed.World():
         raise UserError("no such file")
     with pytest.raises(RuntimeError, match="the network is gone"), distributed.World():
+        pass
+
+
+@pytest.mark.parametrize(("size", "on_gpu", "closed"), [(1, False, 1), (2, False, 1), (1, True, 1), (2, True, 0)])
+def test_an_engine_over_gpus_is_left_to_the_abort(monkeypatch, size, on_gpu, closed):
+    """Its orderly end would wait for ranks that have gone; after a block that ends well it is closed in any case."""
+    calls = []
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: on_gpu)
+    engine = SimpleNamespace(close=lambda: calls.append("closed"))
+    world = distributed.World(0, size)
+    with pytest.raises(KeyboardInterrupt), world.closing(engine):
+        raise KeyboardInterrupt
+    assert len(calls) == closed
+    with world.closing(engine):
+        pass
+    assert len(calls) == closed + 1
+
+
+def test_an_engine_that_cannot_close_hides_nothing():
+    def fail():
+        raise RuntimeError("a worker is gone")
+
+    with pytest.raises(UserError, match="no such file"), distributed.World().closing(SimpleNamespace(close=fail)):
+        raise UserError("no such file")
+    with pytest.raises(RuntimeError, match="is gone"), distributed.World().closing(SimpleNamespace(close=fail)):
         pass
 
 
