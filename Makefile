@@ -22,6 +22,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # is compiled then, not all of it now: half of a minute less.
 define install
 	test -x $(PY) || $(PYTHON) -m venv .venv
+	@# the pip that Python brings takes up to twice as long to find out what fits together
+	$(PIP) --upgrade pip || echo "no newer pip: the one that is there serves as well"
 	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PIP) $(CPU_TORCH) || $(PIP) "torch==2.13.0"; }
 	$(PIP) -c constraints.txt -e ".[$(1)]"
 	@# vLLM's CPU build brings CUDA builds of three packages that break every import of transformers.

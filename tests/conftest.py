@@ -93,10 +93,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if config.args_source is config.ArgsSource.TESTPATHS and not config.option.ignore:  # all of them are here
-        unmet = [pattern for pattern in SLOW if not any(re.search(pattern, item.nodeid) for item in items)]
-        if unmet:
-            raise pytest.UsageError(f"tests/conftest.py: SLOW has {unmet[0]}, which is in no test's id")
+    if config.args_source is config.ArgsSource.TESTPATHS:  # all tests are here: test_architecture.py asks
+        config.unmet = [pattern for pattern in SLOW if not any(re.search(pattern, item.nodeid) for item in items)]
     for item in items:
         if any(re.search(pattern, item.nodeid) for pattern in SLOW):
             item.add_marker("slow")

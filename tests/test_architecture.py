@@ -119,6 +119,11 @@ def test_constraints_name_versions_and_no_place():
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
 
 
+def test_what_is_slow_by_name_is_there(request):
+    """Asked where all tests are collected."""
+    assert getattr(request.config, "unmet", []) == [], "in SLOW of tests/conftest.py, and in no test's id"
+
+
 def worlds_left_open(text):
     """Lines that join other processes outside a `with`, which closes the process groups whatever happens."""
     tree = ast.parse(text)
