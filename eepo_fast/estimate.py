@@ -329,7 +329,7 @@ def how_known(config: Config, machine: Machine) -> str:
     train, in_16_bits = config.train, config.model.dtype == "bfloat16"
     sharded = train.engine == "deepspeed"
     plain = not (train.offload_optimizer or train.offload_parameters) and in_16_bits and train.packing
-    rest = "the engine's share, the context's {:g} GiB and the start are arithmetic".format(CONTEXT_GIB + KEPT_GIB)
+    rest = f"the engine's share, the context's {CONTEXT_GIB + KEPT_GIB:g} GiB and the start are arithmetic"
     if machine.measured or not plain or (sharded and train.zero_stage != 2):
         kind = f"train.zero_stage={train.zero_stage}" if sharded and plain else "these settings"
         where = "a CPU" if machine.measured else kind

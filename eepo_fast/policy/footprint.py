@@ -1,8 +1,8 @@
 """What a micro-batch holds on a device, counted from the model's dimensions. Nothing is loaded, and nothing of PyTorch.
 
 The figures of a model in fp32 under autocast, and of one in 16 bits, are what a traced pass on a CUDA device that is
-not there comes to, to a few percent (tests/rehearsal); those of one computed in fp32 are arithmetic. Liger's kernels are
-not counted: with them it is less.
+not there comes to, to a few percent (tests/rehearsal); those of one computed in fp32 are arithmetic. Liger's kernels
+are not counted: with them it is less.
 
 Sizes in the formulas: D hidden, I intermediate, A of all query heads, K of all key (or value) heads, V vocabulary; in
 bytes a token unless said.
@@ -78,8 +78,9 @@ class Shape:
 def layer_bytes(shape: Shape, itemsize: int) -> int:
     """A layer's, of a token, kept for its backward pass. Under autocast: of each norm its input and what it has
     normalised, in fp32, and a rounded copy for each product that reads it (26 D); queries and their mix of values, keys
-    and values (8 A + 4 K); the four factors of SwiGLU (8 I). In 16 bits (12 D) a norm is taken in fp32, its input and what
-    it has normalised are kept in 16, and no copy is made; in fp32 neither. Norms of heads: their input in fp32, and what they have normalised (6 A + 6 K)."""
+    and values (8 A + 4 K); the four factors of SwiGLU (8 I). In 16 bits a norm is taken in fp32, and all else kept as
+    it is (12 D); in fp32 there are no copies. Norms of heads: their input in fp32, and what they have normalised
+    (6 A + 6 K)."""
     d, i = shape.hidden_size, shape.intermediate_size
     a, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     if itemsize == 4:

@@ -26,7 +26,7 @@ def play(folder: Path, requests: list[list]) -> dict[str, dict]:
 
 def of_all_layers(found: dict, checkpointing: bool, phase: str, key: str, layers: int) -> float:
     """GiB that a model of `layers` comes to, from plays of 2 and 3 (fake_cuda/footprints.py). What stands and what a
-    micro-batch keeps grow with them by as much for each; what a peak has beyond that does not: the larger of the two."""
+    micro-batch keeps grow by as much with each; what a peak has beyond that does not: the larger of the two."""
     two, three = (found[f"{count} {checkpointing}"][phase] for count in (2, 3))
 
     def on_a_line(key: str) -> float:

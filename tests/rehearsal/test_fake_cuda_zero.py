@@ -1,8 +1,8 @@
 """The estimate's peaks against traced ones with DeepSpeed's ZeRO-2: one rank of eight, whose collectives move nothing.
 
-DeepSpeed itself runs, on a GPU that is not there, at the true sizes of the paper's models in 16 bits, with the reference
-and without Liger. Two layers and three are played, as in test_fake_cuda_estimate.py; the engine is left out. Stages 0,
-1 and 3, and what is moved to the host, are arithmetic: nothing of them is played.
+DeepSpeed itself runs, on a GPU that is not there, at the true sizes of the paper's models in 16 bits, with the
+reference and without Liger. Two layers and three are played, as in test_fake_cuda_estimate.py; the engine is left out.
+Stages 0, 1 and 3, and what is moved to the host, are arithmetic: nothing of them is played.
 """
 
 import importlib.util

@@ -88,7 +88,7 @@ def _inside(*_, **__):
 
 
 def prepare_deepspeed() -> None:
-    """Before `attach`: DeepSpeed asks at its import what kind of device there is, and PyTorch's compiler for a table."""
+    """Before `attach`: DeepSpeed, when imported, asks PyTorch's compiler for its table, and for the kind of device."""
     os.environ["DS_ACCELERATOR"] = "cuda"
     from eepo_fast.policy.zero import import_deepspeed
 

@@ -115,6 +115,7 @@ def _play_alone(trace: Trace, config: Config, model, *, engine_gib: float, strea
     del sampling
     with trace.phase("rollout"):
         sampling = torch.empty(int(engine_gib * GIB), dtype=torch.uint8, device="cuda")
+    assert sampling.is_cuda
     assert reference is not None and len(whole.gradient.tensors) in (0, len(policy.shapes))
     return facts
 
