@@ -251,8 +251,9 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         static += gradients + buckets
         gradients = buckets = 0.0
     passes = micro_batch(config, shape, machine, buckets * GIB)[1] / GIB
-    # DeepSpeed takes the norm of a rank's gradient in float64, in stages 1 and 2 of all of it at once
-    norm = 8 / 4 * parts["masters"] if sharded and stage in (1, 2) else 0.0
+    # DeepSpeed takes the norm of a rank's gradient in float64, one weight, or what the rank has of it, after the other
+    largest = min(shape.vocab_size * shape.hidden_size, shape.weights / machine.ranks)
+    norm = 8 * largest / GIB if sharded and stage in (1, 2) else 0.0
     peaks = {
         "update": static + gradients + passes + awake,
         "optimizer's step": static + gradients + norm + awake,

@@ -24,14 +24,17 @@ def play(folder: Path, requests: list[list]) -> dict[str, dict]:
     return json.loads(found.removeprefix("FOUND "))
 
 
-def of_all_layers(found: dict, checkpointing: bool, phase: str, key: str, layers: int) -> float:
-    """GiB that a model of `layers` comes to, from plays of 2 and 3 (fake_cuda/footprints.py). What stands and what a
-    micro-batch keeps grow by as much with each; what a peak has beyond that does not: the larger of the two."""
-    two, three = (found[f"{count} {checkpointing}"][phase] for count in (2, 3))
+LAYERS = 2
+"""Of the models that are played for their memory (fake_cuda/footprints.py)."""
 
-    def on_a_line(key: str) -> float:
-        return two[key] + (layers - 2) * (three[key] - two[key])
 
-    if key != "peak" or not two["kept"]:
-        return on_a_line(key)
-    return on_a_line("kept") + max(p["peak"] - p["kept"] for p in (two, three))
+def whole_model(found: dict, phase: str, weights: int, layers: int, constant: float = 0.0) -> dict[str, float]:
+    """GiB of a phase as a model of so many weights and layers would have it. What stands is so many bytes a weight,
+    but for `constant` GiB; each layer that was not played keeps what the second one does; what a peak has beyond what
+    is kept does not grow. Phases without passes are bytes a weight."""
+    of, grown = found[phase], weights / found["weights"]
+    start = (of["start"] - constant) * grown + constant
+    if not of["kept"]:
+        return {"start": start, "peak": (of["peak"] - constant) * grown + constant}
+    kept = start + of["kept"] - of["start"] + (layers - LAYERS) * of["layer"]
+    return {"start": start, "kept": kept, "peak": kept + of["peak"] - of["kept"]}

@@ -36,30 +36,31 @@ class Ranks(World):
         return list(values)
 
 
-def memory(model: str, engine: str, layers: list[int], checkpointing: list[bool], **more) -> dict:
-    """{layers checkpointing: {phase: GiB at its start, kept between the two passes, at its peak}} of an iteration that
-    is not the first. more: `overrides` of the config, `explain`, and what `_play_alone` or `_play_rank` takes."""
+def memory(model: str, engine: str, checkpointing: list[bool], layers: int = 2, **more) -> dict:
+    """By checkpointing: `weights`, how many there are, and of each phase of an iteration that is not the first GiB at
+    its start, kept by the second layer, kept between the two passes, and at its peak. more: `overrides` of the config,
+    `explain`, and what `_play_alone` or `_play_rank` takes."""
     overrides, explain = more.pop("overrides", []), more.pop("explain", False)
     found, play = {}, _play_rank if engine == "deepspeed" else _play_alone
-    for count in layers:
-        for again in checkpointing:
-            settings = [f"train.engine={engine}", "train.liger=false", f"train.gradient_checkpointing={again}"]
-            config = read_config(model, *settings, *overrides)
-            with ExitStack() as changed, playing() as trace:
-                trace.explained = Counter() if explain else None
-                changed.enter_context(
-                    replaced(run, "check_head", lambda _: None)
-                )  # of numbers, of which there are none
-                for module in (plain, zero, unlearn):
-                    changed.enter_context(replaced(module, "named", _noting(trace)))
-                facts = play(trace, config, make_model(config, model, count), **more)
-            found[f"{count} {again}"] = facts | {name: _in_gib(phase) for name, phase in trace.phases.items()}
-            gc.collect()  # DeepSpeed's parts hold one another
+    for again in checkpointing:
+        settings = [f"train.engine={engine}", "train.liger=false", f"train.gradient_checkpointing={again}"]
+        config = read_config(model, *settings, *overrides)
+        with ExitStack() as changed, playing() as trace:
+            trace.explained = Counter() if explain else None
+            changed.enter_context(replaced(run, "check_head", lambda _: None))  # of numbers, of which there are none
+            for module in (plain, zero, unlearn):
+                changed.enter_context(replaced(module, "named", _noting(trace)))
+            made = make_model(config, model, layers)
+            facts = {"weights": sum(p.numel() for p in made.parameters())}
+            facts |= play(trace, config, made, **more)
+            phases = {name: _in_gib(phase) for name, phase in trace.phases.items()}
+        found[str(again)] = facts | phases
+        gc.collect()  # DeepSpeed's parts hold one another
     return found
 
 
 def _in_gib(phase: Phase) -> dict:
-    found = {"start": phase.start / GIB, "kept": phase.kept / GIB, "peak": phase.peak / GIB}
+    found = {name: getattr(phase, name) / GIB for name in ("start", "layer", "kept", "peak")}
     held = phase.explained.most_common(25)
     return found | ({"at the peak": {where: size / GIB for where, size in held}} if held else {})
 
@@ -75,6 +76,21 @@ def _noting(trace: Trace):
     return named
 
 
+def _watch_layers(trace: Trace, policy) -> None:
+    """Notes what the second layer keeps in a forward pass: as much as every other but the first."""
+    ends: list[int] = []
+
+    def ended(layer, *_) -> None:
+        if trace.running and not trace.running[-1].kept and torch.is_grad_enabled():
+            ends.append(trace.alive["cuda"])
+            if len(ends) == 2:
+                trace.running[-1].layer = ends[1] - ends[0]
+                ends.clear()
+
+    for layer in policy.model.base_model.layers[:2]:
+        layer.register_forward_hook(ended)
+
+
 def _backward(policy, rollouts) -> None:
     (micro,) = policy.micro_batches(rollouts)
     tokens = GrpoTokens.of(micro, {id(r): 1e-3 for r in rollouts}, {}, {})
@@ -86,6 +102,7 @@ def _play_alone(trace: Trace, config: Config, model, *, engine_gib: float, strea
     and the second stage, which ∇L is kept for. model: on the device. engine_gib: what the engine holds while it is
     awake."""
     policy, reference = run.make_policies(config, model, StubTokenizer(), World())
+    _watch_layers(trace, policy)
 
     def make_gradients() -> None:
         for parameter in policy.model.parameters():
@@ -130,6 +147,7 @@ def _play_rank(trace: Trace, config: Config, model, *, ranks: int) -> dict:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     world = Ranks(0, ranks, dist.group.WORLD)
     policy, reference = run.make_policies(config, model, StubTokenizer(), world)
+    _watch_layers(trace, policy)
     policy._make_moments(1.0)
     _backward(policy, make_rollouts(ranks, SHORT))
     rollouts = make_rollouts(4 * ranks, LENGTH)

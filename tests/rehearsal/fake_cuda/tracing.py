@@ -46,6 +46,8 @@ class Phase:
         self.start = self.peak = start
         self.kept = 0
         """Between a forward pass and its backward pass, where a scene notes it."""
+        self.layer = 0
+        """Of it what one layer more would add."""
         self.end = 0
         self.explained: Counter[str] = Counter()
 
