@@ -325,17 +325,21 @@ def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None
     return None
 
 
-def how_known(config: Config, machine: Machine) -> str:
-    """Which of the figures of memory were held against a trace (tests/rehearsal), and which are sums alone."""
-    train, in_16_bits = config.train, config.model.dtype == "bfloat16"
+def how_known(config: Config, machine: Machine) -> list[str]:
+    """Lines that say which figures were held against traces (tests/rehearsal), and which are arithmetic alone."""
+    train = config.train
     sharded = train.engine == "deepspeed"
-    plain = not (train.offload_optimizer or train.offload_parameters) and in_16_bits and train.packing
-    rest = f"the engine's share, the context's {CONTEXT_GIB + KEPT_GIB:g} GiB and the start are arithmetic"
-    if machine.measured or not plain or (sharded and train.zero_stage != 2):
-        kind = f"train.zero_stage={train.zero_stage}" if sharded and plain else "these settings"
-        where = "a CPU" if machine.measured else kind
-        return f"all arithmetic; nothing was traced with {where}"
-    return f"peaks of the policy are within 10% of traced ones, without Liger; {rest}; so are seconds"
+    untraced = [f"train.zero_stage={train.zero_stage}"] if sharded and train.zero_stage != 2 else []
+    untraced += ["train.offload_*"] if train.offload_optimizer or train.offload_parameters else []
+    untraced += ["train.packing=false"] if not train.packing else []
+    untraced += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "bfloat16" else []
+    untraced = ["a CPU"] if machine.measured else untraced
+    if untraced:
+        return [f"  all of it is arithmetic: nothing was traced with {' and '.join(untraced)}"]
+    return [
+        "  the policy's peaks agree with traced ones within 10%, without Liger, which takes less",
+        f"  the engine's share, {CONTEXT_GIB + KEPT_GIB:g} GiB of context, host memory and seconds are arithmetic",
+    ]
 
 
 def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None) -> list[str]:
@@ -343,7 +347,7 @@ def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None
     if not config.eepo.enabled or machine.measured or machine.ranks > 1:
         return []
     if beside is None:
-        return ["  unlearning runs after sampling: beside it with train.engine=torch alone"]
+        return ["  unlearning runs after sampling: train.engine=torch alone does it beside"]
     fits = beside <= machine.memory_gib
     where = "runs beside sampling" if fits else "runs after sampling: there is no room beside it"
     return [f"  {'with unlearning beside sampling, GiB:':<44}{beside:>12.2f}", f"  unlearning {where}"]
@@ -370,7 +374,6 @@ def estimate(config: Config, machine: Machine) -> list[str]:
     else:
         lines.append(f"  fits, with {machine.memory_gib - peak:.1f} GiB to spare")
     lines += _when_unlearning_runs(config, machine, streamed_peak(config, peaks, weights + cache))
-    lines.append(f"  memory: {how_known(config, machine)}")
     host = start_on_host(config, shape, machine)
     lines.append(f"  {'host memory at the start, GiB a node:':<44}{host:>12.2f}")
     longest = (config.data.max_prompt_tokens + config.rollout.max_new_tokens) * shape.kv_bytes() / GIB
@@ -379,4 +382,4 @@ def estimate(config: Config, machine: Machine) -> list[str]:
     times = seconds(config, shape, machine)
     lines += [f"  {name + ', s an iteration:':<44}{value:>12.1f}" for name, value in times.items()]
     lines.append(f"  {'an iteration, s:':<44}{sum(times.values()):>12.1f}")
-    return lines
+    return lines + how_known(config, machine)
