@@ -143,10 +143,12 @@ def _play_rank(trace: Trace, config: Config, model, *, ranks: int) -> dict:
     from deepspeed.runtime import utils
     from deepspeed.runtime.zero import stage_1_and_2
 
-    if not dist.is_initialized():
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    world = Ranks(0, ranks, dist.group.WORLD)
-    policy, reference = run.make_policies(config, model, StubTokenizer(), world)
+    join = (
+        dist.init_process_group
+    )  # the policy asks for a group of its own; it gets one of `ranks`, of whom none is there
+    fake = dict(store=FakeStore(), rank=0, world_size=ranks)
+    with replaced(dist, "init_process_group", lambda *_, **__: join("fake", **fake)):
+        policy, reference = run.make_policies(config, model, StubTokenizer(), Ranks(0, ranks))
     _watch_layers(trace, policy)
     policy._make_moments(1.0)
     _backward(policy, make_rollouts(ranks, SHORT))
