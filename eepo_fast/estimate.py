@@ -19,7 +19,8 @@ from eepo_fast.policy.footprint import AUTOCAST, KEYS, Shape, kept_bytes, pass_b
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
-BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather
+BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather; made as large, however small the model is
+WIRE = 64 << 20  # elements of a bucket that the unlearning pass sends (policy/shards.py)
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
 GPUS_A_NODE = 8
@@ -128,7 +129,6 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     sharded, stage = train.engine == "deepspeed", train.zero_stage
     itemsize = 4 if config.model.dtype == "float32" or not sharded or stage == 0 else 2
     compute = 4 if config.model.dtype == "float32" else 2
-    kept = AUTOCAST if compute == 2 and itemsize == 4 else compute
     cut = n if sharded else 1
     parts = {}
     parts["weights"] = itemsize * w
@@ -139,15 +139,25 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     has_masters = sharded and stage > 0
     parts["masters"] = 0 if on_host or not has_masters else 4 * w / cut
     parts["optimizer"] = 0 if on_host else 8 * w / (cut if has_masters else 1)
-    bucket = min(BUCKET, w) * itemsize
-    parts["gradients"] = 4 * w if not sharded or stage <= 1 else 4 * w / cut + 2 * bucket
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    tokens = max(train.micro_batch_tokens, longest)
-    parts["activations"] = kept_bytes(shape, tokens, kept, train.gradient_checkpointing)
-    whole = pass_bytes(shape, tokens, kept, machine.device, checkpointing=train.gradient_checkpointing)
+    parts["gradients"] = 4 * w if not sharded or stage <= 1 else 4 * w / cut
+    parts["gradient buckets"] = 2 * BUCKET * itemsize if sharded and stage >= 2 else 0
+    parts["activations"], whole = micro_batch(config, shape, machine)
     parts["head workspace"] = whole - parts["activations"]  # or that of a layer which is done again
     parts["reference"] = (compute if sharded else 4) * w if config.grpo.kl_coef else 0
     return {name: value / GIB for name, value in parts.items()}
+
+
+def micro_batch(config: Config, shape: Shape, machine: Machine, backward_bytes: float = 0.0) -> tuple[float, float]:
+    """Bytes of a full one: (what is kept between its passes, all at its peak)."""
+    train = config.train
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    itemsize = 4 if config.model.dtype == "float32" else 2
+    if itemsize == 2 and (train.engine != "deepspeed" or train.zero_stage == 0):
+        itemsize = AUTOCAST
+    where = (shape, max(train.micro_batch_tokens, longest), itemsize)
+    again = train.gradient_checkpointing
+    whole = pass_bytes(*where, machine.device, checkpointing=again, backward_bytes=backward_bytes)
+    return kept_bytes(*where, again), whole
 
 
 def engine_memory(config: Config, shape: Shape, machine: Machine) -> tuple[float, float]:
@@ -229,30 +239,36 @@ def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
 
 
 def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
-    """GiB at an iteration's peaks: the policy's update, the unlearning pass, and the rollout with ∇L at hand. The
-    engine sleeps, if it is told to, in the first two."""
+    """GiB at an iteration's peaks: the policy's update and the optimizer's step in it, the unlearning pass, and the
+    rollout with ∇L at hand. The engine sleeps, if it is told to, in all but the last."""
     parts, (weights, cache) = memory(config, shape, machine), engine_memory(config, shape, machine)
-    context = 0.0 if machine.measured else CONTEXT_GIB + KEPT_GIB
-    engine, asleep = weights + cache, config.rollout.sleep
-    static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"] + context
-    sharded = config.train.engine == "deepspeed"
-    if sharded and config.train.zero_stage == 3:  # whose buffers for gradients stay between updates
-        static += parts["gradients"]
-    passes = parts["activations"] + parts["head workspace"]
-    gradients = 0.0 if sharded and config.train.zero_stage == 3 else parts["gradients"]
-    peaks = {"update": static + gradients + passes + (0.0 if asleep else engine)}
+    sharded, stage = config.train.engine == "deepspeed", config.train.zero_stage
+    engine, awake = weights + cache, 0.0 if config.rollout.sleep else weights + cache
+    static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"]
+    static += 0.0 if machine.measured else CONTEXT_GIB + KEPT_GIB
+    gradients, buckets = parts["gradients"], parts["gradient buckets"]
+    if sharded and stage == 3:  # whose buffers for gradients stay between updates
+        static += gradients + buckets
+        gradients = buckets = 0.0
+    passes = micro_batch(config, shape, machine, buckets * GIB)[1] / GIB
+    # DeepSpeed takes the norm of a rank's gradient in float64, one weight, or what the rank has of it, after the other
+    largest = min(shape.vocab_size * shape.hidden_size, shape.weights / machine.ranks)
+    norm = 8 * largest / GIB if sharded and stage in (1, 2) else 0.0
+    peaks = {
+        "update": static + gradients + passes + awake,
+        "optimizer's step": static + gradients + norm + awake,
+    }
     if config.eepo.enabled:
-        # ∇L is summed on its owner; a micro-batch's own is whole until it is sent there, a bucket at a time
-        largest = max(shape.vocab_size * shape.hidden_size, shape.layer_weights)
-        unlearned = 4 * (shape.weights / (machine.ranks if sharded else 1) + (2 * largest if sharded else 0)) / GIB
-        peaks["unlearning pass"] = static + passes + unlearned + (0.0 if asleep else engine)
+        # ∇L is summed on its owner; a micro-batch's own is whole until it is sent there, in two buckets at a time
+        passes = micro_batch(config, shape, machine, 2 * 4 * WIRE if sharded else 0.0)[1] / GIB
         static += 4 * shape.weights / (machine.ranks if sharded else 1) / GIB
+        peaks["unlearning pass"] = static + passes + awake
     peaks["rollout"] = static + engine
     return peaks
 
 
 def streamed_peak(config: Config, peaks: dict[str, float], engine: float) -> float | None:
-    """GiB while ∇L is made beside an engine that samples; None where that is not done."""
+    """GiB while ∇L is made beside an engine that samples; None where that is never done."""
     if not config.eepo.enabled or config.train.engine == "deepspeed":
         return None
     return peaks["unlearning pass"] + (engine if config.rollout.sleep else 0.0)
@@ -309,6 +325,34 @@ def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None
     return None
 
 
+def how_known(config: Config, machine: Machine) -> list[str]:
+    """Lines that say which figures were held against traces (tests/rehearsal), and which are arithmetic alone."""
+    train = config.train
+    sharded = train.engine == "deepspeed"
+    untraced = [f"train.zero_stage={train.zero_stage}"] if sharded and train.zero_stage != 2 else []
+    untraced += ["train.offload_*"] if train.offload_optimizer or train.offload_parameters else []
+    untraced += ["train.packing=false"] if not train.packing else []
+    untraced += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "bfloat16" else []
+    untraced = ["a CPU"] if machine.measured else untraced
+    if untraced:
+        return [f"  all of it is arithmetic: nothing was traced with {' and '.join(untraced)}"]
+    return [
+        "  the policy's peaks agree with traced ones within 10%, without Liger, which takes less",
+        f"  the engine's share, {CONTEXT_GIB + KEPT_GIB:g} GiB of context, host memory and seconds are arithmetic",
+    ]
+
+
+def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None) -> list[str]:
+    """On one GPU: beside sampling, or after it."""
+    if not config.eepo.enabled or machine.measured or machine.ranks > 1:
+        return []
+    if beside is None:
+        return ["  unlearning runs after sampling: train.engine=torch alone does it beside"]
+    fits = beside <= machine.memory_gib
+    where = "runs beside sampling" if fits else "runs after sampling: there is no room beside it"
+    return [f"  {'with unlearning beside sampling, GiB:':<44}{beside:>12.2f}", f"  unlearning {where}"]
+
+
 def estimate(config: Config, machine: Machine) -> list[str]:
     """Lines to print: memory of a rank by part, whether it fits, seconds of a phase."""
     try:
@@ -329,9 +373,7 @@ def estimate(config: Config, machine: Machine) -> list[str]:
         lines.append(f"  does not fit into {machine.memory_gib:.1f} GiB: {hint}")
     else:
         lines.append(f"  fits, with {machine.memory_gib - peak:.1f} GiB to spare")
-    if (beside := streamed_peak(config, peaks, weights + cache)) is not None and not machine.measured:
-        where = "beside sampling" if beside <= machine.memory_gib else "after sampling: it does not fit beside it"
-        lines.append(f"  {'with unlearning beside sampling, GiB:':<44}{beside:>12.2f}  ({where})")
+    lines += _when_unlearning_runs(config, machine, streamed_peak(config, peaks, weights + cache))
     host = start_on_host(config, shape, machine)
     lines.append(f"  {'host memory at the start, GiB a node:':<44}{host:>12.2f}")
     longest = (config.data.max_prompt_tokens + config.rollout.max_new_tokens) * shape.kv_bytes() / GIB
@@ -340,4 +382,4 @@ def estimate(config: Config, machine: Machine) -> list[str]:
     times = seconds(config, shape, machine)
     lines += [f"  {name + ', s an iteration:':<44}{value:>12.1f}" for name, value in times.items()]
     lines.append(f"  {'an iteration, s:':<44}{sum(times.values()):>12.1f}")
-    return lines
+    return lines + how_known(config, machine)

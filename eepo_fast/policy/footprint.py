@@ -1,8 +1,8 @@
 """What a micro-batch holds on a device, counted from the model's dimensions. Nothing is loaded, and nothing of PyTorch.
 
-The figures of a model in fp32 under autocast are what a traced pass on a CUDA device that is not there comes to, to a
-few percent (tests/rehearsal); those of other dtypes are arithmetic. Liger's kernels are not counted: with them it is
-less.
+The figures of a model in fp32 under autocast, and of one in 16 bits, are what a traced pass on a CUDA device that is
+not there comes to, to a few percent (tests/rehearsal); those of one computed in fp32 are arithmetic. Liger's kernels
+are not counted: with them it is less.
 
 Sizes in the formulas: D hidden, I intermediate, A of all query heads, K of all key (or value) heads, V vocabulary; in
 bytes a token unless said.
@@ -78,13 +78,14 @@ class Shape:
 def layer_bytes(shape: Shape, itemsize: int) -> int:
     """A layer's, of a token, kept for its backward pass. Under autocast: of each norm its input and what it has
     normalised, in fp32, and a rounded copy for each product that reads it (26 D); queries and their mix of values, keys
-    and values (8 A + 4 K); the four factors of SwiGLU (8 I). In 16 bits norms are taken in fp32, and the copies are
-    one; in fp32 there are none. Norms of heads: their input in fp32, and what they have normalised (6 A + 6 K)."""
+    and values (8 A + 4 K); the four factors of SwiGLU (8 I). In 16 bits a norm is taken in fp32, and all else kept as
+    it is (12 D); in fp32 there are no copies. Norms of heads: their input in fp32, and what they have normalised
+    (6 A + 6 K)."""
     d, i = shape.hidden_size, shape.intermediate_size
     a, k = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     if itemsize == 4:
         return 4 * (4 * d + 4 * a + 3 * k + 4 * i)
-    base = 26 * d + 8 * a + 4 * k if itemsize == AUTOCAST else 14 * d + 8 * a + 6 * k
+    base = 26 * d + 8 * a + 4 * k if itemsize == AUTOCAST else 12 * d + 8 * a + 4 * k
     return base + 8 * i + (6 * (a + k) if shape.norms_heads else 0)
 
 
@@ -104,21 +105,25 @@ def head_bytes(shape: Shape, itemsize: int, device: str, *, gradient: bool) -> f
 
 def again_bytes(shape: Shape, tokens: int, itemsize: int) -> float:
     """With checkpointing, while the backward pass does a layer again: that layer, three gradients of SwiGLU's size and
-    two of its input's, a weight's in two dtypes, and the head's, which the embedding's is added to."""
+    two of its input's, a weight's in two dtypes, and the head's, where the embedding's is added to it."""
     d, i = shape.hidden_size, shape.intermediate_size
     width = 4 if itemsize == 4 else 2
     moving = 3 * width * i + 8 * d
-    return tokens * (layer_bytes(shape, itemsize) + moving) + 6 * i * d + 4 * shape.vocab_size * d
+    head = (2 if itemsize == 2 else 4) * shape.vocab_size * d if shape.tie_word_embeddings else 0
+    return tokens * (layer_bytes(shape, itemsize) + moving) + 6 * i * d + head
 
 
-def pass_bytes(shape: Shape, tokens: int, itemsize: int, device: str, *, checkpointing: bool) -> float:
+def pass_bytes(
+    shape: Shape, tokens: int, itemsize: int, device: str, *, checkpointing: bool, backward_bytes: float = 0.0
+) -> float:
     """At the peak of a micro-batch's two passes, beside the weights and the gradients that are summed: while the head
-    has its chunk, or, with checkpointing, while the last layer is done again."""
+    has its chunk, or, with checkpointing, while the last layer is done again. backward_bytes: what the backward pass
+    holds besides, as the buckets that gradients are sent in."""
     kept = kept_bytes(shape, tokens, itemsize, checkpointing)
     head = head_bytes(shape, itemsize, device, gradient=True)
     width = 2 if itemsize == 2 else 4
     again = again_bytes(shape, tokens, itemsize) - 3 * width * tokens * shape.hidden_size if checkpointing else 0.0
-    return kept + max(head, again)
+    return kept + max(head, again + backward_bytes)
 
 
 def score_bytes(shape: Shape, tokens: int, itemsize: int, device: str) -> float:

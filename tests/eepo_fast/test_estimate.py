@@ -109,6 +109,48 @@ def test_a_dry_run_prints_the_estimate():
 
 
 @pytest.mark.parametrize(
+    "overrides, unlearning",
+    [
+        ([], "after sampling: train.engine=torch alone does it beside"),
+        (["train.engine=torch"], "beside sampling"),
+        (
+            ["train.engine=torch", "rollout.sleep=true", "rollout.gpu_memory_utilization=0.55"],
+            "after sampling: there is",
+        ),
+        ([str(ROOT / "configs/machines/1xH200.yaml"), "train.engine=torch"], "beside sampling"),
+        (["eepo.enabled=false"], None),
+    ],
+)
+def test_qwen_3b_fits_one_h200_and_is_told_when_unlearning_runs(capsys, overrides, unlearning):
+    assert main(["train", str(ROOT / "configs/qwen2.5-3b.yaml"), "--dry-run", "--machine", "1xH200", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "  fits, with " in printed
+    assert f"  unlearning runs {unlearning}" in printed if unlearning else "unlearning runs" not in printed
+
+
+def test_a_setting_that_has_to_change_is_named():
+    """More of the GPU to the engine than the update leaves: it has to sleep."""
+    machine, crowded = find_machine("1xH200", 1), "rollout.gpu_memory_utilization=0.55"
+    (line,) = (line for line in estimate(load("qwen2.5-3b", crowded), machine) if "fit" in line)
+    assert line == "  does not fit into 139.8 GiB: with rollout.sleep=true it would"
+    assert any("  fits, with" in line for line in estimate(load("qwen2.5-3b", crowded, "rollout.sleep=true"), machine))
+
+
+def test_what_was_traced_is_told_from_what_is_arithmetic():
+    def last(*overrides, machine="8xA100-80GB"):
+        return " ".join(estimate(load("qwen2.5-3b", *overrides), find_machine(machine, 1))[-2:])
+
+    for settings in ([], ["train.gradient_checkpointing=false"]):
+        assert "the policy's peaks agree with traced ones" in last(*settings)
+        assert "host memory and seconds are arithmetic" in last(*settings)
+    assert "the policy's peaks agree" in last("train.engine=torch", machine="1xH200")
+    untraced = ("train.zero_stage=3", "train.zero_stage=1", "model.dtype=float32", "train.packing=false")
+    for setting in untraced:
+        assert last(setting).endswith(f"all of it is arithmetic: nothing was traced with {setting}")
+    assert last("train.offload_optimizer=true").endswith("nothing was traced with train.offload_*")
+
+
+@pytest.mark.parametrize(
     "overrides, message",
     [
         (["--machine", "7xA100-80GB"], "train.prompts_per_iteration: expected a multiple of the 7 engines"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
+import os
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import torch._dynamo  # keeps a table of them
+import torch.cuda.nvtx
 from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
@@ -84,6 +87,15 @@ def _inside(*_, **__):
     yield
 
 
+def prepare_deepspeed() -> None:
+    """Before `attach`: DeepSpeed, when imported, asks PyTorch's compiler for its table, and for the kind of device."""
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    from eepo_fast.policy.zero import import_deepspeed
+
+    import_deepspeed()
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 def attach() -> None:
     """What torch.cuda says in Python. What keeps a table of PyTorch's functions must have been imported before."""
     cuda, stream = torch.cuda, Stream()
@@ -97,6 +109,9 @@ def attach() -> None:
     cuda.get_device_properties, cuda.get_device_name = lambda *_: properties, lambda *_: properties.name
     cuda.mem_get_info, cuda.memory_snapshot = lambda *_: (MEMORY, MEMORY), lambda: []
     cuda.is_bf16_supported = lambda *_, **__: True
+    for counter in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        setattr(cuda, counter, lambda *_: 0)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = torch.Tensor.record_stream = lambda *_: None
     cuda.is_current_stream_capturing = lambda: False
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_: stream

@@ -55,9 +55,12 @@ if __name__ == "__main__":
     import scenes
     from faults import FAULTS
 
+    requests = json.loads(sys.argv[2])
+    if any(arguments.get("engine") == "deepspeed" for _, _, arguments, _ in requests):
+        device.prepare_deepspeed()
     device.attach()
     found = {}
-    for name, scene, arguments, fault in json.loads(sys.argv[2]):
+    for name, scene, arguments, fault in requests:
         try:
             found[name] = in_a_process_of_its_own(scenes.SCENES[scene], arguments, fault and FAULTS[fault])
         except AssertionError as error:

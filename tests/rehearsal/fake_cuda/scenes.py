@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import torch
 from eepo_kernels import fused_linear_loss
 from faults import replaced
+from footprints import memory
 from stage import StubEngine, StubGrader, StubTokenizer, make_model, make_rollouts, playing, read_config
 from tracing import GIB, Trace
 
@@ -150,29 +150,6 @@ def start(layers: int = 4) -> dict:
         }
 
 
-def passes(model: str, layers: int | None, checkpointing: bool, explain: bool = False) -> dict:
-    """A later micro-batch of an update: what is kept between its two passes, and the peak of each."""
-    config = read_config(model)
-    with playing() as trace:
-        made = make_policy(config, make_model(config, model, layers), gradient_checkpointing=checkpointing)
-        for parameter in made.model.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        rollouts = make_rollouts(4, LENGTH)
-        (micro,) = made.micro_batches(rollouts)
-        tokens = GrpoTokens.of(micro, {id(r): 1e-3 for r in rollouts}, {}, {})
-        trace.explained = Counter() if explain else None
-        with trace.phase("both"):
-            with trace.phase("forward"):
-                loss, _ = made.loss(micro, grpo_loss(GrpoConfig(kl_coef=0.0), tokens))
-            with trace.phase("backward"):
-                loss.backward()
-        forward, backward = trace.phases["forward"], trace.phases["backward"]
-        start = forward.start
-        found = {"static": start, "forward": forward.peak - start, "kept": backward.start - start}
-        found = {name: value / GIB for name, value in (found | {"backward": backward.peak - start}).items()}
-        return found | ({"at the peak": {w: n / GIB for w, n in trace.explained.most_common(25)}} if explain else {})
-
-
 class FirstTiming(Exception):
     """A bench has come to what it measures."""
 
@@ -231,5 +208,5 @@ def bench_weight_update() -> dict:
 
 
 SCENES = {
-    f.__name__: f for f in (head, policy, unlearning, trainer, start, passes, bench_iteration, bench_weight_update)
+    f.__name__: f for f in (head, policy, unlearning, trainer, start, memory, bench_iteration, bench_weight_update)
 }

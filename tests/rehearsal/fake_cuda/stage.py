@@ -121,8 +121,10 @@ def moved(self: nn.Module, *arguments, **options) -> nn.Module:
     for module in self.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                there = p.detach().to(*arguments, **options)
-                known.setdefault(id(p), nn.Parameter(there, requires_grad=p.requires_grad))
+                here = p.detach()
+                there = here.to(*arguments, **options)
+                made = p if there is here else nn.Parameter(there, requires_grad=p.requires_grad)
+                known.setdefault(id(p), made)
                 module._parameters[name] = known[id(p)]
         for name, b in module._buffers.items():
             module._buffers[name] = b if b is None else b.to(*arguments, **options)

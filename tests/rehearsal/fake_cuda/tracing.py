@@ -44,7 +44,12 @@ class Phase:
 
     def __init__(self, start: int):
         self.start = self.peak = start
+        self.kept = 0
+        """Between a forward pass and its backward pass, where a scene notes it."""
+        self.layer = 0
+        """Of it what one layer more would add."""
         self.end = 0
+        self.explained: Counter[str] = Counter()
 
     @property
     def beyond(self) -> float:
@@ -65,7 +70,7 @@ class Trace(TorchDispatchMode):
         """Where the host waits for the device, by function of ours."""
         self.running: list[Phase] = []
         self.explained: Counter[str] | None = None
-        """With `explain`: bytes by where they were asked for, at the last peak."""
+        """Where it is set to a Counter: bytes by where they were asked for, at the peak of each outermost phase."""
         self.instead: dict = {}
         """Operators whose insides are traced, and not taken for one operation: their Python functions."""
         self.transient: dict = {}
@@ -106,6 +111,7 @@ class Trace(TorchDispatchMode):
         yield found
         self.running.remove(found)
         found.end = self.alive["cuda"]
+        found.explained, self.explained = self.explained or Counter(), self.explained and Counter()
         if name not in self.phases or self.phases[name].peak < found.peak:
             self.phases[name] = found
 
