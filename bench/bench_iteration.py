@@ -26,17 +26,17 @@ from common import allocations, parser_with_defaults, record
 from models import SHAPES, make_model
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import eepo_fast.trainer as trainer_module
+import eepo_fast.algorithm.trainer as trainer_module
+from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import Config, load_config
 from eepo_fast.config.schema import ModelConfig
-from eepo_fast.models import load_model
+from eepo_fast.data.base_model import make_tokenizer
+from eepo_fast.policy.loading import load_model
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.engine import Progress, Request, continuation, make_requests
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.run import make_engine
-from eepo_fast.trainer import Trainer
+from eepo_fast.run.build import make_engine
 from eepo_fast.types import Grade, Problem, Prompt
-from eepo_fast.warmup import make_tokenizer
 
 GPU = torch.cuda.is_available()
 LENGTHS = Path(__file__).parent / "lengths"

@@ -21,8 +21,8 @@ from bench_packing import LENGTHS
 from common import interleaved, parser_with_defaults, peak_bytes, record
 from models import SHAPES, make_model
 
+from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
 from eepo_fast.config.schema import GrpoConfig, OptimizerConfig
-from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.policy.micro_batches import collate, input_length, plan_micro_batches
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion

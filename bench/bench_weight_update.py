@@ -13,13 +13,13 @@ import torch
 from common import interleaved, parser_with_defaults, record
 from eepo_kernels import forget, sync, tensor_key
 
+from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.config import EepoConfig, ModelConfig
-from eepo_fast.models import load_model
+from eepo_fast.policy.loading import load_model
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import Problem, Prompt, WeightsVersion
-from eepo_fast.unlearn import compute_unlearning
 
 STEP_SIZES = (3e-4, 3e-3, 3e-2)
 QUESTIONS = [

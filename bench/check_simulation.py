@@ -22,7 +22,7 @@ from common import parser_with_defaults, record
 from models import make_model
 from simulate_rollout import Answer, Costs, Setup, StepTime, iteration, sample_static
 
-from eepo_fast.warmup import make_tokenizer
+from eepo_fast.data.base_model import make_tokenizer
 
 GOAL = 0.15
 MAX_SEQUENCES = 1024

@@ -14,9 +14,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from eepo_fast.demo import demo_config, evaluate_folder, late_mean, read_metrics, run_method
-from eepo_fast.display import Display
-from eepo_fast.warmup import ensure_base
+from eepo_fast.data.base_model import ensure_base
+from eepo_fast.run.demo import demo_config, evaluate_folder, late_mean, read_metrics, run_method
+from eepo_fast.run.display import Display
 
 CURVES = (
     "entropy/stage1",

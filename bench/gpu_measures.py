@@ -13,11 +13,11 @@ from common import interleaved, peak_bytes, record
 from eepo_kernels import forget, sync, tensor_key
 from models import make_model
 
+from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.config import EepoConfig
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
-from eepo_fast.unlearn import compute_unlearning
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eepo_fast.warmup import SETTINGS, make_tokenizer
+from eepo_fast.data.base_model import SETTINGS, make_tokenizer
 
 GPU = torch.cuda.is_available()
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, words, tied

@@ -3,8 +3,8 @@
     python bench/simulate_rollout.py [--out FILE] [--figure FILE]
 
 From the lengths of answers, the time of a decoding step (weights and keys and values read, one token a sequence
-multiplied) and the rates of a GPU, which are assumptions (eepo_fast/estimate.py). The same simulation, with times taken
-from one run on the machine at hand, is held against other runs by bench/check_simulation.py.
+multiplied) and the rates of a GPU, which are assumptions (eepo_fast/run/estimate.py). The same simulation, with times
+taken from one run on the machine at hand, is held against other runs by bench/check_simulation.py.
 
 Left out: grading, the guard's scores of 16 answers, and the host's work beside STEP_OVERHEAD_S. Streamed unlearning,
 beside sampling, is what this trainer does on one GPU; with DeepSpeed it comes after the stage, as in `plain`. Assumed:
@@ -26,8 +26,8 @@ from typing import NamedTuple
 from common import parser_with_defaults, record
 
 from eepo_fast.config import Config, load_config
-from eepo_fast.estimate import Machine, Shape, find_machine, find_shape
 from eepo_fast.rollout.engine import spared
+from eepo_fast.run.estimate import Machine, Shape, find_machine, find_shape
 
 ROOT = Path(__file__).parents[1]
 STEP_OVERHEAD_S = 1.5e-3  # of a decoding step: the scheduler, launches
@@ -245,7 +245,7 @@ def iteration(
 
 
 def gpu_costs(config: Config, shape: Shape, machine: Machine, mean_length: float) -> Costs:
-    """From bytes and multiplications, as eepo_fast/estimate.py counts them."""
+    """From bytes and multiplications, as eepo_fast/run/estimate.py counts them."""
     n, tp = machine.ranks, config.rollout.tensor_parallel
     multiplied = 2 * shape.multiplied_weights
     forward = (multiplied + shape.attention_flops(mean_length)) / machine.flops

@@ -42,7 +42,7 @@ def _train(args: argparse.Namespace) -> int:
     if not together:
         config = _load_config(args)  # before torch is imported, which takes seconds
     from eepo_fast.distributed import start_world
-    from eepo_fast.run import train
+    from eepo_fast.run.build import train
 
     with start_world() as world:
         if together:
@@ -56,8 +56,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     from eepo_fast.config import dump_config
-    from eepo_fast.estimate import check_engine_memory, estimate, find_machine
-    from eepo_fast.plan import batch_plan, check_world
+    from eepo_fast.run.estimate import check_engine_memory, estimate, find_machine
+    from eepo_fast.run.plan import batch_plan, check_world
 
     config = _load_config(args)
     machine = find_machine(args.machine, int(os.environ.get("WORLD_SIZE", "1")))
@@ -77,9 +77,9 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from eepo_fast.config import Config
-    from eepo_fast.display import Display
     from eepo_fast.distributed import start_world
-    from eepo_fast.evaluation.command import EvalOptions, evaluate_completions, evaluate_model
+    from eepo_fast.run.display import Display
+    from eepo_fast.run.evaluate import EvalOptions, evaluate_completions, evaluate_model
 
     if (args.model is None) == (args.completions is None):
         raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
@@ -112,7 +112,7 @@ def _tables(args: argparse.Namespace) -> int:
 
 
 def _ks(text: str) -> list[int]:
-    from eepo_fast.evaluation.command import MOST_SAMPLES
+    from eepo_fast.run.evaluate import MOST_SAMPLES
 
     parts = text.split(",")
     digits = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
@@ -180,9 +180,9 @@ def _report(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> int:
     config = _load_config(args)
-    from eepo_fast.display import Display
     from eepo_fast.distributed import start_world
-    from eepo_fast.profiling import Capture, profile
+    from eepo_fast.run.display import Display
+    from eepo_fast.run.profiling import Capture, profile
 
     if args.iterations < 1 or args.skip < 0:
         raise UserError(f"--iterations: expected at least 1, and --skip 0, found {args.iterations} and {args.skip}")
@@ -194,7 +194,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from eepo_fast.demo import run_demo
+    from eepo_fast.run.demo import run_demo
 
     run_demo(seed=args.seed, root=args.root)
     return 0
@@ -300,7 +300,7 @@ def _add_profile(commands) -> None:
 
 def _left(name: str) -> int:
     """A run that was told to leave has saved."""
-    from eepo_fast.signals import exit_code
+    from eepo_fast.run.signals import exit_code
 
     if os.environ.get("RANK", "0") == "0":
         print(f"eepo-fast: left on {name}, everything saved; go on with --resume", file=sys.stderr)

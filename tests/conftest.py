@@ -19,15 +19,15 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter
 from eepo_fast.config import RunConfig, make_config
+from eepo_fast.data.base_model import make_tokenizer
 from eepo_fast.distributed import close_groups
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
-from eepo_fast.warmup import make_tokenizer
 
 # Slow beside the mark, by what a test's id contains: cases of tests whose other cases are quick, or that are as good.
 # Two ranks, Triton's interpreter, compilers, commands.

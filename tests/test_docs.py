@@ -51,7 +51,7 @@ COMMANDS = commands()
 def place(tmp_path_factory):
     """A folder where what the commands name lies: data, configs, and runs of a tiny model."""
     from eepo_fast.config import load_config
-    from eepo_fast.warmup import train_base
+    from eepo_fast.data.base_model import train_base
 
     folder = tmp_path_factory.mktemp("docs")
     model, tokenizer = train_base(load_config([str(ROOT / "configs/demo.yaml")], []).data, steps=25, batch=32)

@@ -17,17 +17,17 @@ import torch
 from methods import FIRST_SEED, run_config
 
 from eepo_fast import checkpoint
+from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.config import Config, ModelConfig
-from eepo_fast.data import load_problems, make_prompts, stop_token_ids
-from eepo_fast.display import Display
-from eepo_fast.models import load_model
+from eepo_fast.data.problems import load_problems, make_prompts, stop_token_ids
+from eepo_fast.policy.loading import load_model
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.run import train
+from eepo_fast.run.build import train
+from eepo_fast.run.display import Display
 from eepo_fast.types import Prompt, Rollout, WeightsVersion
-from eepo_fast.unlearn import compute_unlearning
 
 KINDS = ("said in stage 1, right", "said in stage 1, wrong", "other, right", "other, wrong")
 NUM_BATCHES, HALF, FRESH = 16, 4, 128

@@ -63,7 +63,7 @@ STEPS = 2500
 
 def study_base() -> Path:
     """Folder of the model that every run starts from, taught now if it is not cached."""
-    from eepo_fast.warmup import SETTINGS, train_base
+    from eepo_fast.data.base_model import SETTINGS, train_base
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(json.dumps([SETTINGS, TAUGHT, STEPS]).encode()).hexdigest()[:12]

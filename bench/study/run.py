@@ -109,8 +109,8 @@ def overrides_of(out: Path, phase: str, name: str, value: float | None) -> list[
 def one_run(out: Path, phase: str, name: str, value: float | None, seed: int) -> None:
     """Train and evaluate; writes the run's numbers."""
     from eepo_fast import checkpoint
-    from eepo_fast.display import Display
-    from eepo_fast.run import train
+    from eepo_fast.run.build import train
+    from eepo_fast.run.display import Display
 
     started = time.perf_counter()
     overrides = overrides_of(out, phase, name, value)
@@ -140,12 +140,12 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     import torch
 
     from eepo_fast.config import ModelConfig
-    from eepo_fast.data import stop_token_ids
+    from eepo_fast.data.problems import stop_token_ids
     from eepo_fast.evaluation.pass_at_k import summarise
     from eepo_fast.evaluation.periodic import make_eval_prompts
     from eepo_fast.evaluation.samples import Sampler, sample_set
     from eepo_fast.evaluation.sets import load_set
-    from eepo_fast.models import load_model
+    from eepo_fast.policy.loading import load_model
     from eepo_fast.policy.plain import TorchPolicy
     from eepo_fast.rewards import make_grader
     from eepo_fast.rollout.engine import Sampling

@@ -21,8 +21,8 @@ FIRST = 2  # iterations before it are left out: they build what the later ones h
 
 def seconds(name: str, overrides: list[str], seed: int) -> float:
     """Median of an iteration of a short run."""
-    from eepo_fast.display import Display
-    from eepo_fast.run import train
+    from eepo_fast.run.build import train
+    from eepo_fast.run.display import Display
 
     with tempfile.TemporaryDirectory() as root:
         config = run_config(name, [*overrides, f"train.iterations={ITERATIONS}"], seed, root)

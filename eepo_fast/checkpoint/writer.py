@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eepo_fast.algorithm.trainer import TrainerState
 from eepo_fast.checkpoint.folder import checkpoint_root, commit, files, folder_of, fsync, prune, sha256, temporary_of
 from eepo_fast.checkpoint.state import make_state, random_state
 from eepo_fast.config import Config
 from eepo_fast.distributed import deal
 from eepo_fast.policy.module import Policy
-from eepo_fast.trainer import TrainerState
 from eepo_fast.types import UserError
 
 Progress = dict[str, str] | str | None

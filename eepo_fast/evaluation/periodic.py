@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eepo_fast.config import Config, RewardConfig
-from eepo_fast.data import make_prompts
+from eepo_fast.data.problems import make_prompts
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, write_results

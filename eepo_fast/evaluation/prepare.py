@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data import read_hub
+from eepo_fast.data.problems import read_hub
 from eepo_fast.types import UserError
 
 FOLDER = Path("data")

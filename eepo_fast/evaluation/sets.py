@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data import ARITHMETIC, arithmetic_problems, read_jsonl
+from eepo_fast.data.problems import ARITHMETIC, arithmetic_problems, read_jsonl
 from eepo_fast.evaluation.prepare import find_prepared
 from eepo_fast.types import Problem, Prompt, UserError
 

@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 
-from eepo_fast.rewards.compare import compare
-from eepo_fast.rewards.extract import extract_answer
-from eepo_fast.rewards.normalise import THOUSANDS, normalise
+from eepo_fast.rewards.answers.compare import compare
+from eepo_fast.rewards.answers.extract import extract_answer
+from eepo_fast.rewards.answers.normalise import THOUSANDS, normalise
 from eepo_fast.rewards.paper import clean, extract_paper_answer
 from eepo_fast.rewards.pool import Job, Pool
 from eepo_fast.types import Grade, Problem, UserError

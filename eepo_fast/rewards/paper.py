@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 
-from eepo_fast.rewards.extract import extract_answer
+from eepo_fast.rewards.answers.extract import extract_answer
 
 NUMBER = re.compile(r"-?[0-9]{0,40}\.?[0-9]{1,40}")
 SIMPLE_FRACTION = re.compile(r"\\frac\s?([0-9])\s?([0-9])")
@@ -59,7 +59,7 @@ def verify_answer(gold: str, answer: str) -> bool:
     """math-verify on both boxes. For a worker process: neither call has a time-out here."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    from eepo_fast.rewards.symbolic import NotMathematicsError
+    from eepo_fast.rewards.answers.symbolic import NotMathematicsError
 
     configs = [LatexExtractionConfig()]
     parsed_gold = parse(f"\\boxed{{{gold}}}", configs, parsing_timeout=None)

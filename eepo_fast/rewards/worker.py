@@ -12,8 +12,9 @@ import sys
 
 
 def verify_answer(mode: str, gold: str, answer: str) -> dict[str, object]:
-    from eepo_fast.rewards import paper, symbolic
-    from eepo_fast.rewards.compare import compare
+    from eepo_fast.rewards import paper
+    from eepo_fast.rewards.answers import symbolic
+    from eepo_fast.rewards.answers.compare import compare
 
     try:
         right = paper.verify_answer(gold, answer) if mode == "paper" else compare(gold, answer, symbolic.ask)

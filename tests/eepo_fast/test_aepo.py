@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eepo_fast import aepo
-from eepo_fast.advantages import group_advantages
+from eepo_fast.algorithm import aepo
+from eepo_fast.algorithm.advantages import group_advantages
 from eepo_fast.config import load_config
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.types import Grade, UserError
@@ -229,7 +229,7 @@ def test_overlays_change_what_their_names_say(base):
 
 
 def test_a_random_direction_is_as_long_as_the_gradient(make_policy, make_rollouts, test_config):
-    from eepo_fast.unlearn import compute_unlearning
+    from eepo_fast.algorithm.forget import compute_unlearning
 
     policy, rollouts = make_policy(), make_rollouts([5, 7, 3, 9])
     found = {}

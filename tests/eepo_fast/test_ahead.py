@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eepo_fast.ahead import Ahead, GradedAhead, ScoredAhead
-from eepo_fast.background import Background
+from eepo_fast.algorithm.overlap import Ahead, Background, GradedAhead, ScoredAhead
 from eepo_fast.distributed import World
 from eepo_fast.types import Grade, Interrupted
 
@@ -217,7 +216,7 @@ def test_an_iteration_scores_with_the_reference_beside_sampling(make_trainer, mo
     rows = []
     for threaded in (False, True):
         made = lambda name, threaded, _t=threaded, **options: Background(name, threaded=_t)  # noqa: E731
-        monkeypatch.setattr("eepo_fast.ahead.Background", made)
+        monkeypatch.setattr("eepo_fast.algorithm.overlap.Background", made)
         trainer = make_trainer(reference=True, eepo=OPEN, grpo={"kl_coef": 0.1}, train={"micro_batch_tokens": 40})
         _, row = trainer.iteration()
         assert (trainer.ahead.scored is not None) == threaded
@@ -269,7 +268,7 @@ def test_sampling_that_runs_out_of_memory_begins_again_once(make_trainer, beside
     rows, rewards = [], []
     for fails in (0, 1, 2):
         made = lambda name, threaded, **options: Background(name, threaded=True)  # noqa: E731
-        monkeypatch.setattr("eepo_fast.ahead.Background", made)
+        monkeypatch.setattr("eepo_fast.algorithm.overlap.Background", made)
         trainer = make_trainer(grader=beside_grader(), eepo=OPEN, train={"micro_batch_tokens": 40})
         generate, calls = trainer.engine.generate, []
 

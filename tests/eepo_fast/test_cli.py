@@ -34,7 +34,7 @@ def run(capfd):
 def base(tmp_path_factory):
     """A model folder that answers at random, and the override that uses it."""
     from eepo_fast.config import load_config
-    from eepo_fast.warmup import train_base
+    from eepo_fast.data.base_model import train_base
 
     folder = tmp_path_factory.mktemp("base")
     data = load_config([str(ROOT / "configs/demo.yaml")], []).data

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eepo_fast.data import (
+from eepo_fast.data.problems import (
     arithmetic_problems,
     arithmetic_split,
     load_problems,

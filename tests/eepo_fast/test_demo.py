@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from eepo_fast import demo, warmup
 from eepo_fast.cli import main
 from eepo_fast.config import load_config
+from eepo_fast.data import base_model as warmup
+from eepo_fast.run import demo
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from eepo_fast.display import BLOCKS, Display, LivePanel, sparkline
+from eepo_fast.run.display import BLOCKS, Display, LivePanel, sparkline
 
 
 def make_row(step, metric_keys, eepo=True):

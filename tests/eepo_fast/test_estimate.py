@@ -10,8 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from eepo_fast.cli import main
 from eepo_fast.config import load_config
-from eepo_fast.estimate import MACHINES, Machine, estimate, find_machine, find_shape, needed, seconds, what_would_fit
-from eepo_fast.plan import batch_plan
+from eepo_fast.run.estimate import (
+    MACHINES,
+    Machine,
+    estimate,
+    find_machine,
+    find_shape,
+    needed,
+    seconds,
+    what_would_fit,
+)
+from eepo_fast.run.plan import batch_plan
 from eepo_fast.types import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from eepo_fast.cli import main
-from eepo_fast.evaluation.command import family_template
 from eepo_fast.rollout.hf import HfEngine
+from eepo_fast.run.evaluate import family_template
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ["data.template=plain", "rollout.max_new_tokens=12", "data.numbers=3", "data.max_number=9"]
@@ -22,7 +22,7 @@ PLAIN = ["data.template=plain", "rollout.max_new_tokens=12", "data.numbers=3", "
 def base(tmp_path_factory):
     """A model folder that answers at random."""
     from eepo_fast.config import load_config
-    from eepo_fast.warmup import train_base
+    from eepo_fast.data.base_model import train_base
 
     folder = tmp_path_factory.mktemp("base")
     model, tokenizer = train_base(load_config([str(ROOT / "configs/demo.yaml")], []).data, steps=25, batch=32)
@@ -125,7 +125,7 @@ def test_progress_is_told_inside_a_part(base, tmp_path, monkeypatch):
     def task(self, name):
         yield lambda *update: told.append(update)
 
-    monkeypatch.setattr("eepo_fast.display.Display.task", task)
+    monkeypatch.setattr("eepo_fast.run.display.Display.task", task)
     assert evaluate(base, tmp_path / "o") == 0
     assert told[0] == (0, 20, "0 of 20 problems") and told[-1] == (20, 20, "20 of 20 problems")
     assert (0, 20, "sampling, 20 of 20 completions finished") in told

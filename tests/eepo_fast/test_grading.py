@@ -12,9 +12,9 @@ import pytest
 from eepo_fast.cli import main
 from eepo_fast.config import RewardConfig
 from eepo_fast.rewards import MathGrader, make_grader
-from eepo_fast.rewards.extract import extract_answer
+from eepo_fast.rewards.answers.extract import extract_answer
+from eepo_fast.rewards.answers.normalise import normalise
 from eepo_fast.rewards.math import MODES
-from eepo_fast.rewards.normalise import normalise
 from eepo_fast.rewards.paper import extract_paper_answer
 from eepo_fast.rewards.pool import Job
 from eepo_fast.types import Problem

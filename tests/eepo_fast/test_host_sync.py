@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eepo_fast.algorithm.forget import GradientPass
 from eepo_fast.policy import micro_batches
 from eepo_fast.policy.module import prepare_model
-from eepo_fast.unlearn import GradientPass
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
 

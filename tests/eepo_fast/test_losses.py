@@ -7,7 +7,7 @@ import torch
 from eepo_kernels import TokenStats, fused_linear_loss
 from torch.nn.functional import log_softmax
 
-from eepo_fast.losses import (
+from eepo_fast.algorithm.losses import (
     GrpoTokens,
     clipped_log1mp,
     gate_open,

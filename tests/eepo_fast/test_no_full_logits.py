@@ -7,8 +7,8 @@ import torch
 from eepo_kernels import linear_loss
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.rewards import ArithmeticGrader
-from eepo_fast.trainer import Trainer
 from eepo_fast.types import Grade
 
 V = 20_000

@@ -10,8 +10,8 @@ import pytest
 import torch
 from eepo_kernels import forget, ranges, sync
 
-from eepo_fast import profiling
 from eepo_fast.cli import main
+from eepo_fast.run import profiling
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["train.prompts_per_iteration=4", "train.prompts_per_update=2", "rollout.group_size=4", "eepo.alpha=3.0"]

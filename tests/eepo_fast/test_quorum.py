@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from eepo_fast.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, spared
 from eepo_fast.types import UserError, WeightsVersion
 
@@ -112,7 +112,7 @@ def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
         seen.setdefault("tokens", []).append(tokens)
         return grpo_loss(config, tokens)
 
-    monkeypatch.setattr("eepo_fast.trainer.grpo_loss", watched)
+    monkeypatch.setattr("eepo_fast.algorithm.trainer.grpo_loss", watched)
     of = GrpoTokens.of
 
     def with_rollouts(batch, *arguments):

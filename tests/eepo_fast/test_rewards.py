@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from eepo_fast.advantages import group_advantages
+from eepo_fast.algorithm.advantages import group_advantages
 from eepo_fast.cli import main
 from eepo_fast.rewards import MathGrader
+from eepo_fast.rewards.answers.extract import extract_answer
+from eepo_fast.rewards.answers.normalise import normalise
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
-from eepo_fast.rewards.extract import extract_answer
-from eepo_fast.rewards.normalise import normalise
 from eepo_fast.types import Problem
 
 ENDLESS = "10^{10^{10^{10}}}"

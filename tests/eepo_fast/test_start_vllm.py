@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from eepo_fast import background
+from eepo_fast.algorithm import overlap
 from eepo_fast.rollout import start_vllm
 from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout.vllm import VllmEngine
@@ -211,9 +211,9 @@ def test_the_engine_runs_on_a_stream_of_high_priority_and_what_streams_beside_it
     assert [name for name, _ in notes] == ["sleep", "wake", "check", "check", "reload"]
     assert {id(stream) for _, stream in notes} == {id(engine.stream)}
     assert streams == [caller] and len(caller.waited_for) == len(engine.stream.waited_for) == 5
-    background.side_stream.cache_clear()
-    assert background.side_stream("unlearn").priority == 0
-    background.side_stream.cache_clear()
+    overlap.side_stream.cache_clear()
+    assert overlap.side_stream("unlearn").priority == 0
+    overlap.side_stream.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore")

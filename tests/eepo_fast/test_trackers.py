@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from eepo_fast import trackers
 from eepo_fast.cli import main
-from eepo_fast.trackers import Trackers, chosen
+from eepo_fast.run import trackers
+from eepo_fast.run.trackers import Trackers, chosen
 from eepo_fast.types import UserError
 
 ROOT = Path(__file__).parents[2]

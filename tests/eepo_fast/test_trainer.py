@@ -132,7 +132,7 @@ def test_a_non_finite_update_is_dropped_and_the_third_in_a_row_stops(make_traine
         for rollout in (batch.rollouts[0], batch.rollouts[-1]):
             rollout.advantage = math.nan
 
-    monkeypatch.setattr("eepo_fast.trainer.set_advantages", poison)
+    monkeypatch.setattr("eepo_fast.algorithm.trainer.set_advantages", poison)
     before = weights_of(trainer)
     _, row = trainer.iteration()
     assert row["policy/updates_skipped"] == 2 and torch.equal(weights_of(trainer), before)

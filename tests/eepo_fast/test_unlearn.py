@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from eepo_fast.background import Background
+from eepo_fast.algorithm.forget import GradientPass, compute_unlearning
+from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.types import WeightsVersion
-from eepo_fast.unlearn import GradientPass, StreamedUnlearning, compute_unlearning
 
 
 def plain_objective(model, rollouts, config, open_gates=None):
@@ -295,7 +295,8 @@ def test_an_iteration_streams(make_trainer):
 
 def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
     """Nothing goes on behind a run that saves and leaves, nor is what waits begun."""
-    monkeypatch.setattr("eepo_fast.ahead.Background", lambda name, **options: Background(name, threaded=True))
+    threaded = lambda name, **options: Background(name, threaded=True)  # noqa: E731
+    monkeypatch.setattr("eepo_fast.algorithm.overlap.Background", threaded)
     trainer = make_trainer(eepo={"alpha": 3.0}, train={"micro_batch_tokens": 30})
     loss = trainer.policy.loss
     monkeypatch.setattr(trainer.policy, "loss", lambda *arguments: time.sleep(0.2) or loss(*arguments))

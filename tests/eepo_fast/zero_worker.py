@@ -7,15 +7,15 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from eepo_fast.algorithm.forget import compute_unlearning
+from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
 from eepo_fast.config import make_config
 from eepo_fast.distributed import start_world
-from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.shards import all_gather, forgotten_weights
 from eepo_fast.policy.zero import ZeroPolicy
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
-from eepo_fast.unlearn import compute_unlearning
 
 COMMON = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

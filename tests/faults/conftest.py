@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from eepo_fast.checkpoint import newest_valid
 from eepo_fast.config import load_config
-from eepo_fast.display import Display
-from eepo_fast.run import train
+from eepo_fast.run.build import train
+from eepo_fast.run.display import Display
 
 ROOT = Path(__file__).parents[2]
 TINY = (

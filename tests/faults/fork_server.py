@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 from patience import watch_from
 
-from eepo_fast import cli, run, signals, trainer, watchdog
+from eepo_fast import cli
+from eepo_fast.algorithm import trainer
 from eepo_fast.checkpoint import writer
 from eepo_fast.evaluation import periodic
 from eepo_fast.rollout import hf
+from eepo_fast.run import build as run
+from eepo_fast.run import signals, watchdog
 
 
 def nothing():

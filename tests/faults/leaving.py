@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from eepo_fast import cli, distributed, run
+from eepo_fast import cli, distributed
+from eepo_fast.run import build as run
 from eepo_fast.types import Interrupted, UserError
 
 CONFIG = Path(__file__).parents[2] / "configs/demo.yaml"

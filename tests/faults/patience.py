@@ -1,6 +1,6 @@
 """What a watchdog of these tests may do, and from when: a busy machine is slow to load, and that is no hang."""
 
-from eepo_fast import watchdog
+from eepo_fast.run import watchdog
 
 LOADING_S = 600.0
 

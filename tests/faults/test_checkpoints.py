@@ -382,7 +382,7 @@ def test_an_old_one_that_cannot_be_removed_spoils_no_new_one(make_run, go, monke
 
 
 def test_what_is_on_disk_is_kept_when_the_run_is_broken_off(make_run, go, monkeypatch):
-    from eepo_fast import trainer
+    from eepo_fast.algorithm import trainer
 
     original = trainer.Trainer._generate
 
@@ -416,7 +416,7 @@ def test_the_best_is_kept_over_an_interruption(make_run, go, monkeypatch):
         return {"eval/held/greedy": scores[step]}
 
     monkeypatch.setattr(periodic.PeriodicEvaluation, "run", run)
-    monkeypatch.setattr("eepo_fast.loop.Meeting.who_asked", lambda self: "SIGTERM")
+    monkeypatch.setattr("eepo_fast.run.loop.Meeting.who_asked", lambda self: "SIGTERM")
     settings = ("checkpoint.keep=1", "checkpoint.best=eval/held/greedy", "evaluation.every=2",
                 "evaluation.data.held=arithmetic:3:9:8")  # fmt: skip
     config = make_run(*settings)
@@ -439,7 +439,7 @@ def test_the_last_evaluation_is_owed_by_a_run_that_is_done(make_run, go, outcome
 
 
 def test_a_disk_that_is_full_for_the_log_is_one_line(make_run, go, monkeypatch):
-    from eepo_fast import metrics
+    from eepo_fast.algorithm import metrics
 
     def full(*args):
         raise OSError(28, "No space left on device")

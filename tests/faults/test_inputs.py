@@ -44,7 +44,7 @@ def test_a_tokenizer_of_another_model_is_refused(make_run, go, model_folder, mon
     with pytest.raises(UserError, match="tokenizer and model do not fit: the tokenizer has"):
         go(config)
     assert not config.run_dir.exists()
-    monkeypatch.setattr("eepo_fast.models.check_fit", lambda *args: None)  # the control: nothing else notices
+    monkeypatch.setattr("eepo_fast.policy.loading.check_fit", lambda *args: None)  # the control: nothing else notices
     go(config)
 
 

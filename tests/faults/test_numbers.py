@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from eepo_fast import guards, trainer, unlearn
-from eepo_fast.advantages import set_advantages
+from eepo_fast.algorithm import forget as unlearn
+from eepo_fast.algorithm import guards, trainer
+from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.types import EngineError, Grade, RolloutBatch, UserError
 
@@ -52,7 +53,7 @@ def test_without_the_guard_the_nan_reaches_the_engine(make_trainer, monkeypatch)
         result.apply = True
         return result
 
-    monkeypatch.setattr("eepo_fast.trainer.compute_unlearning", believing)
+    monkeypatch.setattr("eepo_fast.algorithm.trainer.compute_unlearning", believing)
     try:
         trainer.iteration()
     except Exception:
@@ -270,7 +271,7 @@ def test_a_logprob_that_is_none_leaves_its_completion_out(make_trainer, monkeypa
     assert row["rollout/non_finite_logprobs"] == 2 and row["reward/missing"] == 2
     assert row["policy/updates_skipped"] == 0 and torch.isfinite(weights_of(trainer)).all()
     assert row["unlearn/resampled"] == 0
-    monkeypatch.setattr("eepo_fast.trainer.has_finite_logprobs", lambda r: True)  # the control
+    monkeypatch.setattr("eepo_fast.algorithm.trainer.has_finite_logprobs", lambda r: True)  # the control
     _, row = trainer.iteration()
     assert row["policy/updates_skipped"] > 0
 
@@ -328,7 +329,8 @@ def test_memory_that_no_halving_frees_is_one_line(make_trainer, monkeypatch):
     out_of_memory(monkeypatch, trainer.policy, 0)
     with pytest.raises(UserError, match=r"out of memory: CUDA out of memory.*lower train.micro_batch_tokens"):
         trainer.iteration()
-    monkeypatch.setattr("eepo_fast.trainer.within_memory", lambda policy, compute: (compute(), 0))  # the control
+    # the control
+    monkeypatch.setattr("eepo_fast.algorithm.trainer.within_memory", lambda policy, compute: (compute(), 0))
     with pytest.raises(torch.OutOfMemoryError):
         trainer.iteration()
 

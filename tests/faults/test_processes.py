@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from eepo_fast import checkpoint, watchdog
+from eepo_fast import checkpoint
 from eepo_fast.checkpoint import folder as folders
 from eepo_fast.config import dump_config
+from eepo_fast.run import watchdog
 
 HERE = Path(__file__).parent
 

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from eepo_fast import checkpoint, trainer
+from eepo_fast import checkpoint
+from eepo_fast.algorithm import trainer
 from eepo_fast.checkpoint import folder as folders
 from eepo_fast.checkpoint import state as states
 from eepo_fast.policy.plain import set_scheduler
@@ -34,7 +35,7 @@ class NoisyGrader(ArithmeticGrader):
 
 @pytest.fixture
 def noisy(monkeypatch):
-    monkeypatch.setattr("eepo_fast.run.make_grader", lambda task, settings: NoisyGrader())
+    monkeypatch.setattr("eepo_fast.run.build.make_grader", lambda task, settings: NoisyGrader())
 
     def seed():
         import numpy as np
@@ -108,7 +109,7 @@ def test_every_item_of_the_state_is_needed(make_run, go, outcome, noisy, monkeyp
         LEFT_OUT[item](policy, state)
         return state
 
-    monkeypatch.setattr("eepo_fast.run.load_checkpoint", without)
+    monkeypatch.setattr("eepo_fast.run.build.load_checkpoint", without)
     try:
         caught = outcome(go(make_run(*settings, root="cut"), resume=True)) != whole
     except (UserError, AssertionError):
@@ -145,7 +146,7 @@ def test_other_inputs_are_refused_by_name(make_run, go, model_folder, monkeypatc
     if what == "config":
         overrides.append("eepo.alpha=0.3")
     elif what == "data":
-        from eepo_fast import run
+        from eepo_fast.run import build as run
 
         original = run.load_problems
         monkeypatch.setattr(run, "load_problems", lambda *args: original(*args)[::-1])
@@ -164,7 +165,7 @@ def test_other_inputs_are_refused_by_name(make_run, go, model_folder, monkeypatc
 
 def test_without_the_fingerprint_other_data_would_pass(make_run, go, monkeypatch):
     """Negative control."""
-    from eepo_fast import run
+    from eepo_fast.run import build as run
 
     config = make_run("train.iterations=2")
     go(config)

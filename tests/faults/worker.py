@@ -9,7 +9,8 @@ from pathlib import Path
 
 from patience import watch_from
 
-from eepo_fast import cli, trainer
+from eepo_fast import cli
+from eepo_fast.algorithm import trainer
 
 KIND, ITERATION, FOLDER = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 RANK = int(os.environ.get("RANK", "0"))

@@ -16,14 +16,14 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from eepo_fast.background import Background
+from eepo_fast.algorithm.forget import compute_unlearning
+from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.policy import attention
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.engine import Request, Sampling, continuation, sample_seed
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import Problem, Prompt, WeightsVersion
-from eepo_fast.unlearn import StreamedUnlearning, compute_unlearning
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(1.0, 32, tuple(range(7, 512, 12)))  # an end now and then

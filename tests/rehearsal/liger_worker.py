@@ -18,10 +18,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from eepo_fast import run
 from eepo_fast.config import make_config
 from eepo_fast.distributed import World
 from eepo_fast.policy import module, plain, zero
+from eepo_fast.run import build as run
 from eepo_fast.types import UserError
 
 FAMILIES = {

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from eepo_fast.config import load_config
-from eepo_fast.estimate import (
+from eepo_fast.policy.footprint import AUTOCAST, CHUNK_BYTES, kept_bytes, pass_bytes
+from eepo_fast.run.estimate import (
     CONTEXT_GIB,
     GIB,
     KEPT_GIB,
@@ -22,7 +23,6 @@ from eepo_fast.estimate import (
     needed,
     streamed_peak,
 )
-from eepo_fast.policy.footprint import AUTOCAST, CHUNK_BYTES, kept_bytes, pass_bytes
 
 spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))
 fake_device = importlib.util.module_from_spec(spec)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eepo_fast.config import load_config
-from eepo_fast.estimate import CONTEXT_GIB, KEPT_GIB, engine_memory, find_machine, find_shape, needed
+from eepo_fast.run.estimate import CONTEXT_GIB, KEPT_GIB, engine_memory, find_machine, find_shape, needed
 
 pytest.importorskip("deepspeed")
 spec = importlib.util.spec_from_file_location("fake_device", Path(__file__).with_name("fake_device.py"))

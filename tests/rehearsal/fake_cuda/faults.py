@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from eepo_kernels import row_stats
 
-from eepo_fast import run
 from eepo_fast.policy import attention, micro_batches, plain
+from eepo_fast.run import build as run
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from stage import StubTokenizer, make_model, make_rollouts, playing, read_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tracing import GIB, Phase, Trace
 
-from eepo_fast import run, unlearn
-from eepo_fast.background import Background
+from eepo_fast.algorithm import forget as unlearn
+from eepo_fast.algorithm.forget import GradientPass
+from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
-from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.policy import plain, zero
-from eepo_fast.unlearn import GradientPass, StreamedUnlearning
+from eepo_fast.run import build as run
 
 LENGTH = 4096  # tokens of a sequence; four fill a micro-batch
 SHORT = 600  # of the micro-batch before: it makes what the one that is looked at adds to

@@ -13,14 +13,14 @@ from footprints import memory
 from stage import StubEngine, StubGrader, StubTokenizer, make_model, make_rollouts, playing, read_config
 from tracing import GIB, Trace
 
-from eepo_fast import run
+from eepo_fast.algorithm.forget import GradientPass
+from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import EepoConfig, GrpoConfig, OptimizerConfig
 from eepo_fast.distributed import World
-from eepo_fast.losses import GrpoTokens, grpo_loss
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.trainer import Trainer
+from eepo_fast.run import build as run
 from eepo_fast.types import Problem, Prompt
-from eepo_fast.unlearn import GradientPass
 
 MODEL = "qwen2.5-3b"
 LENGTH = 4096  # tokens of a sequence; four fill a micro-batch

@@ -17,7 +17,7 @@ from torch import nn
 from tracing import Launches, Trace
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from eepo_fast import background
+from eepo_fast.algorithm import overlap
 from eepo_fast.config import Config, load_config
 from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
 
@@ -97,14 +97,14 @@ def playing(active: float = 1.0) -> Iterator[Trace]:
         native.matrix_table = lambda dst, *_: dst
         native.run = trace.weight_update
         to, nn.Module.to = nn.Module.to, moved
-        pool, background.ThreadPoolExecutor = background.ThreadPoolExecutor, Immediately
+        pool, overlap.ThreadPoolExecutor = overlap.ThreadPoolExecutor, Immediately
         try:
             yield trace
         finally:
             linear_chunks.Pending.add_to = add_to
             for name, function in kept.items():
                 setattr(native, name, function)
-            background.ThreadPoolExecutor, nn.Module.to = pool, to
+            overlap.ThreadPoolExecutor, nn.Module.to = pool, to
             for name, kernel in kernels.items():
                 setattr(row_stats, name, kernel)
 

@@ -25,10 +25,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from eepo_fast.advantages import set_advantages
+from eepo_fast.algorithm.advantages import set_advantages
+from eepo_fast.algorithm.losses import reinforce_loss
 from eepo_fast.config import AepoConfig
 from eepo_fast.config.schema import SHARE_OF_PROMPTS
-from eepo_fast.losses import reinforce_loss
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rollout.engine import Request, make_requests

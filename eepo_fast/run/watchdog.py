@@ -20,7 +20,7 @@ from typing import NamedTuple, TextIO
 
 from torch.distributed import Store
 
-from eepo_fast.signals import leave
+from eepo_fast.run.signals import leave
 
 EXIT_CODE = 70  # EX_SOFTWARE
 GRACE_S = 2.5  # for a store to answer, and for the other ranks to look

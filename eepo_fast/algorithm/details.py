@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from eepo_fast.algorithm.forget import Unlearning
 from eepo_fast.distributed import World
 from eepo_fast.policy.module import Columns
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.rollout.exchange import score_everywhere
 from eepo_fast.types import Rollout
-from eepo_fast.unlearn import Unlearning
 
 
 def engine_logprobs(

@@ -20,11 +20,11 @@ from eepo_kernels import ranges
 from rich.table import Table
 
 from eepo_fast.config import Config
-from eepo_fast.display import Display
 from eepo_fast.distributed import World
-from eepo_fast.plan import check_world
 from eepo_fast.rewards import make_grader
-from eepo_fast.run import loaded_parts
+from eepo_fast.run.build import loaded_parts
+from eepo_fast.run.display import Display
+from eepo_fast.run.plan import check_world
 from eepo_fast.types import UserError
 
 MIB = 2**20

@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from eepo_kernels.ranges import named
 from torch import Tensor
 
-from eepo_fast.background import Background, TokenQueue
+from eepo_fast.algorithm.losses import gate_open, unlearning_loss
 from eepo_fast.config import EepoConfig
-from eepo_fast.losses import gate_open, unlearning_loss
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Gradient, Policy, gather_columns
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Rollout
+
+if TYPE_CHECKING:
+    from eepo_fast.algorithm.overlap import StreamedUnlearning
 
 
 @dataclass
@@ -168,72 +170,6 @@ def _one_step(policy: Policy, rollouts: Sequence[Rollout], config: EepoConfig) -
     whole = GradientPass(policy, config, len(rollouts), len({r.prompt.id for r in rollouts}))
     whole.add(rollouts)
     return whole.result(rollouts)
-
-
-class StreamedUnlearning:
-    """∇L of completions that have finished, computed while others are still being sampled: between two steps of the
-    engine on a CPU, on a thread and a CUDA stream of its own on a GPU. Where memory does not suffice for both, it gives
-    up, and the pass is made after the stage."""
-
-    def __init__(
-        self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int, background: Background
-    ):
-        assert policy.stream_tokens is not None
-        self.whole: GradientPass | None = GradientPass(policy, config, num_completions, num_prompts)
-        self.background = background
-        self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._work, batch))
-        self.spans: list[tuple[float, float]] = []
-        """When it was worked on."""
-        self.gave_up = False
-        self.put_off = 0
-        """Micro-batches for which there was no room beside the engine; made after the stage."""
-
-    def take(self, rollout: Rollout) -> None:
-        """A completion that has finished; a micro-batch of them is worked on at once."""
-        if self.whole is not None and rollout.num_tokens:
-            self.queue.put(rollout)
-
-    def _work(self, batch: list[Rollout]) -> None:
-        if self.whole is None:
-            return
-        if not self._has_room():
-            self.put_off += 1
-            return
-        started = time.perf_counter()
-        try:
-            with torch.enable_grad():  # engines sample without
-                self.whole.add(batch)
-            self.background.synchronize()
-        except torch.OutOfMemoryError:
-            self.whole, self.gave_up = None, True
-        self.spans.append((started, time.perf_counter()))
-
-    def _has_room(self) -> bool:
-        """For a micro-batch, and at the first for ∇L itself."""
-        policy = self.whole.policy
-        gradient = 0 if self.whole.done else sum(p.nbytes for p in policy.model.parameters())
-        return self.background.has_room(policy.pass_bytes(gradient=True) + gradient)
-
-    def drop(self) -> None:
-        """What has been done is of completions that do not count, or its memory is needed: all is made later."""
-        self.background.wait()
-        self.whole = None
-        self.spans.clear()
-
-    def seconds_until(self, moment: float) -> float:
-        """Spent on it before a moment of `time.perf_counter`."""
-        return sum(max(0.0, min(end, moment) - start) for start, end in self.spans)
-
-    def finish(self, rollouts: Sequence[Rollout]) -> Unlearning | None:
-        """What the pass found over all of stage 1, the rest of it worked on now; None where it has given up."""
-        self.background.wait()
-        whole, self.whole = self.whole, None  # a call after an error begins anew
-        if whole is None:
-            return None
-        assert whole.done <= set(map(id, rollouts)), "an engine returns the objects that it has handed over"
-        whole.add([r for r in rollouts if id(r) not in whole.done])
-        whole.rescale(len(rollouts), len({r.prompt.id for r in rollouts}))
-        return whole.result(rollouts)
 
 
 def _gate(batch: MicroBatch, entropy: Tensor, config: EepoConfig) -> Tensor:

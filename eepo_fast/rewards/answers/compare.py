@@ -28,10 +28,10 @@ from __future__ import annotations
 
 import re
 
-from eepo_fast.rewards.domains import as_interval, as_union, condition, has_inequalities, is_domain
-from eepo_fast.rewards.forms import NAME, closes_at_end, group, oriented, relation, split
-from eepo_fast.rewards.leaves import Ask, compare_leaves
-from eepo_fast.rewards.numbers import read_number
+from eepo_fast.rewards.answers.domains import as_interval, as_union, condition, has_inequalities, is_domain
+from eepo_fast.rewards.answers.forms import NAME, closes_at_end, group, oriented, relation, split
+from eepo_fast.rewards.answers.leaves import Ask, compare_leaves
+from eepo_fast.rewards.answers.numbers import read_number
 
 MATRIX = re.compile(r"(.*?)\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\2\}", re.DOTALL)
 MAX_MATCHED = 64

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from eepo_kernels import ForgetStats, TokenStats
 
+from eepo_fast.algorithm.forget import Unlearning
+from eepo_fast.algorithm.guards import has_finite_logprobs
+from eepo_fast.algorithm.losses import GrpoTokens, log_ratio, low_variance_kl
 from eepo_fast.config import Config
-from eepo_fast.data import token_texts
+from eepo_fast.data.problems import token_texts
 from eepo_fast.distributed import World
-from eepo_fast.guards import has_finite_logprobs
-from eepo_fast.losses import GrpoTokens, log_ratio, low_variance_kl
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import Rollout, RolloutBatch
-from eepo_fast.unlearn import Unlearning
 
 if TYPE_CHECKING:
     from torch import Tensor

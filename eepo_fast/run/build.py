@@ -16,33 +16,34 @@ import torch
 from eepo_kernels import checksums
 from transformers import PreTrainedModel
 
-from eepo_fast import checkpoint, metrics
+from eepo_fast import checkpoint
+from eepo_fast.algorithm import metrics
+from eepo_fast.algorithm.trainer import Trainer, TrainerState
 from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
 from eepo_fast.checkpoint.state import changed_inputs
-from eepo_fast.config import Config, RolloutConfig, dump_config
-from eepo_fast.data import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
-from eepo_fast.display import Display
+from eepo_fast.config import Config, dump_config
+from eepo_fast.data.base_model import ensure_base
+from eepo_fast.data.problems import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
 from eepo_fast.distributed import World, default_device
-from eepo_fast.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.evaluation import periodic
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_sets
-from eepo_fast.loop import ENDING, Loop, Meeting, ending_of, one_line_errors, write_ending
-from eepo_fast.models import load_model
-from eepo_fast.plan import check_world, num_iterations
+from eepo_fast.policy.loading import eos_of, load_model, positions
 from eepo_fast.policy.module import Policy, check_head
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, check_golds, make_grader
 from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
-from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.rollout.vllm import VllmEngine, import_vllm
-from eepo_fast.signals import listening
-from eepo_fast.trackers import Trackers
-from eepo_fast.trackers import chosen as chosen_trackers
-from eepo_fast.trainer import Trainer, TrainerState
+from eepo_fast.rollout.make import make_engine
+from eepo_fast.rollout.start_vllm import import_vllm
+from eepo_fast.run.display import Display
+from eepo_fast.run.estimate import check_engine_memory, device_memory_gib
+from eepo_fast.run.loop import ENDING, Loop, Meeting, ending_of, one_line_errors, write_ending
+from eepo_fast.run.plan import check_world, num_iterations
+from eepo_fast.run.signals import listening
+from eepo_fast.run.trackers import Trackers
+from eepo_fast.run.trackers import chosen as chosen_trackers
+from eepo_fast.run.watchdog import Watchdog, watching
 from eepo_fast.types import Interrupted, Problem, Prompt, UserError, WeightsVersion
-from eepo_fast.warmup import ensure_base
-from eepo_fast.watchdog import Watchdog, watching
 
 LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what a wrong weight does
 
@@ -189,22 +190,6 @@ def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     return copy.deepcopy(model, known).to(device)
 
 
-def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longest: int) -> RolloutEngine:
-    """longest: tokens of the longest prompt."""
-    settings = dict(dtype=getattr(torch, rollout.dtype), max_sequences=rollout.max_sequences)
-    if rollout.engine == "hf":
-        return HfEngine(model, pad_id=tokenizer.pad_token_id, device=default_device(), **settings)
-    return VllmEngine(
-        model,
-        max_model_len=longest + rollout.max_new_tokens,
-        tensor_parallel=rollout.tensor_parallel,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enable_sleep=rollout.sleep,
-        deterministic=rollout.deterministic,
-        **settings,
-    )
-
-
 def _check_engine(parts: Parts, temperature: float) -> None:
     """Every engine and the policy must give the same text the same probability: once, on a few tokens, before
     training."""
@@ -223,15 +208,6 @@ def _check_engine(parts: Parts, temperature: float) -> None:
                 "use another one",
                 shared=True,
             )
-
-
-def eos_of(model: PreTrainedModel) -> int | list[int] | None:
-    return model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read; None where its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
 
 
 def _check_length(model, prompts: list[Prompt], config: Config) -> None:

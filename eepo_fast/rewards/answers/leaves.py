@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from eepo_fast.rewards.numbers import read_number, same_number
-from eepo_fast.rewards.units import same_unit, without_unit
+from eepo_fast.rewards.answers.numbers import read_number, same_number
+from eepo_fast.rewards.answers.units import same_unit, without_unit
 
 Ask = Callable[[str, str, str], bool | None]
 """(question, gold, answer) -> yes, no, or not known here. Questions: equal, proportional, positively_proportional."""

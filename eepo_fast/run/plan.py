@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from eepo_fast.config import Config
-from eepo_fast.data import ARITHMETIC, BASE, load_problems
-from eepo_fast.models import find_model
+from eepo_fast.data.problems import ARITHMETIC, BASE, load_problems
+from eepo_fast.policy.loading import find_model
 from eepo_fast.types import UserError
 
 

@@ -111,3 +111,12 @@ def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> No
         found = getattr(model.config, name, None)
         if found != expected:
             raise UserError(f"model.dimensions: expected {name} {expected}, found {found} in {config.path}")
+
+
+def eos_of(model: PreTrainedModel) -> int | list[int] | None:
+    return model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read; None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)

@@ -9,8 +9,8 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-from eepo_fast.rewards.forms import NAME, closes_at_end, group, oriented, relation, split
-from eepo_fast.rewards.numbers import read_number
+from eepo_fast.rewards.answers.forms import NAME, closes_at_end, group, oriented, relation, split
+from eepo_fast.rewards.answers.numbers import read_number
 
 REALS = "\\mathbb{R}"
 CONSTANTS = (REALS, "\\infty", "\\pi", "e")

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data import BASE, arithmetic_problem, arithmetic_split
+from eepo_fast.data.problems import BASE, arithmetic_problem, arithmetic_split
 
 ALPHABET = "0123456789+-*()=,:"
 SETTINGS = {

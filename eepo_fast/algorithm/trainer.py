@@ -1,6 +1,6 @@
 """One iteration of EEPO (Algorithm 1), readable top to bottom in `Trainer.iteration`. With eepo.enabled=false: GRPO.
 
-Deviations from the paper are listed where they are made: losses.py, unlearn.py, aepo.py. Here: the policy is updated on
+Deviations from the paper are listed where they are made: losses.py, forget.py, aepo.py. Here: the policy is updated on
 mini-batches of `train.prompts_per_update` prompts in sampling order.
 
 Every rank runs this with the same prompts and holds the whole batch; sampling, grading and the model's passes are
@@ -20,20 +20,27 @@ from typing import Any
 import torch
 from eepo_kernels.ranges import named
 
-from eepo_fast import aepo, details
-from eepo_fast import metrics as M
-from eepo_fast.advantages import set_advantages
-from eepo_fast.ahead import Ahead
+from eepo_fast.algorithm import aepo, details
+from eepo_fast.algorithm import metrics as M
+from eepo_fast.algorithm.advantages import set_advantages
+from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
+from eepo_fast.algorithm.guards import (
+    check_updates,
+    check_version,
+    forgotten_kl,
+    has_finite_logprobs,
+    loud,
+    within_memory,
+)
+from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss, sum_of
+from eepo_fast.algorithm.overlap import Ahead, StreamedUnlearning
 from eepo_fast.config import Config
-from eepo_fast.data import prompt_indices
-from eepo_fast.guards import check_updates, check_version, forgotten_kl, has_finite_logprobs, loud, within_memory
-from eepo_fast.losses import GrpoTokens, grpo_loss, sum_of
+from eepo_fast.data.problems import prompt_indices
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling, continuation, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere, mean_lengths
 from eepo_fast.types import Prompt, Rollout, RolloutBatch, WeightsVersion
-from eepo_fast.unlearn import StreamedUnlearning, Unlearning, compute_unlearning
 
 
 @dataclass

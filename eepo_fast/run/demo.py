@@ -16,18 +16,18 @@ from rich.table import Table
 
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, ModelConfig, load_config
-from eepo_fast.data import make_prompts, stop_token_ids
-from eepo_fast.display import Display
+from eepo_fast.data.base_model import ensure_base
+from eepo_fast.data.problems import make_prompts, stop_token_ids
 from eepo_fast.evaluation.pass_at_k import scores
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import HELD_OUT, load_set
-from eepo_fast.models import load_model
+from eepo_fast.policy.loading import load_model
 from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rollout.engine import Sampling
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.run import train
+from eepo_fast.run.build import train
+from eepo_fast.run.display import Display
 from eepo_fast.types import UserError
-from eepo_fast.warmup import ensure_base
 
 NUM_SAMPLES = 32
 KS = (1, 4, 16, 32)
@@ -41,7 +41,7 @@ def demo_config(method: str, seed: int, root: str) -> Config:
 
 def find_config(name: str) -> Path:
     """A file of configs/, beside the source tree or installed with the package."""
-    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"):
+    for folder in (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"):
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"demo: configs/{name} is not installed; run it from a clone of the project")

@@ -23,8 +23,7 @@ from eepo_fast import checkpoint
 from eepo_fast.config import Config, make_config
 from eepo_fast.config.files import merge, read_override
 from eepo_fast.config.schema import COLDEST_OF_VLLM
-from eepo_fast.data import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
-from eepo_fast.display import Display
+from eepo_fast.data.problems import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
 from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
@@ -32,6 +31,7 @@ from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
 from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rollout.engine import Progress, Sampling
+from eepo_fast.run.display import Display
 from eepo_fast.types import UserError, WeightsVersion
 
 UNLIMITED = 1e9
@@ -148,7 +148,8 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
                 f"--temperature: expected at least {COLDEST_OF_VLLM} with rollout.engine=vllm, which samples at that "
                 f"where less is asked for, found {options.temperature}; greedy completions are made without it"
             )
-    from eepo_fast.run import eos_of, make_engine, positions
+    from eepo_fast.policy.loading import eos_of, positions
+    from eepo_fast.rollout.make import make_engine
 
     stops = tuple(stop_token_ids(tokenizer, eos_of(model)))
     with world.agree():
@@ -221,9 +222,9 @@ def with_template(config: Config, template: str) -> Config:
 
 def load_for_sampling(config: Config, options: EvalOptions, display: Display):
     """(model, tokenizer, config with a dtype for this device, device)."""
+    from eepo_fast.data.base_model import ensure_base
     from eepo_fast.distributed import default_device
-    from eepo_fast.models import load_model
-    from eepo_fast.warmup import ensure_base
+    from eepo_fast.policy.loading import load_model
 
     model_config = config.model
     if model_config.path == BASE:

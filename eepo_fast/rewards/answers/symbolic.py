@@ -21,9 +21,9 @@ from sympy.core.relational import Relational
 from sympy.matrices import MatrixBase
 from sympy.sets import Set
 
-from eepo_fast.rewards.latex import convert, is_broken
-from eepo_fast.rewards.numbers import Number, approximates, read_number, rounds_to
-from eepo_fast.rewards.units import word_set
+from eepo_fast.rewards.answers.latex import convert, is_broken
+from eepo_fast.rewards.answers.numbers import Number, approximates, read_number, rounds_to
+from eepo_fast.rewards.answers.units import word_set
 
 CHARACTERS = re.compile(r"[A-Za-z0-9 +\-*/^_={}()\[\]|.,!'\\]*")
 COMMANDS = word_set(

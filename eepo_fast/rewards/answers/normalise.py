@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from eepo_fast.rewards.units import mark_unit, word_set
+from eepo_fast.rewards.answers.units import mark_unit, word_set
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")

@@ -9,16 +9,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eepo_fast import metrics
+from eepo_fast.algorithm import metrics
+from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter
-from eepo_fast.display import Display, Training
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import PeriodicEvaluation
-from eepo_fast.signals import Request
-from eepo_fast.trackers import Trackers
-from eepo_fast.trainer import Trainer
+from eepo_fast.run.display import Display, Training
+from eepo_fast.run.signals import Request
+from eepo_fast.run.trackers import Trackers
+from eepo_fast.run.watchdog import Watchdog
 from eepo_fast.types import Interrupted, UserError
-from eepo_fast.watchdog import Watchdog
 
 ENDING = "ended.json"
 

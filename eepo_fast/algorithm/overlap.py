@@ -1,27 +1,175 @@
-"""Work on completions that have ended, while others are still being sampled: grading, and scores of a fixed model.
-
-Unlearning does so too: unlearn.StreamedUnlearning.
-"""
+"""What runs beside sampling, on completions that have ended: the gradient of unlearning, grading, and scores of a fixed
+model. Between two steps of the engine on a CPU, on a thread and a CUDA stream of its own on a GPU."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 
-from eepo_fast.background import Background, TokenQueue
-from eepo_fast.config import Config
+from eepo_fast.algorithm.forget import GradientPass, Unlearning
+from eepo_fast.config import Config, EepoConfig
 from eepo_fast.distributed import World
+from eepo_fast.policy.micro_batches import input_length
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from eepo_fast.types import Grade, Rollout
-from eepo_fast.unlearn import StreamedUnlearning
 
 CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
+SPARE_BYTES = 1 << 30  # left to the engine: its sampling step asks for memory of its own
+
+
+@functools.cache
+def side_stream(name: str) -> torch.cuda.Stream:
+    """One for all iterations: what PyTorch's allocator keeps it keeps for a stream."""
+    return torch.cuda.Stream()
+
+
+class Background:
+    """A thread, with a CUDA stream of its own on a GPU; or no thread, and work is done when it is given."""
+
+    def __init__(self, name: str, *, threaded: bool, on_gpu: bool = True):
+        """on_gpu: whether it is the GPU's work, where there is one."""
+        on_gpu = on_gpu and threaded and torch.cuda.is_available()
+        self.stream = side_stream(name) if on_gpu else None
+        device = torch.cuda.current_device() if on_gpu else None
+        enter = (lambda: torch.cuda.set_device(device)) if on_gpu else None  # a new thread's is the first
+        self.pool = ThreadPoolExecutor(1, name, initializer=enter) if threaded else None
+        self.pending: list[Future] = []
+
+    def run(self, work: Callable, *arguments) -> None:
+        if self.pool is None:
+            work(*arguments)
+        else:
+            self.pending.append(self.pool.submit(self._run, work, *arguments))
+
+    def _run(self, work: Callable, *arguments) -> None:
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            work(*arguments)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Until its stream has done what it was given."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def has_room(self, num_bytes: float) -> bool:
+        """Can its stream have so much, and the engine beside it what a step takes? What PyTorch keeps for the stream
+        counts as free; what it keeps for others does not."""
+        if self.stream is None:
+            return True
+        kept = 0
+        for segment in torch.cuda.memory_snapshot():
+            if segment["stream"] == self.stream.cuda_stream:
+                kept += segment["total_size"] - segment["allocated_size"]
+        return num_bytes + SPARE_BYTES <= torch.cuda.mem_get_info()[0] + kept
+
+    def wait(self) -> None:
+        """For all that was given; raises what it raised."""
+        for future in self.pending:
+            future.result()
+        self.pending.clear()
+
+    def close(self) -> None:
+        """What has not begun is not begun; nothing goes on behind."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+class TokenQueue:
+    """Completions in batches of at most so many tokens, in the order in which they come."""
+
+    def __init__(self, most: int, give: Callable[[list[Rollout]], None]):
+        self.most, self.give = most, give
+        self.waiting: list[Rollout] = []
+        self.num_tokens = 0
+
+    def put(self, rollout: Rollout) -> None:
+        length = input_length(rollout)
+        if self.waiting and self.num_tokens + length > self.most:
+            batch, self.waiting, self.num_tokens = self.waiting, [], 0
+            self.give(batch)
+        self.waiting.append(rollout)
+        self.num_tokens += length
+
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """Of them, what has not been given yet."""
+        dropped = set(map(id, rollouts))
+        self.waiting = [r for r in self.waiting if id(r) not in dropped]
+        self.num_tokens = sum(map(input_length, self.waiting))
+
+
+class StreamedUnlearning:
+    """∇L of completions that have finished, computed while others are still being sampled: between two steps of the
+    engine on a CPU, on a thread and a CUDA stream of its own on a GPU. Where memory does not suffice for both, it gives
+    up, and the pass is made after the stage."""
+
+    def __init__(
+        self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int, background: Background
+    ):
+        assert policy.stream_tokens is not None
+        self.whole: GradientPass | None = GradientPass(policy, config, num_completions, num_prompts)
+        self.background = background
+        self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._work, batch))
+        self.spans: list[tuple[float, float]] = []
+        """When it was worked on."""
+        self.gave_up = False
+        self.put_off = 0
+        """Micro-batches for which there was no room beside the engine; made after the stage."""
+
+    def take(self, rollout: Rollout) -> None:
+        """A completion that has finished; a micro-batch of them is worked on at once."""
+        if self.whole is not None and rollout.num_tokens:
+            self.queue.put(rollout)
+
+    def _work(self, batch: list[Rollout]) -> None:
+        if self.whole is None:
+            return
+        if not self._has_room():
+            self.put_off += 1
+            return
+        started = time.perf_counter()
+        try:
+            with torch.enable_grad():  # engines sample without
+                self.whole.add(batch)
+            self.background.synchronize()
+        except torch.OutOfMemoryError:
+            self.whole, self.gave_up = None, True
+        self.spans.append((started, time.perf_counter()))
+
+    def _has_room(self) -> bool:
+        """For a micro-batch, and at the first for ∇L itself."""
+        policy = self.whole.policy
+        gradient = 0 if self.whole.done else sum(p.nbytes for p in policy.model.parameters())
+        return self.background.has_room(policy.pass_bytes(gradient=True) + gradient)
+
+    def drop(self) -> None:
+        """What has been done is of completions that do not count, or its memory is needed: all is made later."""
+        self.background.wait()
+        self.whole = None
+        self.spans.clear()
+
+    def seconds_until(self, moment: float) -> float:
+        """Spent on it before a moment of `time.perf_counter`."""
+        return sum(max(0.0, min(end, moment) - start) for start, end in self.spans)
+
+    def finish(self, rollouts: Sequence[Rollout]) -> Unlearning | None:
+        """What the pass found over all of stage 1, the rest of it worked on now; None where it has given up."""
+        self.background.wait()
+        whole, self.whole = self.whole, None  # a call after an error begins anew
+        if whole is None:
+            return None
+        assert whole.done <= set(map(id, rollouts)), "an engine returns the objects that it has handed over"
+        whole.add([r for r in rollouts if id(r) not in whole.done])
+        whole.rescale(len(rollouts), len({r.prompt.id for r in rollouts}))
+        return whole.result(rollouts)
 
 
 class ScoredAhead:
