@@ -14,16 +14,30 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("torch", "triton", "transformers", "pydantic", "math-verify", "datasets", "pytest", "pytest-timeout")
+NEEDED = (
+    "torch",
+    "triton",
+    "transformers",
+    "pydantic",
+    "math-verify",
+    "datasets",
+    "pytest",
+    "pytest-timeout",
+    "setuptools",
+)
 OPTIONAL = ("vllm", "deepspeed", "liger-kernel", "flash-attn")
 LIMIT_S = 300  # of all steps together
+LAST_WORDS_S = 4  # of one that is ended
 
 
 @dataclass(frozen=True)
@@ -36,15 +50,17 @@ class Step:
     """The same on a CPU, small."""
 
 
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+PYTEST = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 MEASURES = ["bench/gpu_measures.py"]
+SHORT = ["--lengths", "bench/lengths/long_tail.json"]  # an eighth of real ones: an eager engine's steps are many
+COMMANDS = "command_line or resuming"  # a process or several each
 STEPS = [
-    Step("machine", [*MEASURES, "machine", "--out", "OUT"], 20, [*MEASURES, "machine", "--out", "OUT"]),
-    Step("build", ["setup.py", "build_ext", "--inplace"], 60, ["setup.py", "build_ext", "--build-lib", "OUT.lib"]),
+    Step("machine", [*MEASURES, "machine", "--out", "OUT"], 15, [*MEASURES, "machine", "--out", "OUT"]),
+    Step("build", ["setup.py", "build_ext", "--inplace"], 40, ["setup.py", "build_ext", "--build-lib", "OUT.lib"]),
     Step(
         "kernel_tests",
         [*PYTEST, "-m", "gpu", "tests/eepo_kernels", "tests/eepo_fast/test_host_sync.py"],
-        60,
+        50,
         [*PYTEST, "-k", "test_contract_of_every_backend", "tests/eepo_kernels"],
     ),
     Step("head", ["bench/bench_linear_loss.py", "--shape", "8192", "2048", "151936", "--shares", "1", "0.2",
@@ -53,13 +69,16 @@ STEPS = [
           "OUT"]),
     Step("weight_update", [*MEASURES, "weight_update", "--out", "OUT"], 25,
          [*MEASURES, "weight_update", "--small", "--out", "OUT"]),
-    Step("memory", [*MEASURES, "memory", "--out", "OUT"], 25, [*MEASURES, "memory", "--small", "--out", "OUT"]),
-    Step("iteration", ["bench/bench_iteration.py", "--pairs", "1", "--prompts", "8", "--out", "OUT"], 40,
+    Step("memory", [*MEASURES, "memory", "--out", "OUT"], 20, [*MEASURES, "memory", "--small", "--out", "OUT"]),
+    Step("iteration", ["bench/bench_iteration.py", "--pairs", "1", "--prompts", "4", *SHORT, "--out", "OUT"], 30,
          ["bench/bench_iteration.py", "--pairs", "1", "--prompts", "2", "--group-size", "4", "--out", "OUT"]),
-    Step("path_tests", [*PYTEST, "-m", "gpu", "tests/gpu"], 40, [*PYTEST, "--collect-only", "-m", "gpu", "tests/gpu"]),
+    Step("path_tests", [*PYTEST, "-m", "gpu", "-k", f"not ({COMMANDS})", "tests/gpu"], 35,
+         [*PYTEST, "--collect-only", "-m", "gpu", "tests/gpu"]),
+    Step("command_tests", [*PYTEST, "-m", "gpu", "-k", COMMANDS, "tests/gpu"], 55,
+         [*PYTEST, "-m", "slow", "-k", "command_line and torch and hf", "tests/gpu"]),
 ]  # fmt: skip
 
-# step, key of its rows, what it is, goal; the largest found counts
+# step, key of its rows, what it is, goal; the largest found counts, and for the memory the smallest, too
 GOALS = [
     ("head", "over_floor", "loss and gradients over (1 + 2f) GEMMs, Triton", 1.3),
     ("weight_update", "forget_kernel_ms", "forget's kernel at 3B, ms", 8.0),
@@ -67,6 +86,7 @@ GOALS = [
     ("weight_update", "stochastic_over_copy", "forget over a copy of its bytes", 1.6),
     ("memory", "measured_over_estimate", "peak memory over its estimate", 1.1),
 ]
+LEAST_OF_ESTIMATE = 0.9
 
 
 def run_step(step: Step, out: Path, rehearse: bool) -> dict:
@@ -80,13 +100,15 @@ def run_step(step: Step, out: Path, rehearse: bool) -> dict:
     environment["EEPO_BUILD_CUDA"] = "0" if rehearse else "1"
     started, log = time.monotonic(), out / f"{step.name}.log"
     with log.open("w", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT,
-                timeout=None if rehearse else step.limit_s, check=False,
-            ).returncode  # fmt: skip
+            code = process.wait(None if rehearse else step.limit_s)
             outcome = "passed" if code == 0 else f"failed (exit code {code})"
         except subprocess.TimeoutExpired:
+            end(process)
             outcome = f"failed (not done within {step.limit_s:.0f} s)"
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     result = {
@@ -100,6 +122,16 @@ def run_step(step: Step, out: Path, rehearse: bool) -> dict:
     return result
 
 
+def end(process: subprocess.Popen) -> None:
+    """And all that it has started: what stayed would hold the GPU's memory. Asked first, pytest says what it found."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(LAST_WORDS_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def figures(results: list[dict]) -> list[str]:
     """A line for each goal: what was found, or that nothing was."""
     rows = {result["step"]: result["rows"] for result in results}
@@ -110,7 +142,9 @@ def figures(results: list[dict]) -> list[str]:
             lines.append(f"{what}: not measured (goal {goal:g})")
         else:
             worst = max(found)
-            lines.append(f"{what}: {worst:.3g} (goal {goal:g}: {'met' if worst <= goal else 'missed'})")
+            met = worst <= goal and (step != "memory" or min(found) >= LEAST_OF_ESTIMATE)
+            shown = f"{worst:.3g}" if step != "memory" else f"{min(found):.3g} to {worst:.3g}"
+            lines.append(f"{what}: {shown} (goal {goal:g}: {'met' if met else 'missed'})")
     return lines
 
 
@@ -130,6 +164,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     if lacking := missing(NEEDED):
         print(f"not installed, and needed: {', '.join(lacking)}", flush=True)
+    if not args.rehearse and shutil.which("nvcc") is None:
+        print("nvcc is not on the PATH: csrc is not built, and the weight update not timed", flush=True)
     results = []
     for step in STEPS:
         if args.only and step.name not in args.only:

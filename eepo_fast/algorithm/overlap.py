@@ -62,12 +62,13 @@ class Background:
 
     def has_room(self, num_bytes: float) -> bool:
         """Can its stream have so much, and the engine beside it what a step takes? What PyTorch keeps for the stream
-        counts as free; what it keeps for others does not."""
+        counts as free, and what it keeps for others where all of a segment is unused: it gives that back before it runs
+        out."""
         if self.stream is None:
             return True
         kept = 0
         for segment in torch.cuda.memory_snapshot():
-            if segment["stream"] == self.stream.cuda_stream:
+            if segment["stream"] == self.stream.cuda_stream or not segment["allocated_size"]:
                 kept += segment["total_size"] - segment["allocated_size"]
         return num_bytes + SPARE_BYTES <= torch.cuda.mem_get_info()[0] + kept
 
@@ -327,6 +328,12 @@ class Ahead:
         """How often sampling ran out of memory and began again, and batches that found no room beside it."""
         waiting = [part.put_off for part in (self.streamed, self.scored) if part]
         return {"rollout/out_of_memory": self.given_up, "rollout/put_off": sum(waiting)}
+
+    def put_to_sleep(self, engine: RolloutEngine) -> None:
+        """Once nothing asks for memory: what vLLM gives back has to show."""
+        for background in self.backgrounds[1:]:
+            background.wait()
+        engine.sleep()
 
     def take(self, rollout: Rollout) -> None:
         if self.leads_engine:

@@ -114,7 +114,8 @@ class Trainer:
         self.between()
         unlearning, forgotten = None, None
         if eepo.enabled:
-            self.engine.sleep()
+            with self._timed("unlearn"):
+                self.ahead.put_to_sleep(self.engine)
             unlearning, window = self._unlearn(rollouts, window, streamed)
             if unlearning.apply:
                 before = self._engine_logprobs(rollouts)
@@ -140,7 +141,7 @@ class Trainer:
                 rollouts[-1].completion = self._decode(rollouts[-1])
             rollouts += sampled[len(rest) :]
         batch = RolloutBatch.of(rollouts, prompts, group_size, extra.rollouts if extra else [])
-        self.engine.sleep()
+        self.ahead.put_to_sleep(self.engine)
 
         self._grade([*batch.rollouts, *batch.extra])
         set_advantages(batch)

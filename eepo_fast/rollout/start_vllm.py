@@ -23,11 +23,9 @@ from eepo_fast.types import UserError
 log = logging.getLogger(__name__)
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
-INVARIANT_FROM = (8, 0)  # compute capability, as vLLM documents it
-CUBLAS_INVARIANT_FROM = (
-    9,
-    0,
-)  # below it vLLM has matrix products of its own for batch invariance, but not with fp32 results
+INVARIANT_FROM = (9, 0)
+"""Compute capability. Below it vLLM puts products of its own in place of PyTorch's, for the whole process; they have no
+backward pass, which the policy beside them needs."""
 
 
 def import_vllm(*, deterministic: bool = False):
@@ -109,7 +107,6 @@ def engine_arguments(
     tensor_parallel: int,
     gpu_memory_utilization: float,
     enable_sleep: bool,
-    deterministic: bool,
 ) -> dict[str, Any]:
     """Of `vllm.LLM`, for a model whose weights it will be given."""
     on_gpu = torch.cuda.is_available()
@@ -119,7 +116,7 @@ def engine_arguments(
     if not on_gpu:
         # a prompt cut in two takes back a draw of its seeded generator, which generators of a CPU cannot
         more |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
-    if dtype != torch.float32 and not (deterministic and torch.cuda.get_device_capability() < CUBLAS_INVARIANT_FROM):
+    if dtype != torch.float32:
         # the head multiplies the 16-bit weights as they are, and its sums are not rounded, as the policy's are not;
         # vLLM 0.26 takes no notice of it
         more["hf_overrides"] = {"head_dtype": "float32"}
@@ -150,14 +147,22 @@ def config_folder(model: PreTrainedModel) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         config.save_pretrained(temporary)
         files = {path.name: path.read_bytes() for path in sorted(Path(temporary).iterdir())}
+    name = f"vllm-{hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eepo-fast"
-    folder = cache / f"vllm-{hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
+    try:
+        return _write_files(cache / name, files)
+    except OSError:  # no home that can be written to; the key is another one then, and the same at every start here
+        return _write_files(Path(tempfile.gettempdir()) / f"eepo-fast-{os.getuid()}" / name, files)
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
-            with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=folder.parent, delete=False) as file:
                 file.write(content)
+            os.chmod(file.name, 0o644)  # others may share the cache
             os.replace(file.name, path)  # whole or not at all
     return folder
 

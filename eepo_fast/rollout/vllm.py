@@ -84,7 +84,6 @@ class VllmEngine:
                 tensor_parallel=tensor_parallel,
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_sleep=enable_sleep,
-                deterministic=deterministic,
             )
             self.llm = vllm.LLM(**arguments)
         self._plan: Plan | None = None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import Config
-from eepo_fast.policy.footprint import AUTOCAST, KEYS, Shape, kept_bytes, pass_bytes
+from eepo_fast.policy.footprint import AUTOCAST, KEYS, Shape, kept_bytes, pass_bytes, score_bytes
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
@@ -147,15 +147,17 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     return {name: value / GIB for name, value in parts.items()}
 
 
-def micro_batch(config: Config, shape: Shape, machine: Machine, backward_bytes: float = 0.0) -> tuple[float, float]:
-    """Bytes of a full one: (what is kept between its passes, all at its peak)."""
+def batch_of(config: Config) -> tuple[int, int]:
+    """(tokens of a full micro-batch, itemsize as the formulas of footprint.py take it)."""
     train = config.train
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    itemsize = 4 if config.model.dtype == "float32" else 2
-    if itemsize == 2 and (train.engine != "deepspeed" or train.zero_stage == 0):
-        itemsize = AUTOCAST
-    where = (shape, max(train.micro_batch_tokens, longest), itemsize)
-    again = train.gradient_checkpointing
+    below = AUTOCAST if train.engine != "deepspeed" or train.zero_stage == 0 else 2
+    return max(train.micro_batch_tokens, longest), 4 if config.model.dtype == "float32" else below
+
+
+def micro_batch(config: Config, shape: Shape, machine: Machine, backward_bytes: float = 0.0) -> tuple[float, float]:
+    """Bytes of a full one: (what is kept between its passes, all at its peak)."""
+    where, again = (shape, *batch_of(config)), config.train.gradient_checkpointing
     whole = pass_bytes(*where, machine.device, checkpointing=again, backward_bytes=backward_bytes)
     return kept_bytes(*where, again), whole
 
@@ -261,6 +263,8 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     if config.eepo.enabled:
         # ∇L is summed on its owner; a micro-batch's own is whole until it is sent there, in two buckets at a time
         passes = micro_batch(config, shape, machine, 2 * 4 * WIRE if sharded else 0.0)[1] / GIB
+        judged = score_bytes(shape, *batch_of(config), machine.device) / GIB
+        peaks["forget step's check"] = static + judged + engine  # the engine is awake, and ∇L is gone
         static += 4 * shape.weights / (machine.ranks if sharded else 1) / GIB
         peaks["unlearning pass"] = static + passes + awake
     peaks["rollout"] = static + engine
@@ -337,7 +341,8 @@ def how_known(config: Config, machine: Machine) -> list[str]:
     if untraced:
         return [f"  all of it is arithmetic: nothing was traced with {' and '.join(untraced)}"]
     return [
-        "  the policy's peaks agree with traced ones within 10%, without Liger, which takes less",
+        "  the policy's peaks: by formulas within 10% of traces of three models, two layers of each played, the rest",
+        "  counted on, without Liger, which takes less; the check of the forget step is arithmetic",
         f"  the engine's share, {CONTEXT_GIB + KEPT_GIB:g} GiB of context, host memory and seconds are arithmetic",
     ]
 

@@ -327,14 +327,16 @@ def test_a_batch_without_room_beside_the_engine_waits(make_policy, make_rollouts
 
 
 def test_room_is_what_is_free_and_what_is_kept_for_the_stream(monkeypatch):
-    """PyTorch keeps memory for a stream: what it keeps for another one is of no use to this one."""
+    """PyTorch keeps memory for a stream. What it keeps for another one is of use to this one where a segment is wholly
+    unused: that is given back before memory runs out."""
     background = Background("score", threaded=False)
     assert background.has_room(1e30), "nothing runs beside a CPU's sampling"
     background.stream = SimpleNamespace(cuda_stream=7)
     segments = [
         {"stream": 7, "total_size": 3 << 30, "allocated_size": 1 << 30},
-        {"stream": 0, "total_size": 64 << 30, "allocated_size": 0},
+        {"stream": 0, "total_size": 64 << 30, "allocated_size": 1},
+        {"stream": 0, "total_size": 8 << 30, "allocated_size": 0},
     ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 << 30, 80 << 30))
-    assert background.has_room(6 << 30) and not background.has_room((6 << 30) + 1)
+    assert background.has_room(14 << 30) and not background.has_room((14 << 30) + 1)

@@ -54,7 +54,7 @@ def test_weights_are_counted_as_the_model_has_them(model):
 def test_the_paper_s_models_fit_with_room_to_spare(model, machine):
     for config in (load(model, machine=machine), *([load(model)] if "A100" in machine else [])):
         found = find_machine(machine, 1)
-        assert max(needed(config, find_shape(config), found).values()) < 0.93 * found.memory_gib
+        assert max(needed(config, find_shape(config), found).values()) < 0.94 * found.memory_gib
 
 
 def test_more_ranks_less_memory_and_time():
@@ -147,12 +147,12 @@ def test_a_setting_that_has_to_change_is_named():
 
 def test_what_was_traced_is_told_from_what_is_arithmetic():
     def last(*overrides, machine="8xA100-80GB"):
-        return " ".join(estimate(load("qwen2.5-3b", *overrides), find_machine(machine, 1))[-2:])
+        return " ".join(estimate(load("qwen2.5-3b", *overrides), find_machine(machine, 1))[-3:])
 
     for settings in ([], ["train.gradient_checkpointing=false"]):
-        assert "the policy's peaks agree with traced ones" in last(*settings)
+        assert "the policy's peaks: by formulas within 10% of traces" in last(*settings)
         assert "host memory and seconds are arithmetic" in last(*settings)
-    assert "the policy's peaks agree" in last("train.engine=torch", machine="1xH200")
+    assert "the policy's peaks: by formulas" in last("train.engine=torch", machine="1xH200")
     untraced = ("train.zero_stage=3", "train.zero_stage=1", "model.dtype=float32", "train.packing=false")
     for setting in untraced:
         assert last(setting).endswith(f"all of it is arithmetic: nothing was traced with {setting}")

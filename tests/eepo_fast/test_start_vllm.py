@@ -15,9 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from eepo_fast.algorithm import overlap
-from eepo_fast.rollout import start_vllm
+from eepo_fast.distributed import World
+from eepo_fast.rollout import make, start_vllm
 from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout.vllm import VllmEngine
+from eepo_fast.run import build
 from eepo_fast.types import UserError, WeightsVersion
 
 needs_vllm = pytest.mark.skipif(
@@ -25,7 +27,7 @@ needs_vllm = pytest.mark.skipif(
 )
 ARGUMENTS = dict(
     dtype=torch.bfloat16, max_sequences=16, max_model_len=128, tensor_parallel=1, gpu_memory_utilization=0.4,
-    enable_sleep=False, deterministic=False,
+    enable_sleep=False,
 )  # fmt: skip
 
 
@@ -343,14 +345,38 @@ def test_batch_invariance_is_asked_for_before_vllm_is_imported(monkeypatch, dete
         assert fake.seen == ["1" if deterministic else "0"]
 
 
-@pytest.mark.parametrize("capability, asked", [((8, 0), False), ((9, 0), True)])
-def test_fp32_logits_give_way_where_they_are_not_batch_invariant(monkeypatch, tiny_model, capability, asked):
-    gpu(monkeypatch, capability)
-    options = {**ARGUMENTS, "deterministic": True}
-    assert ("hf_overrides" in start_vllm.engine_arguments(tiny_model, **options)) == asked
+def test_fp32_logits_are_asked_for_below_fp32(monkeypatch, tiny_model):
+    gpu(monkeypatch, (9, 0))
     assert "hf_overrides" in start_vllm.engine_arguments(tiny_model, **ARGUMENTS)
     fp32 = {**ARGUMENTS, "dtype": torch.float32}
     assert "hf_overrides" not in start_vllm.engine_arguments(tiny_model, **fp32), "they are as it is"
+
+
+def test_a_run_asks_for_batch_invariance_wherever_vllm_is_begun(tiny_model, test_config, monkeypatch):
+    """At the import, which a run makes before anything is loaded, and of the engine."""
+    asked = []
+    monkeypatch.setattr(make, "VllmEngine", lambda *_, deterministic, **__: asked.append(deterministic))
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    for wanted in (True, False):
+        config = test_config(rollout={"deterministic": wanted, "engine": "vllm"})
+        make.make_engine(config.rollout, tiny_model, tokenizer, 8)
+
+        def imported(*, deterministic):
+            asked.append(deterministic)
+            raise Seen
+
+        monkeypatch.setattr(build, "import_vllm", imported)
+        with pytest.raises(Seen), build.loaded_parts(config, None, World(), None):
+            pass
+    assert asked == [True, True, False, False]
+
+
+def test_without_a_home_the_folder_is_among_temporary_ones(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = start_vllm.config_folder(tiny_model)
+    assert folder.is_relative_to(tmp_path) and start_vllm.config_folder(tiny_model) == folder
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
 def test_the_embedded_engine_has_no_batch_invariance(test_config):

@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
+from eepo_fast.data.base_model import make_tokenizer
 from eepo_fast.policy import attention
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.engine import Request, Sampling, continuation, sample_seed
@@ -222,7 +223,23 @@ def gradient_of(policy, rollouts):
 # -- the command line
 
 
-def run(folder, *overrides):
+REWARD = """
+def parity(problem, completion):
+    return float(len(completion) % 2)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small random model on disk, and a reward that tells its answers apart: nothing has to be taught first."""
+    folder, tokenizer = tmp_path_factory.mktemp("base"), make_tokenizer()
+    make_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "rewards_here.py").write_text(REWARD)
+    return folder
+
+
+def run(base, folder, *overrides):
     command = [
         sys.executable,
         "-m",
@@ -230,12 +247,15 @@ def run(folder, *overrides):
         "train",
         str(ROOT / "configs" / "demo.yaml"),
         f"run.root={folder}",
+        f"model.path={base}",
+        "reward.function=rewards_here:parity",
     ]
     sizes = ["train.prompts_per_iteration=8", "train.prompts_per_update=4", "rollout.group_size=4", "eepo.alpha=3.0"]
     shape = ["rollout.max_new_tokens=12", "rollout.gpu_memory_utilization=0.2", "train.micro_batch_tokens=256"]
     names = [o.lstrip("-").partition("=")[0] for o in overrides]
     given = [o for o in (*sizes, *shape, "train.iterations=1") if o.partition("=")[0] not in names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(base), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([*command, *given, *overrides], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads(line) for line in (folder / "demo" / "metrics.jsonl").read_text().splitlines()]
@@ -252,24 +272,24 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("kind", list(ENGINES))
-def test_an_iteration_through_the_command_line(device, tmp_path, kind):
+def test_an_iteration_through_the_command_line(device, base, tmp_path, kind):
     overrides = ENGINES[kind]
     for package, word in (("vllm", "rollout.engine=vllm"), ("deepspeed", "train.engine=deepspeed")):
         if word in overrides and not importlib.util.find_spec(package):
             pytest.skip(f"{package} is not installed")
     if device.type == "cuda" and "rollout.engine=vllm" in overrides:
         overrides = [*overrides, "rollout.sleep=true"]
-    (row,) = run(tmp_path, *overrides)
+    (row,) = run(base, tmp_path, *overrides)
     assert row["step"] == 1 and row["unlearn/active_fraction"] > 0 and row["unlearn/skipped"] == 0
     assert abs(row["unlearn/retention"] - 1) < 0.1 and row["policy/grad_norm"] > 0
     assert 0 <= row["rollout/logprob_gap"] < MEAN_GAP and row["policy/updates_skipped"] == 0
     assert row["policy/kl"] is None or row["policy/kl"] < 0.1
 
 
-def test_resuming_goes_on_where_it_was(device, tmp_path):
-    whole = run(tmp_path / "whole", "train.iterations=2", "checkpoint.every=1")
-    run(tmp_path / "parts", "train.iterations=1", "checkpoint.every=1")
-    resumed = run(tmp_path / "parts", "train.iterations=2", "checkpoint.every=1", "--resume")
+def test_resuming_goes_on_where_it_was(device, base, tmp_path):
+    whole = run(base, tmp_path / "whole", "train.iterations=2", "checkpoint.every=1")
+    run(base, tmp_path / "parts", "train.iterations=1", "checkpoint.every=1")
+    resumed = run(base, tmp_path / "parts", "train.iterations=2", "checkpoint.every=1", "--resume")
     assert [row["step"] for row in resumed] == [1, 2] == [row["step"] for row in whole]
     assert [row["policy_version"] for row in resumed] == [row["policy_version"] for row in whole]
     if device.type == "cpu":

@@ -24,7 +24,7 @@ SOURCE = ROOT / "csrc" / "weight_update_cuda.cu"
 FLAGS = ["-O1", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<([^,]+), ([^,]+), [^>]*>>>\((.*?)\);", re.DOTALL)
-BLOCKS_OF_AN_H200 = 1056
+BLOCKS_OF_AN_H200 = 1980
 
 
 def build(folder: Path, *changes: tuple[str, str]) -> ctypes.CDLL:
@@ -62,11 +62,13 @@ def rehearsed(tmp_path_factory):
 def on_cpu(monkeypatch):
     """From here on the host code of the CUDA path serves CPU tensors, with this library and so many blocks at most."""
 
+    most = native.BLOCKS_PER_SM
+
     def use(library: ctypes.CDLL, num_blocks: int = BLOCKS_OF_AN_H200, order: int = 0) -> None:
-        assert num_blocks % native.BLOCKS_PER_SM == 0 or num_blocks < native.BLOCKS_PER_SM
+        assert num_blocks % most == 0 or num_blocks < most
         monkeypatch.setattr(native, "library", lambda device_type: library)
-        monkeypatch.setattr(native, "BLOCKS_PER_SM", min(num_blocks, 8))
-        properties = SimpleNamespace(multi_processor_count=max(1, num_blocks // 8))
+        monkeypatch.setattr(native, "BLOCKS_PER_SM", min(num_blocks, most))
+        properties = SimpleNamespace(multi_processor_count=max(1, num_blocks // most))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

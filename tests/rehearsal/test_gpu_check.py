@@ -27,17 +27,34 @@ def test_every_step_is_rehearsed(tmp_path):
     assert "no figure is a GPU's" in done.stdout and "goal" not in done.stdout
 
 
+HANGS = """
+import pathlib, subprocess, sys, time
+deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
+pathlib.Path({file!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
+
+
+def lives(pid):
+    """Whether it does anything: an orphan may wait for ever for somebody to ask how it ended."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.is_file() and status.read_text().rpartition(") ")[2][0] != "Z"
+
+
 def test_a_step_that_fails_or_hangs_has_its_result_and_stops_nothing(tmp_path):
     steps = {
         "fails": gpu_check.Step("fails", ["-c", "print('why'); raise SystemExit(3)"], 60, []),
-        "hangs": gpu_check.Step("hangs", ["-c", "import time; time.sleep(60)"], 1, []),
+        "hangs": gpu_check.Step("hangs", ["-c", HANGS.format(file=str(tmp_path / "child"))], 2, []),
         "passes": gpu_check.Step(
             "passes", ["-c", "import sys; open(sys.argv[1], 'w').write('{\"rows\": [{\"a\": 1}]}')", "OUT"], 60, []
         ),
     }
     outcomes = {name: gpu_check.run_step(step, tmp_path, rehearse=False) for name, step in steps.items()}
     assert outcomes["fails"]["outcome"] == "failed (exit code 3)" and outcomes["fails"]["last_line"] == "why"
-    assert outcomes["hangs"]["outcome"] == "failed (not done within 1 s)"
+    assert outcomes["hangs"]["outcome"] == "failed (not done within 2 s)"
+    assert outcomes["hangs"]["last_line"] == "KeyboardInterrupt", "it was asked first"
+    assert not lives(int((tmp_path / "child").read_text())), "what it had started has gone, too"
     assert outcomes["passes"]["outcome"] == "passed" and outcomes["passes"]["rows"] == [{"a": 1}]
     assert all(json.loads((tmp_path / f"{n}.result.json").read_text()) == r for n, r in outcomes.items())
 
@@ -47,6 +64,9 @@ def test_figures_are_held_against_their_goals():
     lines = gpu_check.figures([{"step": "weight_update", "rows": rows}])
     assert any("7.5 (goal 8: met)" in line for line in lines) and any("13 (goal 12: missed)" in line for line in lines)
     assert any("not measured" in line for line in lines)
+    for found, met in ((0.95, "met"), (0.04, "missed"), (1.2, "missed")):
+        lines = gpu_check.figures([{"step": "memory", "rows": [{"measured_over_estimate": found}]}])
+        assert sum(f"goal 1.1: {met}" in line for line in lines) == 1
 
 
 def test_all_steps_together_stay_within_five_minutes():

@@ -144,9 +144,8 @@ def _play_rank(trace: Trace, config: Config, model, *, ranks: int) -> dict:
     from deepspeed.runtime import utils
     from deepspeed.runtime.zero import stage_1_and_2
 
-    join = (
-        dist.init_process_group
-    )  # the policy asks for a group of its own; it gets one of `ranks`, of whom none is there
+    join = dist.init_process_group
+    # the policy asks for a group of its own; it gets one of `ranks`, of whom none is there
     fake = dict(store=FakeStore(), rank=0, world_size=ranks)
     with replaced(dist, "init_process_group", lambda *_, **__: join("fake", **fake)):
         policy, reference = run.make_policies(config, model, StubTokenizer(), Ranks(0, ranks))
@@ -165,4 +164,4 @@ def _play_rank(trace: Trace, config: Config, model, *, ranks: int) -> dict:
         whole.add(rollouts)
     with trace.phase("rollout"):
         assert reference is not None and whole.gradient.flats
-    return {}
+    return {"fused": policy.base_optimizer.defaults["fused"]}
