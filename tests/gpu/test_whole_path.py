@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
@@ -233,7 +233,9 @@ def parity(problem, completion):
 def base(tmp_path_factory):
     """A small random model on disk, and a reward that tells its answers apart: nothing has to be taught first."""
     folder, tokenizer = tmp_path_factory.mktemp("base"), make_tokenizer()
-    make_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    sizes = make_model(vocab_size=len(tokenizer)).config.to_dict()
+    sizes = {key: sizes[key] for key in LlamaConfig().to_dict() if key in sizes and key != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "rewards_here.py").write_text(REWARD)
     return folder
