@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from common import interleaved, parser_with_defaults, peak_bytes, record
+from common import interleaved, keep, parser_with_defaults, peak_bytes, record
 from eepo_kernels import fused_linear_loss, linear_logprobs
 from eepo_kernels.linear_chunks import Head, Options, default_chunk_bytes
 from head_peers import ENTROPY_COEF, SURROGATE, TASKS, NotHere
@@ -211,7 +211,11 @@ def main() -> None:
     parser = parser_with_defaults(__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "D", "V"), help="this one alone")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of tokens with a gradient")
+    parser.add_argument("--peers", nargs="+", help="these beside eepo, such as naive liger; by default all that run")
     args = parser.parse_args()
+    if args.peers:
+        for task, peers in TASKS.items():
+            TASKS[task] = {name: build for name, build in peers.items() if name in ("eepo", *args.peers)}
     shapes = GPU_SHAPES if CUDA else CPU_SHAPES
     rows = []
     copy_rate = statistics.median([copy_bytes_per_s() for _ in range(3)])
@@ -231,7 +235,9 @@ def main() -> None:
         )
         for f in args.shares:
             rows += measure("entropy", shape, f, args.repeats, g_s)
+            keep(rows, args.out)
         rows += measure("nll", shape, 1.0, args.repeats, g_s)
+        keep(rows, args.out)
         rows.append(scoring(shape, args.repeats, g_s))
         rows += [where_time_goes(shape, f, g_s, copy_rate) for f in (1.0, 0.2)]
     record(rows, args.out)

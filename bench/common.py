@@ -106,11 +106,16 @@ def described(values: dict) -> str:
 
 
 def record(rows: list[dict], out: Path | None, **top: float | str) -> None:
-    """top: numbers that stand beside the rows."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Print and keep. top: numbers that stand beside the rows."""
     for row in rows:
         print(described(row))
+    keep(rows, out, **top)
+
+
+def keep(rows: list[dict], out: Path | None, **top: float | str) -> None:
+    """What is there so far: a bench that is ended leaves that."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         content = {
