@@ -102,7 +102,7 @@ def run_step(step: Step, out: Path, rehearse: bool) -> dict:
     with log.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=listen_to_interrupts,
         )  # fmt: skip
         try:
             code = process.wait(None if rehearse else step.limit_s)
@@ -120,6 +120,11 @@ def run_step(step: Step, out: Path, rehearse: bool) -> dict:
     }
     (out / f"{step.name}.result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def listen_to_interrupts() -> None:
+    """A shell has what it starts in the background ignore them, and children of that do, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:

@@ -33,7 +33,7 @@ from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
 # Two ranks, Triton's interpreter, compilers, commands.
 SLOW = (
     r"test_memory_stays_in_the_budget\[(10-0.3|10-1.0|4-0.3|4-1.0)-triton",
-    r"test_activation_checkpointing\[(False-True|True-False|False-False)-triton",
+    r"test_activation_checkpointing\[\w+-\w+-triton",
     r"test_real_vocabularies\[(262144|128256)-cpu-triton",
     r"test_error_does_not_grow_with_the_number_of_chunks\[cpu-triton",
     r"test_error_is_bounded_by_plain_torch\[(bias)?-(flat|peaked)-shape[1-9]-cpu-triton",
@@ -41,15 +41,21 @@ SLOW = (
     r"test_gemm_count_is_one_plus_two_f\[(20000-0.0|20000-0.2|1073741824-0.5|1073741824-1.0)-triton",
     r"test_mistakes_are_one_line_and_end_every_rank\[overrides\d",
     r"test_two_ranks_hold_what_one_would",
-    r"test_a_spill_or_an_error_fails\[(spill|csrc error)",
+    r"test_a_spill_or_an_error_fails\[(spill|triton error|csrc error)",
     r"test_hardware_rounding\.py::\w+\[(up|down)\]",
     r"test_cuda_source\.py::test_a_fault_in_the_source_is_seen\[(two|a row|the last|a zero|a block)",
-    r"test_the_largest_allocation_of_an_iteration\[dtype1",
+    r"test_the_largest_allocation_of_an_iteration",
+    r"test_gradient_forgotten_weights_loss_and_update_are_those_of_one_process",
+    r"test_a_run_outlives_its_tracker",
+    r"test_data_is_prepared_pinned_and_found_again",
+    r"test_grading\.py::test_(right_and_wrong|workers_are_recycled)",
+    r"test_processes\.py::test_(slow_sampling|a_hang_that_keeps)",
+    r"test_scoring_stays_in_the_budget\[triton",
     r"test_parity_after_sync_forget_and_restore\[llama",
     r"test_every_documented_command_runs\[(eepo-fast profile|python bench/)",
     r"test_a_crash_while_the_engine_is_forgetful_loses_nothing",
     r"test_a_profile_from_the_command_line",
-    r"test_report\.py::test_(the_browser_steps|colours_change|tokens_can_be|a_missing_script|alpha_is_drawn)",
+    r"test_report\.py::test_(the_browser|colours_change|tokens_can_be|a_missing_script|alpha_is|a_report_is_written|the_page_does)",
 )
 SLOW_S = 900  # the budget of a test that is slow, needs a GPU or starts ranks; pyproject.toml has the others' budget
 CHAOS_S = 3600
