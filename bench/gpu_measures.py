@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from eepo_kernels import forget, sync, tensor_key
 from models import make_model
 
 from eepo_fast.algorithm.forget import compute_unlearning
-from eepo_fast.config import EepoConfig
+from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
@@ -92,7 +93,8 @@ def weight_update(small: bool) -> list[dict]:
 
 
 def memory(small: bool) -> list[dict]:
-    """Peak of an unlearning pass of one micro-batch over its estimate, ∇L included, packed, in bf16 under autocast."""
+    """Peaks over their estimates, packed, in bf16 under autocast: of an unlearning pass of one micro-batch, with ∇L; of
+    a later micro-batch of an update, whose gradients are there; and of the first step, which makes the moments."""
     rows = []
     tokens = 256 if small else 8192
     for checkpointing in (False, True):
@@ -104,6 +106,7 @@ def memory(small: bool) -> list[dict]:
             micro_batch_tokens=tokens,
             pad_id=0,
             packed=True,
+            optimizer=OptimizerConfig(),
             gradient_checkpointing=checkpointing,
         )
         length = 64 if small else 1024
@@ -114,22 +117,35 @@ def memory(small: bool) -> list[dict]:
             )
             for i in range(tokens // length)
         ]  # fmt: skip
-        config = EepoConfig(gate="always")
-        compute_unlearning(policy, rollouts[:1], config, [])  # warms up
-        weights = sum(p.nbytes for p in model.parameters())
-        estimate = policy.pass_bytes(gradient=True) + weights
-        found = peak_bytes(lambda p=policy, r=rollouts, c=config: compute_unlearning(p, r, c, []))
-        rows.append(
-            {
-                "task": "memory",
-                "checkpointing": checkpointing,
-                "tokens": tokens,
-                "measured_gib": found / 2**30,
-                "estimated_gib": estimate / 2**30,
-                "measured_over_estimate": found / estimate,
-            }
-        )
+        for phase, found, estimate in peaks(policy, rollouts):
+            rows.append(
+                {
+                    "task": "memory",
+                    "phase": phase,
+                    "checkpointing": checkpointing,
+                    "tokens": tokens,
+                    "measured_gib": found / 2**30,
+                    "estimated_gib": estimate / 2**30,
+                    "measured_over_estimate": found / estimate,
+                }
+            )
     return rows
+
+
+def peaks(policy: TorchPolicy, rollouts: list[Rollout]) -> Iterator[tuple[str, int, float]]:
+    """(phase, bytes at its peak beyond what was there before, the estimate of them)."""
+    config, weights = EepoConfig(gate="always"), sum(p.nbytes for p in policy.model.parameters())
+
+    def backward(some: list[Rollout]) -> None:
+        for batch in policy.micro_batches(some):
+            policy.backward(batch, lambda stats, rows: -stats.logprobs / len(rollouts))
+
+    compute_unlearning(policy, rollouts[:1], config, [])  # warms up
+    one_pass = policy.pass_bytes(gradient=True)
+    yield "unlearning", peak_bytes(lambda: compute_unlearning(policy, rollouts, config, [])), one_pass + weights
+    backward(rollouts[:1])
+    yield "update", peak_bytes(lambda: backward(rollouts)), one_pass
+    yield "optimizer's step", peak_bytes(policy.step), 2 * weights
 
 
 def main() -> None:
