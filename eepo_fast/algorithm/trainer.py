@@ -114,8 +114,7 @@ class Trainer:
         self.between()
         unlearning, forgotten = None, None
         if eepo.enabled:
-            with self._timed("unlearn"):
-                self.ahead.put_to_sleep(self.engine)
+            self.ahead.put_to_sleep(self.engine, self._timed("unlearn"))
             unlearning, window = self._unlearn(rollouts, window, streamed)
             if unlearning.apply:
                 before = self._engine_logprobs(rollouts)
@@ -141,7 +140,7 @@ class Trainer:
                 rollouts[-1].completion = self._decode(rollouts[-1])
             rollouts += sampled[len(rest) :]
         batch = RolloutBatch.of(rollouts, prompts, group_size, extra.rollouts if extra else [])
-        self.ahead.put_to_sleep(self.engine)
+        self.ahead.put_to_sleep(self.engine, self._timed("ref_logprobs"))
 
         self._grade([*batch.rollouts, *batch.extra])
         set_advantages(batch)

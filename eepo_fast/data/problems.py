@@ -16,7 +16,7 @@ from eepo_fast.config import DataConfig
 from eepo_fast.types import Problem, Prompt, UserError
 
 ARITHMETIC = "arithmetic"
-BASE = "arithmetic-base"  # model.path of the base that warmup.py teaches this task
+BASE = "arithmetic-base"  # model.path of the base that base_model.py teaches this task
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.

@@ -15,6 +15,8 @@ from typing import Any
 
 AUTOCAST = 0
 """In the place of an itemsize: weights in fp32, products in 16 bits."""
+BUCKET_ELEMENTS = 64 << 20
+"""That the unlearning pass sends to their owners at once (shards.py)."""
 CHUNK_BYTES = {"cuda": 3 << 30, "cpu": 128 << 20}
 """Of the fused head, as its own default has it."""
 KEYS = (

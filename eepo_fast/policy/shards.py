@@ -17,8 +17,7 @@ from torch import Tensor
 
 from eepo_fast.config import EepoConfig
 from eepo_fast.distributed import World
-
-BUCKET_ELEMENTS = 64 << 20
+from eepo_fast.policy.footprint import BUCKET_ELEMENTS
 
 # torch 2.13 has new names for two collectives
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import Config
-from eepo_fast.policy.footprint import AUTOCAST, KEYS, Shape, kept_bytes, pass_bytes, score_bytes
+from eepo_fast.policy.footprint import AUTOCAST, BUCKET_ELEMENTS, KEYS, Shape, kept_bytes, pass_bytes, score_bytes
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
 BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather; made as large, however small the model is
-WIRE = 64 << 20  # elements of a bucket that the unlearning pass sends (policy/shards.py)
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
 GPUS_A_NODE = 8
@@ -262,7 +261,7 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     }
     if config.eepo.enabled:
         # ∇L is summed on its owner; a micro-batch's own is whole until it is sent there, in two buckets at a time
-        passes = micro_batch(config, shape, machine, 2 * 4 * WIRE if sharded else 0.0)[1] / GIB
+        passes = micro_batch(config, shape, machine, 2 * 4 * BUCKET_ELEMENTS if sharded else 0.0)[1] / GIB
         judged = score_bytes(shape, *batch_of(config), machine.device) / GIB
         peaks["forget step's check"] = static + judged + engine  # the engine is awake, and ∇L is gone
         static += 4 * shape.weights / (machine.ranks if sharded else 1) / GIB

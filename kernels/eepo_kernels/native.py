@@ -22,7 +22,7 @@ SYNC, FORGET_NEAREST, FORGET_STOCHASTIC = 0, 1, 2
 FIELDS = 11  # of EepoMatrix, int64 each
 CHECKED_FIELDS = 6  # of EepoChecked
 NUM_SUMS = 4
-BLOCKS_PER_SM = 15  # of a forget step 3 run at once, of a sync 5: whole waves of either
+BLOCKS_PER_SM = 15  # an SM holds 3 blocks of a forget step at once, or 5 of a sync: no last round is half empty
 FUNCTIONS = {
     "cpu": ("eepo_weight_update_cpu", "eepo_checksums_cpu"),
     "cuda": ("eepo_weight_update_cuda", "eepo_checksums_cuda", "eepo_piece_size", "eepo_cuda_error"),

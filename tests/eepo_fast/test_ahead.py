@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -340,3 +341,19 @@ def test_room_is_what_is_free_and_what_is_kept_for_the_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 << 30, 80 << 30))
     assert background.has_room(14 << 30) and not background.has_room((14 << 30) + 1)
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_an_engine_goes_to_sleep_when_nothing_asks_for_memory(test_config, coin_grader, sleeps):
+    """And where it does not sleep nobody waits."""
+    config = test_config(rollout={"engine": "vllm", "sleep": sleeps})
+    ahead, done, release = Ahead(config, coin_grader(), str, None, World()), [], threading.Event()
+    ahead.unlearning, ahead.scoring = (Background(name, threaded=True) for name in ("unlearn", "score"))
+    for background in (ahead.unlearning, ahead.scoring):
+        background.run(lambda: (release.wait(10), done.append("worked on")))
+    threading.Timer(0.2, release.set).start() if sleeps else None
+    engine = SimpleNamespace(sleep=lambda: done.append("asleep"))
+    ahead.put_to_sleep(engine, nullcontext())
+    assert done == (["worked on", "worked on", "asleep"] if sleeps else [])
+    release.set()
+    ahead.unlearning.close(), ahead.scoring.close(), ahead.close()
