@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from common import interleaved, peak_bytes, record
-from eepo_kernels import forget, sync, tensor_key
+from eepo_kernels import checksums, forget, sync, tensor_key
 from models import make_model
 
 from eepo_fast.algorithm.forget import compute_unlearning
@@ -88,8 +88,22 @@ def weight_update(small: bool) -> list[dict]:
             "nearest_over_copy": seconds["nearest"] / seconds["copy"],
             "stochastic_over_copy": seconds["stochastic"] / seconds["copy"],
             "copy_gb_per_s": 8 * count / seconds["copy"] / 1e9,
+            **host_ms(),
         }
     ]
+
+
+def host_ms(count: int = 434) -> dict[str, float]:
+    """Milliseconds of the host for a forget step, and for checksums, of as many tensors as a model of 3B has, with next
+    to nothing in them."""
+    weights = [torch.zeros(16, dtype=torch.bfloat16, device=DEVICE) for _ in range(count)]
+    gradients = [torch.zeros(16, device=DEVICE) for _ in range(count)]
+    layout = dict(keys=[tensor_key(f"layers.{i}") for i in range(count)], offsets=[0] * count)
+    calls = {
+        "forget_host_ms": lambda: forget(weights, gradients, eta=3e-3, rounding="stochastic", **layout),
+        "checksums_host_ms": lambda: checksums(weights),
+    }
+    return {name: 1e3 * seconds for name, seconds in interleaved(calls, 20).items()}
 
 
 def memory(small: bool) -> list[dict]:

@@ -29,8 +29,8 @@ from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
 
-# Slow beside the mark, by what a test's id contains: cases of tests whose other cases are quick, or that are as good.
-# Two ranks, Triton's interpreter, compilers, commands.
+# These are slow, too: patterns of tests' ids. Cases whose like is among the quick tests, and what keeps ranks,
+# compilers, browsers or Triton's interpreter busy.
 SLOW = (
     r"test_memory_stays_in_the_budget\[(10-0.3|10-1.0|4-0.3|4-1.0)-triton",
     r"test_activation_checkpointing\[\w+-\w+-triton",

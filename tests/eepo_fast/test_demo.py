@@ -7,7 +7,7 @@ import pytest
 
 from eepo_fast.cli import main
 from eepo_fast.config import load_config
-from eepo_fast.data import base_model as warmup
+from eepo_fast.data import base_model
 from eepo_fast.run import demo
 
 
@@ -20,8 +20,8 @@ def small(monkeypatch, tmp_path):
     (tmp_path / "small.yaml").write_text(json.dumps(config))
     monkeypatch.setattr(demo, "find_config", lambda name: tmp_path / "small.yaml")
     monkeypatch.setattr(demo, "HELD_OUT", 10)
-    monkeypatch.setitem(warmup.SETTINGS, "steps", 25)
-    monkeypatch.setitem(warmup.SETTINGS, "batch", 32)
+    monkeypatch.setitem(base_model.SETTINGS, "steps", 25)
+    monkeypatch.setitem(base_model.SETTINGS, "batch", 32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 

@@ -22,7 +22,7 @@ from eepo_fast.algorithm import trainer
 from eepo_fast.checkpoint import writer
 from eepo_fast.evaluation import periodic
 from eepo_fast.rollout import hf
-from eepo_fast.run import build as run
+from eepo_fast.run import build
 from eepo_fast.run import signals, watchdog
 
 
@@ -37,7 +37,7 @@ def deaf():
     def listening():
         yield signals.Request()
 
-    run.listening = listening
+    build.listening = listening
 
 
 def never_written():
@@ -98,7 +98,7 @@ def hang_without_disk(method, phase):
     def note(*args):
         raise OSError(30, "Read-only file system")
 
-    run._note_hang = note
+    build._note_hang = note
     hang(method, phase)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from eepo_fast import cli, distributed
-from eepo_fast.run import build as run
+from eepo_fast.run import build
 from eepo_fast.types import Interrupted, UserError
 
 CONFIG = Path(__file__).parents[2] / "configs/demo.yaml"
@@ -45,7 +45,7 @@ def be(rank, way, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     meeting = f"file://{folder}/{list(WAYS).index(way)}"  # no port that another test may take
     dist.init_process_group = partial(dist.init_process_group, init_method=meeting, rank=rank, world_size=2)
-    run.train = partial(leave, WAYS[way])
+    build.train = partial(leave, WAYS[way])
     if way == "a world that closes nothing":
         distributed.close_groups = lambda **options: None
     atexit.register(note, folder / f"{way} {rank}")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eepo_fast.algorithm import forget as unlearn
+from eepo_fast.algorithm import forget
 from eepo_fast.algorithm import guards, trainer
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.rewards import ArithmeticGrader
@@ -20,7 +20,7 @@ def weights_of(trainer):
 
 def poisoned(monkeypatch):
     """The unlearning gradient has a NaN in it."""
-    original = unlearn.GradientPass.result
+    original = forget.GradientPass.result
 
     def result(self, rollouts):
         found = original(self, rollouts)
@@ -28,7 +28,7 @@ def poisoned(monkeypatch):
         found.grad_norm = found.gradient.norm()
         return found
 
-    monkeypatch.setattr(unlearn.GradientPass, "result", result)
+    monkeypatch.setattr(forget.GradientPass, "result", result)
 
 
 @pytest.mark.fault(9)
@@ -46,7 +46,7 @@ def test_without_the_guard_the_nan_reaches_the_engine(make_trainer, monkeypatch)
     poisoned(monkeypatch)
     trainer = make_trainer(eepo=OPEN)
     monkeypatch.setattr(trainer, "_went_too_far", lambda *args: False)  # which would take it back
-    original = unlearn.compute_unlearning
+    original = forget.compute_unlearning
 
     def believing(*args):
         result = original(*args)
@@ -171,7 +171,7 @@ def test_the_policy_is_restored_exactly(make_trainer):
         trainer = make_trainer(eepo=OPEN, rollout={"dtype": dtype})
         weights = trainer.policy.named_weights()
         before = {name: w.clone() for name, w in trainer.engine.weights.items()}
-        unlearning = unlearn.compute_unlearning(
+        unlearning = forget.compute_unlearning(
             trainer.policy,
             trainer.engine.generate(trainer_requests(trainer), trainer.sampling),
             trainer.config.eepo,

@@ -146,10 +146,10 @@ def test_other_inputs_are_refused_by_name(make_run, go, model_folder, monkeypatc
     if what == "config":
         overrides.append("eepo.alpha=0.3")
     elif what == "data":
-        from eepo_fast.run import build as run
+        from eepo_fast.run import build
 
-        original = run.load_problems
-        monkeypatch.setattr(run, "load_problems", lambda *args: original(*args)[::-1])
+        original = build.load_problems
+        monkeypatch.setattr(build, "load_problems", lambda *args: original(*args)[::-1])
     elif what == "model":
         from transformers import LlamaForCausalLM
 
@@ -165,14 +165,14 @@ def test_other_inputs_are_refused_by_name(make_run, go, model_folder, monkeypatc
 
 def test_without_the_fingerprint_other_data_would_pass(make_run, go, monkeypatch):
     """Negative control."""
-    from eepo_fast.run import build as run
+    from eepo_fast.run import build
 
     config = make_run("train.iterations=2")
     go(config)
     cut(config.run_dir, 1, "cut")
-    original = run.load_problems
-    monkeypatch.setattr(run, "load_problems", lambda *args: original(*args)[::-1])
-    monkeypatch.setattr(run, "changed_inputs", lambda *args: [])
+    original = build.load_problems
+    monkeypatch.setattr(build, "load_problems", lambda *args: original(*args)[::-1])
+    monkeypatch.setattr(build, "changed_inputs", lambda *args: [])
     go(make_run("train.iterations=2", root="cut"), resume=True)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 from eepo_fast.config import make_config
 from eepo_fast.distributed import World
 from eepo_fast.policy import module, plain, zero
-from eepo_fast.run import build as run
+from eepo_fast.run import build
 from eepo_fast.types import UserError
 
 FAMILIES = {
@@ -65,7 +65,7 @@ def put_back(fault):
         module._by_device = lambda on_gpu, on_host: on_gpu
     if fault == "check beside the patch":  # and each model checked when it is its turn
         module._by_device = lambda on_gpu, on_host: on_gpu
-        run.check_head = lambda model: None
+        build.check_head = lambda model: None
         unchecked = module.prepare_model
 
         def checked(model, **options):
@@ -96,7 +96,7 @@ def rehearse(family, engine):
     with torch.no_grad():
         before = other(PROBE).logits
     monkey_patch.liger_rotary_pos_emb = whether_asked(rope.liger_rotary_pos_emb)
-    policy, reference = run.make_policies(config_for(engine), model, Tokenizer(), World())
+    policy, reference = build.make_policies(config_for(engine), model, Tokenizer(), World())
     try:
         module.check_head(other)  # a third model of the process, still on the host
         with torch.no_grad():
@@ -123,7 +123,7 @@ def refuse():
 
     model = Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.1)).eval()
     try:
-        run.make_policies(config_for("torch"), model, Tokenizer(), World())
+        build.make_policies(config_for("torch"), model, Tokenizer(), World())
     except UserError as error:
         return str(error)
 

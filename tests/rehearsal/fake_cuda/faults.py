@@ -10,7 +10,7 @@ import torch
 from eepo_kernels import row_stats
 
 from eepo_fast.policy import attention, micro_batches, plain
-from eepo_fast.run import build as run
+from eepo_fast.run import build
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def whole_copy():
     def copied(model, device, dtype):
         return copy.deepcopy(model).requires_grad_(False).to(device)
 
-    return replaced(run, "frozen_copy", copied)
+    return replaced(build, "frozen_copy", copied)
 
 
 def flops_by_pytorch_alone():

@@ -14,14 +14,14 @@ from stage import StubTokenizer, make_model, make_rollouts, playing, read_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tracing import GIB, Phase, Trace
 
-from eepo_fast.algorithm import forget as unlearn
+from eepo_fast.algorithm import forget
 from eepo_fast.algorithm.forget import GradientPass
 from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
 from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy import plain, zero
-from eepo_fast.run import build as run
+from eepo_fast.run import build
 
 LENGTH = 4096  # tokens of a sequence; four fill a micro-batch
 SHORT = 600  # of the micro-batch before: it makes what the one that is looked at adds to
@@ -48,8 +48,8 @@ def memory(model: str, engine: str, checkpointing: list[bool], layers: int = 2, 
         config = read_config(model, *settings, *overrides)
         with ExitStack() as changed, playing() as trace:
             trace.explained = Counter() if explain else None
-            changed.enter_context(replaced(run, "check_head", lambda _: None))  # of numbers, of which there are none
-            for module in (plain, zero, unlearn):
+            changed.enter_context(replaced(build, "check_head", lambda _: None))  # of numbers, of which there are none
+            for module in (plain, zero, forget):
                 changed.enter_context(replaced(module, "named", _noting(trace)))
             made = make_model(config, model, layers)
             facts = {"weights": sum(p.numel() for p in made.parameters())}
@@ -102,7 +102,7 @@ def _play_alone(trace: Trace, config: Config, model, *, engine_gib: float, strea
     """The step, a later micro-batch of an update, a later one of unlearning beside an engine that samples or after it,
     and the second stage, which ∇L is kept for. model: on the device. engine_gib: what the engine holds while it is
     awake."""
-    policy, reference = run.make_policies(config, model, StubTokenizer(), World())
+    policy, reference = build.make_policies(config, model, StubTokenizer(), World())
     _watch_layers(trace, policy)
 
     def make_gradients() -> None:
@@ -148,7 +148,7 @@ def _play_rank(trace: Trace, config: Config, model, *, ranks: int) -> dict:
     # the policy asks for a group of its own; it gets one of `ranks`, of whom none is there
     fake = dict(store=FakeStore(), rank=0, world_size=ranks)
     with replaced(dist, "init_process_group", lambda *_, **__: join("fake", **fake)):
-        policy, reference = run.make_policies(config, model, StubTokenizer(), Ranks(0, ranks))
+        policy, reference = build.make_policies(config, model, StubTokenizer(), Ranks(0, ranks))
     _watch_layers(trace, policy)
     policy._make_moments(1.0)
     _backward(policy, make_rollouts(ranks, SHORT))

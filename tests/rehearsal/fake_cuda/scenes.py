@@ -19,7 +19,7 @@ from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import EepoConfig, GrpoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.run import build as run
+from eepo_fast.run import build
 from eepo_fast.types import Problem, Prompt
 
 MODEL = "qwen2.5-3b"
@@ -140,7 +140,7 @@ def start(layers: int = 4) -> dict:
     with playing() as trace:
         model = make_model(config, MODEL, layers, device="cpu")
         trace.host_peak = before = trace.alive["cpu"]
-        made, reference = run.make_policies(config, model, StubTokenizer(), World())
+        made, reference = build.make_policies(config, model, StubTokenizer(), World())
         where = {p.device.type for m in (made.model, reference.model) for p in (*m.parameters(), *m.buffers())}
         return {
             "host_gib": (trace.host_peak - before) / GIB,
