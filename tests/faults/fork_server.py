@@ -22,8 +22,7 @@ from eepo_fast.algorithm import trainer
 from eepo_fast.checkpoint import writer
 from eepo_fast.evaluation import periodic
 from eepo_fast.rollout import hf
-from eepo_fast.run import build
-from eepo_fast.run import signals, watchdog
+from eepo_fast.run import build, signals, watchdog
 
 
 def nothing():

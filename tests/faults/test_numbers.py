@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from eepo_fast.algorithm import forget
-from eepo_fast.algorithm import guards, trainer
+from eepo_fast.algorithm import forget, guards, trainer
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.types import EngineError, Grade, RolloutBatch, UserError
