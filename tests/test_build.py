@@ -48,3 +48,11 @@ def test_cuda_can_be_left_out(tmp_path):
 def test_a_value_that_means_nothing_is_refused(tmp_path):
     done = build(tmp_path, "exit 1", EEPO_BUILD_CUDA="yes")
     assert done.returncode != 0 and "EEPO_BUILD_CUDA" in done.stderr + done.stdout
+
+
+def test_make_lets_python_keep_what_it_has_compiled():
+    """Many a container sets this; every process would compile PyTorch's Python anew."""
+    command = ["make", "-s", "--eval", "seen:\n\t@env", "seen"]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "PYTHONUNBUFFERED=1" in done.stdout and "PYTHONDONTWRITEBYTECODE" not in done.stdout

@@ -66,7 +66,7 @@ def test_an_update_holds_one_gradient_and_its_step_nothing_more(played):
     assert found["gib"]["batch 0"]["end"] == pytest.approx(2 * WEIGHTS, rel=1e-3)
     assert beyond(found, "step") == pytest.approx(2 * WEIGHTS, rel=1e-3)  # the moments, which stay
     assert beyond(played["foreach"], "step") > 1.5 * beyond(played["few layers"], "step")
-    assert found["moments_on"] == ["cuda"]
+    assert found["moments_on"] == found["moments_on, resumed"] == ["cuda"], "all of them, as a fused step asks for"
 
 
 def test_no_16_bit_copy_of_all_weights_is_kept(played):

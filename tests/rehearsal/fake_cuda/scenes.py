@@ -18,7 +18,7 @@ from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import EepoConfig, GrpoConfig, OptimizerConfig
 from eepo_fast.distributed import World
-from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.policy.plain import MOMENTS, TorchPolicy
 from eepo_fast.run import build
 from eepo_fast.types import Problem, Prompt
 
@@ -90,8 +90,19 @@ def policy(layers: int | None = None, checkpointing: bool = True, batches: int =
             made.step()
         with trace.phase("score"):
             made.score(rollouts[:4])
-        moments = {p.device.type for state in made.optimizer.state.values() for p in state.values()}
-        return found_in(trace) | {"moments_on": sorted(moments)}
+        found = found_in(trace) | {"moments_on": moments_on(made)}
+        weights = {name: p.detach().cpu() for name, p in made.model.named_parameters()}
+        saved = {
+            f"{key}.{name}": made.optimizer.state[p][key].cpu()
+            for name, p in made.model.named_parameters()
+            for key in MOMENTS
+        }
+        made.load_state(weights, saved, 1)  # a resumed run's, from the files of a checkpoint
+        return found | {"moments_on, resumed": moments_on(made)}
+
+
+def moments_on(policy: TorchPolicy) -> list[str]:
+    return sorted({t.device.type for state in policy.optimizer.state.values() for t in state.values()})
 
 
 def unlearning(layers: int | None = None, batches: int = 2) -> dict:
