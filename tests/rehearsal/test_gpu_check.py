@@ -45,14 +45,14 @@ def lives(pid):
 def test_a_step_that_fails_or_hangs_has_its_result_and_stops_nothing(tmp_path):
     steps = {
         "fails": gpu_check.Step("fails", ["-c", "print('why'); raise SystemExit(3)"], 60, []),
-        "hangs": gpu_check.Step("hangs", ["-c", HANGS.format(file=str(tmp_path / "child"))], 6, []),
+        "hangs": gpu_check.Step("hangs", ["-c", HANGS.format(file=str(tmp_path / "child"))], 12, []),
         "passes": gpu_check.Step(
             "passes", ["-c", "import sys; open(sys.argv[1], 'w').write('{\"rows\": [{\"a\": 1}]}')", "OUT"], 60, []
         ),
     }
     outcomes = {name: gpu_check.run_step(step, tmp_path, rehearse=False) for name, step in steps.items()}
     assert outcomes["fails"]["outcome"] == "failed (exit code 3)" and outcomes["fails"]["last_line"] == "why"
-    assert outcomes["hangs"]["outcome"] == "failed (not done within 6 s)"
+    assert outcomes["hangs"]["outcome"] == "failed (not done within 12 s)"
     assert outcomes["hangs"]["last_line"] == "KeyboardInterrupt", "it was asked first"
     assert not lives(int((tmp_path / "child").read_text())), "what it had started has gone, too"
     assert outcomes["passes"]["outcome"] == "passed" and outcomes["passes"]["rows"] == [{"a": 1}]
