@@ -59,7 +59,7 @@ STEPS = [
     Step("build", ["setup.py", "build_ext", "--inplace"], 40, ["setup.py", "build_ext", "--build-lib", "OUT.lib"]),
     Step(
         "kernel_tests",
-        [*PYTEST, "-m", "gpu", "tests/eepo_kernels", "tests/eepo_fast/test_host_sync.py"],
+        [*PYTEST, "-m", "gpu", "tests/eepo_kernels", "tests/eepo_fast/algorithm/test_host_sync.py"],
         50,
         [*PYTEST, "-k", "test_contract_of_every_backend", "tests/eepo_kernels"],
     ),

@@ -255,11 +255,12 @@ def make_rollouts(prompts):
 
 @pytest.fixture(scope="session")
 def launch():
-    """Run a script of tests/eepo_fast on two ranks under torchrun; what it printed behind FOUND."""
+    """Runs a script of tests/eepo_fast on two ranks under torchrun; returns what it printed behind FOUND."""
     here = Path(__file__).parent / "eepo_fast"
 
     def run(script, *arguments, timeout=300):
-        environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        environment = os.environ | {"PYTHONPATH": str((here / script).parent), "OMP_NUM_THREADS": "1"}
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
             [*command, str(here / script), *arguments], env=environment, capture_output=True, text=True, timeout=timeout

@@ -96,10 +96,10 @@ def smaller(words, place, number):
 def runs_in_process(words, place, number):
     """`eepo-fast …` through main()."""
     kind = words[1]
-    if kind == "demo":  # minutes: tests/eepo_fast/test_demo.py runs it
+    if kind == "demo":  # minutes: tests/eepo_fast/run/test_demo.py runs it
         make_parser().parse_args(words[1:])
         return
-    if kind == "data":  # there is no hub here: tests/eepo_fast/test_eval_command.py runs it
+    if kind == "data":  # there is no hub here: tests/eepo_fast/run/test_evaluate.py runs it
         make_parser().parse_args(words[1:])
         return
     arguments = words[1:]

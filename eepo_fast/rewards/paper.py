@@ -1,7 +1,7 @@
 """Grading as the recipe did it (SimpleRL-Zoo, in training): the answer that Qwen2.5-Math's evaluation would take, put
 into a box, and math-verify's `parse` and `verify` on that box and the gold's, with their defaults. Re-implemented from
-what it does; with its errors (see tests/eepo_fast/grading/paper.jsonl): e-notation is 4.5·E·33, 2.9e-19 equals 2.8e-19,
-`5=7` is 7, a list of three answers may be a set, an empty box is nothing.
+what it does; with its errors (see tests/eepo_fast/rewards/grading/paper.jsonl): e-notation is 4.5·E·33, 2.9e-19 equals
+2.8e-19, `5=7` is 7, a list of three answers may be a set, an empty box is nothing.
 
 Known differences:
 - math-verify's parser of plain expressions, which hands text to Python's `eval`, is not used: what only it could read

@@ -32,7 +32,7 @@ def poisoned(monkeypatch):
 
 @pytest.mark.fault(9)
 def test_a_nan_in_the_unlearning_gradient_skips_the_step(make_trainer, monkeypatch):
-    """On two ranks: tests/eepo_fast/test_zero.py, `poisoned`."""
+    """On two ranks: tests/eepo_fast/policy/test_zero.py, `poisoned`."""
     poisoned(monkeypatch)
     trainer = make_trainer(eepo=OPEN)
     batch, row = trainer.iteration()

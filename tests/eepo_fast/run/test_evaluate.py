@@ -14,7 +14,7 @@ from eepo_fast.cli import main
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run.evaluate import family_template
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PLAIN = ["data.template=plain", "rollout.max_new_tokens=12", "data.numbers=3", "data.max_number=9"]
 
 

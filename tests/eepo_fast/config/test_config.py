@@ -8,7 +8,7 @@ import pytest
 from eepo_fast.config import Config, dump_config, load_config, make_config
 from eepo_fast.types import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REQUIRED = ["model.path=m", "data.train=d.jsonl"]
 
 

@@ -15,7 +15,7 @@ from eepo_fast.run import trackers
 from eepo_fast.run.trackers import Trackers, chosen
 from eepo_fast.types import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Recorder:

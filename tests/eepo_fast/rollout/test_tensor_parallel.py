@@ -7,7 +7,7 @@ pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs
 
 @pytest.mark.parametrize("family", ["qwen2-tied-biased", "llama"])
 def test_two_ranks_hold_what_one_would(launch, family):
-    first, second = launch("tensor_parallel_worker.py", family)
+    first, second = launch("rollout/tensor_parallel_worker.py", family)
     for found in (first, second):
         assert not found["fallback"] and found["restored"] and found["same"]
         after_sync, after_forget, unforgotten = found["gaps"]

@@ -12,7 +12,7 @@ from eepo_fast.config import RewardConfig
 from eepo_fast.rewards import make_grader
 from eepo_fast.types import Problem, UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODULE = """
 import math
 

@@ -13,7 +13,7 @@ from eepo_kernels import forget, ranges, sync
 from eepo_fast.cli import main
 from eepo_fast.run import profiling
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = ["train.prompts_per_iteration=4", "train.prompts_per_update=2", "rollout.group_size=4", "eepo.alpha=3.0"]
 
 

@@ -15,7 +15,7 @@ from eepo_fast.config import load_config
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.types import Grade, UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ONE_UPDATE = {"prompts_per_update": 4}
 
 

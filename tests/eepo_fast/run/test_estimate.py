@@ -23,7 +23,7 @@ from eepo_fast.run.estimate import (
 from eepo_fast.run.plan import batch_plan
 from eepo_fast.types import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODELS = {
     "qwen2.5-3b": (Qwen2Config, Qwen2ForCausalLM),
     "llama-3.2-3b-instruct": (LlamaConfig, LlamaForCausalLM),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed; pip install 'eepo-fast[dev]'")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # family, dtype, ZeRO stage, packed, tokens of a micro-batch, gradient checkpointing
 CASES = [
     ("tied", "float32", 0, True, 40, False),
@@ -32,7 +32,7 @@ CASES = [
 
 
 def test_gradient_forgotten_weights_loss_and_update_are_those_of_one_process(launch):
-    ranks = launch("zero_worker.py", json.dumps(CASES))
+    ranks = launch("policy/zero_worker.py", json.dumps(CASES))
     assert len(ranks) == 2 and len(ranks[0]) == len(CASES)
     for name in ranks[0]:
         limit = 1e-4 if "float32" in name else 2e-2
