@@ -37,8 +37,8 @@ class World:
     size: int = 1
     group: dist.ProcessGroup | None = None
     """All ranks, for values on the CPU."""
-    moved: Callable[[], None] = lambda: None
-    """Called at each micro-batch, of which every rank has as many."""
+    on_micro_batch: Callable[[], None] = lambda: None
+    """Is called at each micro-batch, of which every rank has as many."""
 
     @property
     def is_main(self) -> bool:

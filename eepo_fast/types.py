@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -52,59 +52,86 @@ class Prompt:
         return self.problem.id
 
 
-@dataclass
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of a completion that the same weights sampled in a row; the stop token is one of them."""
+
+    tokens: list[int]
+    rollout_logprobs: list[float]
+    """Each token's log-prob under the weights that sampled it, in nats, at the sampling temperature."""
+    weights_version: WeightsVersion
+
+
+@dataclass(eq=False)  # two completions are never the same one, whatever they say
 class Rollout:
-    """One sampled completion; per-token lists have one entry a completion token, the stop token included."""
+    """One sampled completion. What an iteration finds out about its tokens is kept in columns: lists with one number a
+    token, None where nothing has been found out."""
 
     prompt: Prompt
     stage: int
     sample_index: int
-    """Position in the prompt's group, over both stages."""
-    token_ids: list[int]
-    rollout_logprobs: list[float]
-    weights_version: WeightsVersion
+    """The place in the prompt's group, counted over both stages."""
+    segments: list[Segment]
+    """One for most; one more for each time that the completion went on under other weights."""
     finished: bool
-    """Ended with a stop token; False: cut off at the limit."""
+    """True: it ended with a stop token. False: it was cut off at the limit."""
     completion: str = ""
     reward: float | None = None
     """None where grading timed out or failed: a missing reward, not a zero."""
     status: str = ""
     advantage: float = 0.0
     preempted: bool = False
-    """Stopped half-way, so that the others need not wait; it goes on under other weights."""
-    num_before: int = 0
-    """Of a completion that was preempted: its first tokens, sampled before the forget step, from the policy."""
-    details: dict[str, list[float]] = field(default_factory=dict)
-    """Further per-token numbers for the rollout log."""
+    """It was stopped half-way, so that the others need not wait; it goes on under other weights."""
+    prox_logprobs: list[float] | None = None
+    """Log-probs under the policy's weights as the iteration finds them."""
+    old_logprobs: list[float] | None = None
+    """What the ratio of Eq. 3 divides by; inf, or None, where the update's own forward pass says it."""
+    ref_logprobs: list[float] | None = None
+    """Log-probs under the fixed reference model."""
+    entropy: list[float] | None = None
+    """The policy's entropy at each token, in nats, at the same weights as `prox_logprobs`."""
+    gate: list[float] | None = None
+    """1 for a token that is forgotten, 0 for one that the gate leaves alone."""
+    forget_change: list[float] | None = None
+    """How much the forget step changed each token's log-prob in the engine."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for segment in self.segments for token in segment.tokens]
+
+    @property
+    def rollout_logprobs(self) -> list[float]:
+        return [logprob for segment in self.segments for logprob in segment.rollout_logprobs]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return sum(len(segment.tokens) for segment in self.segments)
 
     @property
-    def forgotten(self) -> list[bool]:
-        """Of each token: was it sampled from forgetful weights?"""
-        last = self.weights_version.forgotten
-        return [False] * self.num_before + [last] * (self.num_tokens - self.num_before)
+    def weights_version(self) -> WeightsVersion:
+        """The weights that sampled the last token."""
+        return self.segments[-1].weights_version
+
+    @property
+    def num_before(self) -> int:
+        """How many tokens were sampled before the completion went on under other weights; 0 where it never did."""
+        return sum(len(segment.tokens) for segment in self.segments[:-1])
+
+    @property
+    def token_versions(self) -> list[WeightsVersion]:
+        """The weights that sampled each token."""
+        return [segment.weights_version for segment in self.segments for _ in segment.tokens]
 
     @property
     def token_stages(self) -> list[int]:
-        """Of each token: what went on after the forget step is of stage 2 from there."""
-        if not self.num_before:
-            return [self.stage] * self.num_tokens
-        return [self.stage] * self.num_before + [2] * (self.num_tokens - self.num_before)
+        """The stage that each token is counted in: what went on after the forget step is of stage 2 from there."""
+        before = self.num_before
+        return [self.stage] * before + [2 if before else self.stage] * (self.num_tokens - before)
 
-    def continued(self, rest: Rollout) -> Rollout:
-        """This completion, preempted, and what was sampled after it."""
-        return replace(
-            self,
-            token_ids=self.token_ids + rest.token_ids,
-            rollout_logprobs=self.rollout_logprobs + rest.rollout_logprobs,
-            weights_version=rest.weights_version,
-            finished=rest.finished,
-            preempted=rest.preempted,
-            num_before=self.num_tokens,
-        )
+    def go_on(self, rest: Rollout) -> None:
+        """Append what was sampled after this completion was preempted."""
+        self.segments = [*self.segments, *rest.segments]
+        self.finished, self.preempted = rest.finished, rest.preempted
 
 
 @dataclass
@@ -114,14 +141,13 @@ class RolloutBatch:
     rollouts: list[Rollout]
     group_size: int
     extra: list[Rollout] = field(default_factory=list)
-    """AEPO's, drawn at another temperature, stage 3; in no group."""
+    """Completions that a method sampled beside the groups, such as AEPO's (stage 3)."""
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, extra: list[Rollout]):
-        """Rollouts in any order."""
+    def of(cls, rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int) -> RolloutBatch:
+        """Returns the batch of rollouts that come in any order."""
         order = {p.id: i for i, p in enumerate(prompts)}
-        grouped = sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index))
-        batch = cls(grouped, group_size, extra)
+        batch = cls(sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index)), group_size)
         assert all(len(g) == group_size and len({r.prompt.id for r in g}) == 1 for g in batch.groups())
         return batch
 
@@ -130,6 +156,22 @@ class RolloutBatch:
 
     def stage(self, stage: int) -> list[Rollout]:
         return [r for r in self.rollouts if r.stage == stage]
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint needs beside weights and optimizer."""
+
+    step: int = 0
+    """Iterations done."""
+    policy_version: int = 0
+    """Policy updates done."""
+    entropy_window: list[float] = field(default_factory=list)
+    """Stage-1 entropies of the last iterations, for `eepo.gate: iteration`."""
+    entropy: float = 0.0
+    """The policy's entropy in its last update, in nats, for AEPO; 0 before the first."""
+    bad_updates: int = 0
+    """Updates dropped in a row because their gradient was not finite."""
 
 
 @dataclass(frozen=True)

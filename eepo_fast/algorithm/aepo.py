@@ -23,45 +23,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
+
+from eepo_kernels.reference import LossFn
+from torch import Tensor
 
 from eepo_fast.algorithm.advantages import set_advantages
-from eepo_fast.algorithm.losses import reinforce_loss
+from eepo_fast.algorithm.iteration import Iteration
+from eepo_fast.algorithm.losses import Term, reinforce_loss
 from eepo_fast.config import AepoConfig
 from eepo_fast.config.schema import SHARE_OF_PROMPTS
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
-from eepo_fast.rollout.engine import Request, make_requests
+from eepo_fast.rollout.engine import SampleRequest, make_requests
 from eepo_fast.types import Prompt, Rollout, RolloutBatch
 
 AEPO_STAGE = 3  # of the extra samples: their seeds, and how the rollout log tells them apart
 SMALLEST_ADVANTAGE = 0.05
 
 
-@dataclass
-class ExtraSamples:
-    """The extra samples of an iteration and what they were for."""
+class Aepo:
+    """The extra samples of an iteration and what they were for; an `Addition`."""
 
-    temperature: float
-    entropy: float
-    """The policy's, that the target was compared with."""
-    rollouts: list[Rollout]
-    used: list[Rollout] = field(default_factory=list)
-    """Those that give a gradient."""
-    num_positive: int = 0
-    """Right ones (term), or with a large enough advantage (replace)."""
-    grad_norm: float = 0.0
-    """‖∇‖ of what they add to the loss, at θ; 0 without a term."""
+    def __init__(self, config: AepoConfig, entropy: float):
+        """entropy: the policy's in its last update, in nats, which the target is compared with."""
+        self.config, self.entropy = config, entropy
+        self.temperature = config.temperature_high if entropy < config.target_entropy else config.temperature_low
+        self.rollouts: list[Rollout] = []
+        self.used: list[Rollout] = []
+        """Those that give a gradient."""
+        self.num_positive = 0
+        """How many are right (term), or have a large enough advantage (replace)."""
+        self.grad_norm = 0.0
+        """‖∇‖ of what they add to the loss, at θ; 0 without a term."""
+
+    def sample(self, it: Iteration) -> None:
+        requests = extra_requests(self.config, it.prompts, it.config.rollout.group_size, *it.seed)
+        self.rollouts = it.generate("aepo", AEPO_STAGE, requests, temperature=self.temperature)
+
+    def choose(self, it: Iteration, rows: list[Rollout]) -> list[Rollout]:
+        """Chooses which samples are used, and with which advantage; in replace mode they take the first rows' place."""
+        self.choose_samples(it.config.rollout.group_size, len(rows))
+        rows = rows if self.config.mode == "term" else [*self.used, *rows[len(self.used) :]]
+        if self.used:
+            scale, over = (self.config.coef, self.rollouts) if self.config.mode == "term" else (1.0, rows)
+            term = _term(self.used, scale / _known_tokens(over))
+            with it.phase("aepo_norm"):
+                self.grad_norm = it.within_memory(it.policy, partial(measure, it.policy, term))
+        return rows
+
+    def choose_samples(self, group_size: int, batch_size: int) -> None:
+        """batch_size: completions of the ordinary batch."""
+        if self.config.mode == "term":
+            self.used = [r for r in self.rollouts if r.reward is not None and r.reward > 0]
+            self.num_positive = len(self.used)
+            for r in self.used:
+                r.advantage = r.reward or 0.0
+            return
+        set_advantages(RolloutBatch(self.rollouts, group_size))
+        positive = [r for r in self.rollouts if r.advantage > SMALLEST_ADVANTAGE]
+        self.num_positive = len(positive)
+        count = min(self.config.num_samples, batch_size, len(positive))
+        self.used = positive[: count if self.entropy <= self.config.target_entropy else count // 2]
+        for r in self.used:
+            r.advantage = 1.0
+
+    def terms(self, update: int, num_updates: int) -> list[Term]:
+        """Returns the term of one update over its share of the samples, whose mean is over right ones and others."""
+        share = self.rollouts[update::num_updates] if self.config.mode == "term" else []
+        used = set(self.used)
+        right = [r for r in share if r in used]
+        return [_term(right, self.config.coef / _known_tokens(share))] if right else []
+
+    def metrics(self) -> dict[str, float]:
+        rewards = [r.reward for r in self.rollouts if r.reward is not None]
+        return {
+            "aepo/temperature": self.temperature,
+            "aepo/entropy": self.entropy,
+            "aepo/num_samples": len(self.rollouts),
+            "aepo/num_positive": self.num_positive,
+            "aepo/num_used": len(self.used),
+            "aepo/reward": sum(rewards) / len(rewards) if rewards else math.nan,
+            "aepo/grad_norm": self.grad_norm,
+            "tokens/aepo": sum(r.num_tokens for r in self.rollouts),
+        }
 
 
-def choose_temperature(config: AepoConfig, entropy: float) -> float:
-    return config.temperature_high if entropy < config.target_entropy else config.temperature_low
+def _known_tokens(rollouts: Sequence[Rollout]) -> int:
+    return sum(r.num_tokens for r in rollouts if r.reward is not None)
 
 
 def extra_requests(
     config: AepoConfig, prompts: Sequence[Prompt], group_size: int, run_seed: int, step: int
-) -> list[Request]:
-    """term: num_samples, as even over the prompts as they go. replace: a group for each of the first quarter."""
+) -> list[SampleRequest]:
+    """Returns, in term mode, requests for num_samples, as even over the prompts as they go; in replace mode for a group
+    of each of the first quarter."""
     if config.mode == "replace":
         chosen = prompts[: max(1, len(prompts) // SHARE_OF_PROMPTS)]
         return make_requests(chosen, AEPO_STAGE, range(group_size), run_seed, step)
@@ -75,60 +131,18 @@ def extra_requests(
     ]
 
 
-def choose_samples(config: AepoConfig, extra: ExtraSamples, group_size: int, batch_size: int) -> None:
-    """Once they are graded: which of them are used, and with which advantage. batch_size: of the ordinary batch."""
-    if config.mode == "term":
-        extra.used = [r for r in extra.rollouts if r.reward is not None and r.reward > 0]
-        extra.num_positive = len(extra.used)
-        for r in extra.used:
-            r.advantage = r.reward
-        return
-    set_advantages(RolloutBatch(extra.rollouts, group_size))
-    positive = [r for r in extra.rollouts if r.advantage > SMALLEST_ADVANTAGE]
-    extra.num_positive = len(positive)
-    count = min(config.num_samples, batch_size, len(positive))
-    extra.used = positive[: count if extra.entropy <= config.target_entropy else count // 2]
-    for r in extra.used:
-        r.advantage = 1.0
+def _term(samples: Sequence[Rollout], weight: float) -> Term:
+    """Returns -Σ weight · R log π over the samples' tokens; weight: coef / tokens."""
+    return Term(samples, weight, _sample_loss)
 
 
-def term_shares(extra: ExtraSamples, num_updates: int) -> list[tuple[list[Rollout], int]]:
-    """Of each update: its right samples, and the tokens of all its samples, right or not, that their mean is over."""
-    used = {id(r) for r in extra.used}
-    shares = []
-    for u in range(num_updates):
-        known = [r for r in extra.rollouts[u::num_updates] if r.reward is not None]
-        shares.append(([r for r in known if id(r) in used], sum(r.num_tokens for r in known)))
-    return shares
+def _sample_loss(micro: MicroBatch, weights: Tensor) -> LossFn:
+    return reinforce_loss(micro.per_token([r.advantage for r in micro.rollouts]), weights)
 
 
-def term_loss(micro: MicroBatch, weights: dict[int, float]):
-    """-coef · mean of R log π over a micro-batch's tokens; weights: coef / tokens, by id() of the extra samples."""
-    return reinforce_loss(
-        micro.per_token([r.advantage for r in micro.rollouts]),
-        micro.per_token([weights.get(id(r), 0.0) for r in micro.rollouts]),
-    )
-
-
-def measure(policy: Policy, rollouts: Sequence[Rollout], weights: dict[int, float]) -> float:
-    """‖∇‖ of `term_loss` over these rollouts at the policy's weights, which are left alone."""
+def measure(policy: Policy, term: Term) -> float:
+    """Returns ‖∇‖ of a term at the policy's weights, which are left alone."""
     gradient = policy.gradient()
-    for micro in policy.micro_batches(rollouts):
-        gradient.add(policy.loss(micro, term_loss(micro, weights))[0])
+    for micro in policy.micro_batches(term.rollouts):
+        gradient.add(policy.loss(micro, term.of(micro))[0])
     return gradient.norm()
-
-
-def aepo_metrics(extra: ExtraSamples | None) -> dict[str, float]:
-    if extra is None:
-        return {}
-    rewards = [r.reward for r in extra.rollouts if r.reward is not None]
-    return {
-        "aepo/temperature": extra.temperature,
-        "aepo/entropy": extra.entropy,
-        "aepo/num_samples": len(extra.rollouts),
-        "aepo/num_positive": extra.num_positive,
-        "aepo/num_used": len(extra.used),
-        "aepo/reward": sum(rewards) / len(rewards) if rewards else math.nan,
-        "aepo/grad_norm": extra.grad_norm,
-        "tokens/aepo": sum(r.num_tokens for r in extra.rollouts),
-    }

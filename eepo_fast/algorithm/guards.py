@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from eepo_kernels import TokenStats
-from eepo_kernels.reference import LossFn
-from torch import Tensor
 
+from eepo_fast.algorithm.ratio import has_finite_logprobs
 from eepo_fast.policy.module import Policy
 from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
 
@@ -25,8 +23,8 @@ Result = TypeVar("Result")
 
 
 def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stages: Sequence[int]) -> None:
-    """EngineError where a rollout was sampled with other weights, or for another stage, than the trainer believes: its
-    ratio would divide by the wrong model. stages: of each."""
+    """Raises EngineError where a rollout was sampled with other weights, or for another stage, than the trainer
+    believes: its ratio would divide by the wrong model. stages: what each is expected to be of."""
     for r, stage in zip(rollouts, stages, strict=True):
         if r.weights_version != expected or r.stage != stage:
             raise EngineError(
@@ -36,7 +34,7 @@ def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stages:
 
 
 def check_updates(num_bad: int, step: int, norm: float) -> None:
-    """UserError where `num_bad` updates in a row had a gradient that is not finite."""
+    """Raises UserError where `num_bad` updates in a row had a gradient that is not finite."""
     if num_bad >= MAX_BAD_UPDATES:
         raise UserError(
             f"training stopped at iteration {step + 1}: the policy's gradient norm was {norm} in {num_bad} updates in "
@@ -45,12 +43,8 @@ def check_updates(num_bad: int, step: int, norm: float) -> None:
         )
 
 
-def has_finite_logprobs(rollout: Rollout) -> bool:
-    return all(map(math.isfinite, rollout.rollout_logprobs))
-
-
-def forgotten_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
-    """KL(θ'‖θ) in nats a token, from KL_SAMPLES completions of θ' spread over the prompts: the mean of
+def forget_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
+    """Returns KL(θ'‖θ) in nats a token, from KL_SAMPLES completions of θ' spread over the prompts: the mean of
     rollout_logprobs - policy log-probs at θ. NaN where most of stage 2 has none. All ranks call this."""
     sampled = [r for r in stage2 if r.num_tokens]
     usable = [r for r in sampled if has_finite_logprobs(r)]
@@ -58,25 +52,15 @@ def forgotten_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
         return math.nan  # not one completion gone wrong, but the model
     count = min(KL_SAMPLES, len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
-    scored = policy.score(chosen)[0]
-    gaps = [a - b for r in chosen for a, b in zip(r.rollout_logprobs, scored[id(r)], strict=True)]
+    scored = policy.score(chosen).logprobs
+    pairs = zip(chosen, scored, strict=True)
+    gaps = [a - b for r, logprobs in pairs for a, b in zip(r.rollout_logprobs, logprobs, strict=True)]
     return math.fsum(gaps) / len(gaps) if gaps else 0.0
 
 
-def loud(loss_fn: LossFn) -> LossFn:
-    """The same loss, whose gradient is no number where the loss is none: a comparison with NaN may have the derivative
-    0, and the gradient's norm is what decides whether an update is made."""
-
-    def losses(stats: TokenStats, rows: Tensor) -> Tensor:
-        found = loss_fn(stats, rows)
-        return found * torch.where(found.detach().isfinite(), 1.0, math.nan)
-
-    return losses
-
-
 def within_memory(policy: Policy, compute: Callable[[], Result]) -> tuple[Result, int]:
-    """(compute(), how often the policy's micro-batches were halved for it): over the same samples, until their tokens
-    fit. Only where no other rank waits inside `compute`; UserError where halving cannot help."""
+    """Returns compute(), and how often the policy's micro-batches were halved for it: over the same samples, until
+    their tokens fit. Only where no other rank waits inside `compute`; UserError where halving cannot help."""
     halvings = 0
     while True:
         try:

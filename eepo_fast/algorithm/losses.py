@@ -16,6 +16,7 @@ Shapes: N tokens of a micro-batch, n of them in a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +24,17 @@ from eepo_kernels import TokenStats
 from eepo_kernels.reference import LossFn
 from torch import Tensor
 
-from eepo_fast.config import EepoConfig, GrpoConfig
+from eepo_fast.algorithm.ratio import clipped, log_ratio
+from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.types import Rollout
 
 MAX_KL_EXPONENT = 10.0
 
 
 def gate_open(entropy: Tensor, rows: Tensor, starts: Tensor, alpha: float, window: int) -> Tensor:
-    """I_t of Eq. 4 and 5 for tokens `rows` [n]: is the mean entropy of the last `window` tokens below `alpha`?
+    """Returns I_t of Eq. 4 and 5, bool [n], for tokens `rows` [n]: is the mean entropy of the last `window` tokens
+    below `alpha`?
 
     entropy: [at least rows.max() + 1], of the micro-batch's tokens in order; starts: [N] int64, index of the first
     token of each token's own response, at which the window is cut off.
@@ -43,7 +47,7 @@ def gate_open(entropy: Tensor, rows: Tensor, starts: Tensor, alpha: float, windo
 
 
 def clipped_log1mp(log1mp: Tensor, config: EepoConfig) -> Tensor:
-    """log(1 - clip(p, ε_L, 1 - ε_R)), Eq. 8 and 9.
+    """Returns log(1 - clip(p, ε_L, 1 - ε_R)), Eq. 8 and 9.
 
     The literal clip has no gradient outside its range, so that the most dominant tokens of all are left alone;
     `clip_gradient: saturate` keeps the gradient of the unclipped log(1 - p), which is bounded, above 1 - ε_R.
@@ -56,13 +60,13 @@ def clipped_log1mp(log1mp: Tensor, config: EepoConfig) -> Tensor:
 
 
 def _kept(keep: Tensor, values: Tensor) -> Tensor:
-    """Values of left-out tokens replaced before anything is computed from them: a NaN or infinity there, times a weight
-    or a gradient of 0, would be a NaN in the sum of all."""
+    """Replaces the values of left-out tokens before anything is computed from them: a NaN or infinity there, times a
+    weight or a gradient of 0, would be a NaN in the sum of all."""
     return torch.where(keep, values, 0.0)
 
 
 def nll_loss(weights: Tensor) -> LossFn:
-    """-log p of every token, weighted; weights [N] fp32. A token of weight 0 is left out."""
+    """Returns -log p of every token, weighted; weights [N] fp32. A token of weight 0 is left out."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         w = weights[rows]
@@ -72,7 +76,7 @@ def nll_loss(weights: Tensor) -> LossFn:
 
 
 def reinforce_loss(advantages: Tensor, weights: Tensor) -> LossFn:
-    """-A log p of every token, weighted, to be descended: REINFORCE, whose gradient is GRPO's at a ratio of 1.
+    """Returns -A log p of every token, weighted, to be descended: REINFORCE, whose gradient is GRPO's at a ratio of 1.
     advantages, weights: [N] fp32. A token of weight 0 is left out."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
@@ -83,7 +87,8 @@ def reinforce_loss(advantages: Tensor, weights: Tensor) -> LossFn:
 
 
 def unlearning_loss(config: EepoConfig, starts: Tensor, weights: Tensor) -> LossFn:
-    """L of Eq. 10, to be ascended. starts [N] as in `gate_open`; weights [N] fp32: 1 / (T_k · number of responses)."""
+    """Returns L of Eq. 10, to be ascended. starts [N] as in `gate_open`; weights [N] fp32: 1 / (T_k · number of
+    responses)."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         losses = clipped_log1mp(stats.log1mp, config) if config.loss == "complementary" else -stats.logprobs
@@ -95,13 +100,51 @@ def unlearning_loss(config: EepoConfig, starts: Tensor, weights: Tensor) -> Loss
     return loss_fn
 
 
-def sum_of(*loss_fns: LossFn) -> LossFn:
-    return lambda stats, rows: sum(loss_fn(stats, rows) for loss_fn in loss_fns)
+@dataclass(frozen=True)
+class Term:
+    """What a method adds to an update's loss: the loss of its own completions' tokens, each with the same weight."""
+
+    rollouts: Sequence[Rollout]
+    weight: float
+    loss: Callable[[MicroBatch, Tensor], LossFn]
+    """Makes the loss of a micro-batch's tokens from their weights [N]."""
+
+    def of(self, micro: MicroBatch) -> LossFn:
+        return self.loss(micro, token_weights(micro, self.rollouts, self.weight))
+
+
+def token_weights(micro: MicroBatch, rollouts: Sequence[Rollout], weight: float) -> Tensor:
+    """Returns [N] fp32: `weight` for tokens of these rollouts, 0 for those of others in the micro-batch."""
+    members = set(rollouts)
+    return micro.per_token([weight if r in members else 0.0 for r in micro.rollouts])
+
+
+def sum_of(first: LossFn, *others: LossFn) -> LossFn:
+    def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
+        return sum((other(stats, rows) for other in others), first(stats, rows))
+
+    return loss_fn
+
+
+def update_loss(config: Config, tokens: PolicyTokens, micro: MicroBatch, terms: Sequence[Term]) -> LossFn:
+    """Returns what an update descends on a micro-batch: the policy's loss, and what methods add to it."""
+    return propagate_nonfinite(sum_of(policy_loss(config.grpo, tokens), *(term.of(micro) for term in terms)))
+
+
+def propagate_nonfinite(loss_fn: LossFn) -> LossFn:
+    """Returns the same loss, whose gradient is no number where the loss is none: a comparison with NaN may have the
+    derivative 0, and the gradient's norm is what decides whether an update is made."""
+
+    def losses(stats: TokenStats, rows: Tensor) -> Tensor:
+        found = loss_fn(stats, rows)
+        return found * torch.where(found.detach().isfinite(), 1.0, math.nan)
+
+    return losses
 
 
 @dataclass
-class GrpoTokens:
-    """What the GRPO loss knows about the N tokens of a micro-batch; each [N], fp32 unless said."""
+class PolicyTokens:
+    """What the policy's loss knows about the N tokens of a micro-batch; each [N], fp32 unless said."""
 
     advantages: Tensor
     old_logprobs: Tensor
@@ -112,43 +155,39 @@ class GrpoTokens:
     ref_logprobs: Tensor | None = None
 
     @classmethod
-    def of(cls, micro: MicroBatch, weights: dict, old: dict, ref: dict) -> GrpoTokens:
-        """Each dictionary by id() of the rollout: its tokens' weight, and per-token lists. old: inf, or none at all,
-        for what the loss's own forward pass will find."""
-        known = micro.concatenate([old.get(id(r)) or [math.inf] * r.num_tokens for r in micro.rollouts])
-        references = [ref.get(id(r)) or [0.0] * r.num_tokens for r in micro.rollouts] if ref else None
+    def of(cls, micro: MicroBatch, weights: Tensor, *, with_reference: bool) -> PolicyTokens:
+        """Collects the rollouts' columns. with_reference: whether their `ref_logprobs` are known."""
+        old = micro.concatenate([r.old_logprobs or [math.inf] * r.num_tokens for r in micro.rollouts])
+        references = [r.ref_logprobs or [0.0] * r.num_tokens for r in micro.rollouts]
         return cls(
             advantages=micro.per_token([r.advantage for r in micro.rollouts]),
-            old_logprobs=torch.where(known == math.inf, 0.0, known),
-            on_policy=known == math.inf,
-            weights=micro.per_token([weights.get(id(r), 0.0) for r in micro.rollouts]),
-            ref_logprobs=None if references is None else micro.concatenate(references),
+            old_logprobs=torch.where(old == math.inf, 0.0, old),
+            on_policy=old == math.inf,
+            weights=weights,
+            ref_logprobs=micro.concatenate(references) if with_reference else None,
         )
 
-
-def log_ratio(policy_logprobs: Tensor, tokens: GrpoTokens, rows: Tensor) -> Tensor:
-    """log of Eq. 3's ratio, [n]."""
-    old = torch.where(tokens.on_policy[rows], policy_logprobs.detach(), tokens.old_logprobs[rows])
-    return policy_logprobs - old
+    def log_ratio(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:
+        """Returns the log of Eq. 3's ratio for tokens `rows`, [n]."""
+        return log_ratio(policy_logprobs, self.old_logprobs[rows], self.on_policy[rows])
 
 
 def low_variance_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log π_ref - log π_θ: an unbiased, non-negative estimate of KL(π_θ ‖ π_ref) a token."""
+    """Returns exp(d) - d - 1, d = log π_ref - log π_θ: an unbiased, non-negative estimate of KL(π_θ ‖ π_ref)."""
     d = (ref_logprobs - policy_logprobs).clamp(-MAX_KL_EXPONENT, MAX_KL_EXPONENT)
     return d.exp() - d - 1
 
 
-def grpo_loss(config: GrpoConfig, tokens: GrpoTokens) -> LossFn:
-    """-J of Eq. 2, plus β·KL, minus c·H, to be descended."""
+def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
+    """Returns GRPO's loss, to be descended: -J of Eq. 2, plus β·KL, minus c·H."""
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         weights = tokens.weights[rows]
         keep = weights > 0
         policy_logprobs = _kept(keep, stats.logprobs)
-        ratio = _kept(keep, log_ratio(policy_logprobs, tokens, rows)).exp()
+        ratio = _kept(keep, tokens.log_ratio(policy_logprobs, rows)).exp()
         advantages = _kept(keep, tokens.advantages[rows])
-        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        losses = -torch.minimum(ratio * advantages, clipped * advantages)
+        losses = -torch.minimum(ratio * advantages, clipped(ratio, config) * advantages)
         if config.kl_coef:
             losses = losses + config.kl_coef * low_variance_kl(policy_logprobs, _kept(keep, tokens.ref_logprobs[rows]))
         if config.entropy_coef:

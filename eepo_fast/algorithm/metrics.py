@@ -8,30 +8,36 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
+from torch import Tensor
 
 from eepo_fast.algorithm.forget import Unlearning
-from eepo_fast.algorithm.guards import has_finite_logprobs
-from eepo_fast.algorithm.losses import GrpoTokens, log_ratio, low_variance_kl
+from eepo_fast.algorithm.iteration import Iteration
+from eepo_fast.algorithm.losses import PolicyTokens, low_variance_kl
+from eepo_fast.algorithm.ratio import has_finite_logprobs, is_cut
 from eepo_fast.config import Config
 from eepo_fast.data.problems import token_texts
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import Rollout, RolloutBatch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+LOGGED_COLUMNS = {  # of the rollout log, with `log.token_details`: fields of a Rollout
+    "policy_logprobs": "prox_logprobs",
+    "entropy": "entropy",
+    "gate": "gate",
+    "forget_change": "forget_change",
+}
 
 
 @dataclass
 class _Mean:
-    """On the device until `settle`: a micro-batch's statistics are no reason to wait for its backward pass."""
+    """A mean, on the device until `settle`: a micro-batch's statistics are no reason to wait for its backward pass."""
 
     total: Tensor | float = 0.0
     count: Tensor | int = 0
@@ -64,7 +70,7 @@ class UpdateStats:
         self,
         config: Config,
         micro: MicroBatch,
-        tokens: GrpoTokens,
+        tokens: PolicyTokens,
         stats: TokenStats,
         loss: Tensor,
         first_update: bool,
@@ -73,27 +79,25 @@ class UpdateStats:
         self.non_finite_losses = self.non_finite_losses + ~loss.isfinite()
         kept = tokens.weights > 0
         rows = torch.arange(len(stats.logprobs), device=kept.device)
-        ratio = log_ratio(stats.logprobs, tokens, rows).exp()
+        ratio = tokens.log_ratio(stats.logprobs, rows).exp()
         stage = micro.concatenate([r.token_stages for r in micro.rollouts])
-        positive = tokens.advantages > 0
-        clipped = torch.where(positive, ratio > 1 + config.grpo.clip_high, ratio < 1 - config.grpo.clip_low)
-        clipped &= tokens.advantages != 0
+        cut = is_cut(ratio, tokens.advantages, config.grpo)
         self._add("entropy/policy", stats.entropy, kept)
         for s in (1, 2):
             chosen = kept & (stage == s)
-            self._add(f"policy/clip_fraction_stage{s}", clipped.float(), chosen)
+            self._add(f"policy/clip_fraction_stage{s}", cut.float(), chosen)
             self._add(f"policy/ratio_mean_stage{s}", ratio, chosen)
         if tokens.ref_logprobs is not None:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine
             sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
-            forgotten = micro.concatenate([r.forgotten for r in micro.rollouts]).bool()
+            forgotten = micro.concatenate([[v.forgotten for v in r.token_versions] for r in micro.rollouts]).bool()
             self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
             # AEPO's samples, stage 3, carry log-probs at their own temperature
             self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < 3))
 
     def add(self, other: UpdateStats) -> None:
-        """Of another mini-batch."""
+        """Adds those of another mini-batch."""
         self.loss = self.loss + other.loss
         self.non_finite_losses = self.non_finite_losses + other.non_finite_losses
         for name, mean in other.means.items():
@@ -101,7 +105,7 @@ class UpdateStats:
             mine.total, mine.count = mine.total + mean.total, mine.count + mean.count
 
     def add_other_ranks(self, world: World) -> None:
-        """Sums over all ranks, as plain numbers, in place of this rank's own."""
+        """Puts the sums over all ranks, as plain numbers, in the place of this rank's own."""
         self.loss, self.non_finite_losses = float(self.loss), int(self.non_finite_losses)
         for mean in self.means.values():
             mean.settle()
@@ -123,27 +127,16 @@ class UpdateStats:
         return self.means[name].value if name in self.means else math.nan
 
 
-def iteration_metrics(
-    batch: RolloutBatch,
-    *,
-    step: int,
-    policy_version: int,
-    unlearning: Unlearning | None,
-    forgotten: ForgetStats | None,
-    update: UpdateStats,
-    eta: float,
-    times: dict[str, float],
-    out_of_memory: int,
-) -> dict[str, float]:
-    """out_of_memory: how often micro-batches were halved."""
-    rollouts, groups = batch.rollouts, batch.groups()
+def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -> dict[str, float]:
+    """Returns the row that metrics.jsonl gets for an iteration, which is done."""
+    rollouts, groups, unlearning = batch.rollouts, batch.groups(), it.unlearning
     stages = {s: batch.stage(s) for s in (1, 2)}
-    seconds = times["iteration"]
+    it.times["iteration"] = time.perf_counter() - it.started
     num_tokens = sum(r.num_tokens for r in rollouts)
     statuses = [r.status for r in rollouts]
     result: dict[str, float] = {
-        "step": step,
-        "policy_version": policy_version,
+        "step": it.seed[1] + 1,
+        "policy_version": it.policy_version,
         "reward/mean": _mean(r.reward for r in rollouts),
         "reward/stage1": _mean(r.reward for r in stages[1]),
         "reward/stage2": _mean(r.reward for r in stages[2]),
@@ -160,13 +153,13 @@ def iteration_metrics(
         "length/truncated_fraction": _mean(not r.finished for r in rollouts),
         "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
-        **_unlearn_metrics(unlearning, forgotten, eta),
+        **_unlearn_metrics(unlearning, it.forget_stats, it.config.eepo.learning_rate),
         "unlearn/kl": unlearning.kl if unlearning and unlearning.resampled else update.mean("unlearn/kl"),
         "policy/loss": update.loss / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/updates_skipped": update.skipped,
         "policy/non_finite_losses": update.non_finite_losses,
-        "policy/out_of_memory": out_of_memory,
+        "policy/out_of_memory": it.out_of_memory,
         "policy/kl": update.mean("policy/kl"),
         **{
             f"policy/{name}_stage{s}": update.mean(f"policy/{name}_stage{s}")
@@ -174,25 +167,28 @@ def iteration_metrics(
             for s in (1, 2)
         },
         "rollout/non_finite_logprobs": sum(not has_finite_logprobs(r) for r in rollouts),
-        "rollout/logprob_gap": _logprob_gap(stages[1], unlearning, update),
-        **{f"time/{name}_s": value for name, value in times.items()},
+        "rollout/logprob_gap": _logprob_gap(stages[1]) if unlearning else update.mean("rollout/logprob_gap"),
+        **{f"time/{name}_s": value for name, value in it.times.items()},
         "tokens/generated": num_tokens,
-        "tokens/per_second": num_tokens / seconds,
+        "tokens/per_second": num_tokens / it.times["iteration"],
+        **it.ahead.metrics(),
     }
+    for addition in it.additions:
+        result |= addition.metrics()
     return result
 
 
-def _unlearn_metrics(unlearning: Unlearning | None, forgotten: ForgetStats | None, eta: float) -> dict[str, float]:
-    """Without EEPO every value but `skipped` is NaN; `strength` is η‖∇L‖², the first-order change of L."""
-    nan = math.nan
-    found = unlearning is not None
+def _unlearn_metrics(unlearning: Unlearning | None, stats: ForgetStats | None, eta: float) -> dict[str, float]:
+    """Returns what forgetting did. Without EEPO every value but `skipped` is NaN; `strength` is η‖∇L‖², the first-order
+    change of L."""
+    nan, found = math.nan, unlearning is not None
     return {
         "unlearn/active_fraction": unlearning.active_fraction if found else nan,
         "unlearn/loss": unlearning.loss if found else nan,
         "unlearn/grad_norm": unlearning.grad_norm if found else nan,
         "unlearn/strength": eta * unlearning.grad_norm**2 if found else nan,
-        "unlearn/retention": forgotten.retention if forgotten else nan,
-        "unlearn/noise_ratio": forgotten.noise_ratio if forgotten else nan,
+        "unlearn/retention": stats.retention if stats else nan,
+        "unlearn/noise_ratio": stats.noise_ratio if stats else nan,
         "unlearn/skipped": float(found and not unlearning.apply),
         "unlearn/non_finite": float(found and not unlearning.finite),
         "unlearn/too_long": float(found and unlearning.too_long),
@@ -200,21 +196,19 @@ def _unlearn_metrics(unlearning: Unlearning | None, forgotten: ForgetStats | Non
     }
 
 
-def _logprob_gap(stage1: list[Rollout], unlearning: Unlearning | None, update: UpdateStats) -> float:
-    """Mean |engine - policy| over stage 1, where both hold the same weights."""
-    if unlearning is None:
-        return update.mean("rollout/logprob_gap")
+def _logprob_gap(stage1: list[Rollout]) -> float:
+    """Returns mean |engine - policy| over what stage 1 has ended, where both hold the same weights."""
     return _mean(
         abs(a - b)
         for r in stage1
-        if id(r) in unlearning.logprobs
-        for a, b in zip(r.rollout_logprobs, unlearning.logprobs[id(r)], strict=True)
+        if r.prox_logprobs is not None and len(r.segments) == 1
+        for a, b in zip(r.rollout_logprobs, r.prox_logprobs, strict=True)
     )
 
 
 def _sampled_entropy(rollouts: list[Rollout]) -> float:
-    """Of what was sampled before a completion went on under other weights."""
-    return -_mean(value for r in rollouts for value in r.rollout_logprobs[: r.num_before or None])
+    """Returns -mean log-prob of what was sampled before a completion went on under other weights, in nats."""
+    return -_mean(value for r in rollouts for value in r.segments[0].rollout_logprobs)
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -244,7 +238,7 @@ def add_to_last(run_dir: Path, step: int, values: dict[str, float]) -> None:
     temporary.replace(path)
 
 
-def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: bool, tokenizer) -> None:
+def log_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: bool, tokenizer) -> None:
     folder = run_dir / "rollouts"
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:06d}.jsonl"
@@ -270,7 +264,8 @@ def write_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details:
                 row["tokens"] = token_texts(tokenizer, r.token_ids)
                 row["token_ids"] = r.token_ids
                 row["rollout_logprobs"] = _without_nan(r.rollout_logprobs)
-                row.update({name: _without_nan(values) for name, values in r.details.items()})
+                columns = {name: getattr(r, field) for name, field in LOGGED_COLUMNS.items()}
+                row |= {name: _without_nan(values) for name, values in columns.items() if values is not None}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     path.with_suffix(".tmp").replace(path)  # a report may be reading
 

@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from eepo_fast.algorithm.forget import GradientPass, Unlearning
+from eepo_fast.algorithm.forget import GradientPass
 from eepo_fast.config import Config, EepoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import input_length
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
+from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling
 from eepo_fast.types import Grade, Rollout
 
 CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
@@ -102,9 +102,9 @@ class TokenQueue:
         self.num_tokens += length
 
     def drop(self, rollouts: Sequence[Rollout]) -> None:
-        """Of them, what has not been given yet."""
-        dropped = set(map(id, rollouts))
-        self.waiting = [r for r in self.waiting if id(r) not in dropped]
+        """Forgets those of them that have not been given yet."""
+        dropped = set(rollouts)
+        self.waiting = [r for r in self.waiting if r not in dropped]
         self.num_tokens = sum(map(input_length, self.waiting))
 
 
@@ -127,14 +127,14 @@ class StreamedUnlearning:
         """Micro-batches for which there was no room beside the engine; made after the stage."""
 
     def take(self, rollout: Rollout) -> None:
-        """A completion that has finished; a micro-batch of them is worked on at once."""
+        """Takes a completion that has finished; a micro-batch of them is worked on at once."""
         if self.whole is not None and rollout.num_tokens:
             self.queue.put(rollout)
 
     def _work(self, batch: list[Rollout]) -> None:
         if self.whole is None:
             return
-        if not self._has_room():
+        if not self._has_room(self.whole):
             self.put_off += 1
             return
         started = time.perf_counter()
@@ -146,11 +146,10 @@ class StreamedUnlearning:
             self.whole, self.gave_up = None, True
         self.spans.append((started, time.perf_counter()))
 
-    def _has_room(self) -> bool:
-        """For a micro-batch, and at the first for ∇L itself."""
-        policy = self.whole.policy
-        gradient = 0 if self.whole.done else sum(p.nbytes for p in policy.model.parameters())
-        return self.background.has_room(policy.pass_bytes(gradient=True) + gradient)
+    def _has_room(self, whole: GradientPass) -> bool:
+        """Whether there is room for a micro-batch, and at the first for ∇L itself."""
+        gradient = 0 if whole.done else sum(p.nbytes for p in whole.policy.model.parameters())
+        return self.background.has_room(whole.policy.pass_bytes(gradient=True) + gradient)
 
     def drop(self) -> None:
         """What has been done is of completions that do not count, or its memory is needed: all is made later."""
@@ -162,16 +161,12 @@ class StreamedUnlearning:
         """Spent on it before a moment of `time.perf_counter`."""
         return sum(max(0.0, min(end, moment) - start) for start, end in self.spans)
 
-    def finish(self, rollouts: Sequence[Rollout]) -> Unlearning | None:
-        """What the pass found over all of stage 1, the rest of it worked on now; None where it has given up."""
+    def hand_over(self) -> GradientPass | None:
+        """Returns what has been begun, to be finished; None where it has given up, and at a second call, which an error
+        in the first one's work has led to."""
         self.background.wait()
-        whole, self.whole = self.whole, None  # a call after an error begins anew
-        if whole is None:
-            return None
-        assert whole.done <= set(map(id, rollouts)), "an engine returns the objects that it has handed over"
-        whole.add([r for r in rollouts if id(r) not in whole.done])
-        whole.rescale(len(rollouts), len({r.prompt.id for r in rollouts}))
-        return whole.result(rollouts)
+        whole, self.whole = self.whole, None
+        return whole
 
 
 class ScoredAhead:
@@ -180,8 +175,6 @@ class ScoredAhead:
     def __init__(self, policy: Policy, background: Background):
         assert policy.stream_tokens is not None
         self.policy, self.background = policy, background
-        self.known: dict[int, tuple[Rollout, list[float]]] = {}
-        """By id(), and with the rollout: another must not get its id()."""
         self.gave_up = False
         self.put_off = 0
         """Batches for which there was no room beside the engine; scored after the stage."""
@@ -196,21 +189,18 @@ class ScoredAhead:
             if self.gave_up:
                 return
             if self.background.has_room(self.policy.pass_bytes(gradient=False)):
-                self._remember(batch)
+                set_ref_logprobs(self.policy, batch)
             else:
                 self.put_off += 1
         except torch.OutOfMemoryError:  # beside the engine; there is room when it sleeps
             self.gave_up = True
 
-    def _remember(self, rollouts: Sequence[Rollout]) -> None:
-        found = self.policy.score(rollouts)[0]
-        self.known.update({id(r): (r, found[id(r)]) for r in rollouts if id(r) in found})
 
-    def score(self, rollouts: Sequence[Rollout]) -> dict[int, list[float]]:
-        """Of all of them, by id(): what is known already, and the rest now."""
-        self.background.wait()
-        self._remember([r for r in rollouts if id(r) not in self.known])
-        return {id(r): self.known[id(r)][1] for r in rollouts if id(r) in self.known}
+def set_ref_logprobs(reference: Policy, rollouts: Sequence[Rollout]) -> None:
+    """Scores those of them that are not scored yet."""
+    rest = [r for r in rollouts if r.ref_logprobs is None]
+    for r, logprobs in zip(rest, reference.score(rest).logprobs, strict=True):
+        r.ref_logprobs = logprobs
 
 
 class Yielding:
@@ -222,7 +212,12 @@ class Yielding:
         self.engine, self.give_up = engine, give_up
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress, finished: Callable[[Rollout], None], quorum
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        progress: OnProgress | None,
+        finished: Callable[[Rollout], None],
+        quorum: float,
     ) -> list[Rollout]:
         handed: list[Rollout] = []
 
@@ -263,8 +258,7 @@ class GradedAhead:
 
     def _grade(self, rollouts: Sequence[Rollout]) -> None:
         started, completions = time.monotonic(), [r.completion for r in rollouts]
-        limit = {"seconds": self.seconds} if self.grader.beside_sampling else {}
-        grades = self.grader.grade([r.prompt.problem for r in rollouts], completions, **limit)
+        grades = self.grader.grade([r.prompt.problem for r in rollouts], completions, seconds=self.seconds)
         self.seconds = max(0.0, self.seconds - (time.monotonic() - started))
         self.known.update(zip(map(_key, rollouts), grades, strict=True))
 
@@ -281,8 +275,8 @@ class GradedAhead:
     def drop(self, rollouts: Sequence[Rollout]) -> None:
         """They do not count, nor does the time that they took."""
         self.background.wait()
-        self.seconds, dropped = self.limit, set(map(id, rollouts))
-        self.waiting = [r for r in self.waiting if id(r) not in dropped]
+        self.seconds, dropped = self.limit, set(rollouts)
+        self.waiting = [r for r in self.waiting if r not in dropped]
         for r in rollouts:
             self.known.pop(_key(r), None)
 
@@ -309,10 +303,17 @@ class Ahead:
         """Nothing runs beside a CPU's sampling, nor where ranks would have to meet."""
         self.backgrounds = (self.graded.background, self.unlearning, self.scoring)
 
+    def stream(
+        self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int
+    ) -> StreamedUnlearning | None:
+        """Returns unlearning that begins while completions are sampled; None where it has to wait."""
+        if policy.stream_tokens is not None:
+            self.streamed = StreamedUnlearning(policy, config, num_completions, num_prompts, self.unlearning)
+        return self.streamed
+
     def beside(self, engine: RolloutEngine, streamed: StreamedUnlearning | None) -> RolloutEngine | Yielding:
         """The engine to sample with, which may take back what `streamed` and the scores hold. Not where an engine is
         spread over ranks: those that have memory left wait inside it for the one that has none."""
-        self.streamed = streamed or self.streamed
         alone = self.unlearning.pool is None or (streamed is None and self.scored is None)
         return engine if alone or self.ranks_per_engine > 1 else Yielding(engine, self._give_up)
 

@@ -15,11 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eepo_fast.algorithm.trainer import TrainerState
 from eepo_fast.checkpoint.folder import read_state
 from eepo_fast.config import Config
 from eepo_fast.policy.module import Policy
-from eepo_fast.types import UserError
+from eepo_fast.types import TrainerState, UserError
 
 # Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {

@@ -19,15 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eepo_fast.algorithm.trainer import TrainerState
 from eepo_fast.checkpoint.folder import checkpoint_root, commit, files, folder_of, fsync, prune, sha256, temporary_of
 from eepo_fast.checkpoint.state import make_state, random_state
 from eepo_fast.config import Config
 from eepo_fast.distributed import deal
 from eepo_fast.policy.module import Policy
-from eepo_fast.types import UserError
+from eepo_fast.types import TrainerState, UserError
 
-Progress = dict[str, str] | str | None
+Outcome = dict[str, str] | str | None
 """sha256 of this rank's files once they are on disk; what went wrong; None while it writes. Of one rank alone, the
 checkpoint is made by then."""
 INDEX = "model.safetensors.index.json"
@@ -43,7 +42,7 @@ class CheckpointWriter:
         self.saved_step: int | None = None
         self._final: Path | None = None
         self._thread: threading.Thread | None = None
-        self._progress: Progress = None
+        self._outcome: Outcome = None
 
     def start(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> None:
         """Begin to save the policy as it is now. All ranks call this."""
@@ -53,7 +52,7 @@ class CheckpointWriter:
         content = make_state(state, self.policy, self.config, self.fingerprint, self.total, evaluation or {})
         generators = self.world.gather(random_state())
         work = (model, optimizer, content, generators)
-        self._progress = None
+        self._outcome = None
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -74,9 +73,9 @@ class CheckpointWriter:
         try:
             digests = self._write_files(model, optimizer, content, generators)
             complaint = self._commit(self._final, digests) if self.world.size == 1 else None
-            self._progress = digests if complaint is None else complaint
+            self._outcome = digests if complaint is None else complaint
         except Exception as error:  # said by the main thread
-            self._progress = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
+            self._outcome = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
     def _write_files(
         self, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]
@@ -107,18 +106,18 @@ class CheckpointWriter:
         return {str(name): digest for name, digest in written}
 
     @property
-    def progress(self) -> Progress:
+    def outcome(self) -> Outcome:
         """To be shown to all ranks, and what they show given to `settle`."""
-        return self._progress
+        return self._outcome
 
-    def settle(self, everyone: Sequence[Progress]) -> str | None:
+    def settle(self, everyone: Sequence[Outcome]) -> str | None:
         """What to do about what the ranks have shown: nothing while one still writes; else the checkpoint is made. A
         line that says what went wrong, if anything did: then there is none, and the older ones are as they were."""
         if self._final is None or any(p is None for p in everyone):
             return None
         final, step, self._final = self._final, int(self._final.name.removeprefix("step_")), None
         self._thread.join()
-        self._progress = None  # said once, and not at every later meeting
+        self._outcome = None  # said once, and not at every later meeting
         label = (lambda rank: f"rank {rank}: ") if self.world.size > 1 else (lambda rank: "")
         wrong = [f"{label(rank)}{p}" for rank, p in enumerate(everyone) if isinstance(p, str)]
         complaint = wrong[0] if wrong else None
@@ -152,7 +151,7 @@ class CheckpointWriter:
         if self._final is None:
             return None
         self._thread.join()
-        return self.settle(self.world.gather(self._progress))
+        return self.settle(self.world.gather(self._outcome))
 
     def close(self) -> None:
         """Let the thread finish, whatever has happened."""

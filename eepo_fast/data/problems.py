@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,12 @@ def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[in
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return sorted(ids)
+
+
+def completion_text(tokenizer: Any, token_ids: list[int], stop_token_ids: Collection[int]) -> str:
+    """Returns what a completion says, without its stop token and other special tokens."""
+    ids = token_ids[:-1] if token_ids and token_ids[-1] in stop_token_ids else token_ids
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:

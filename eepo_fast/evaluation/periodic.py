@@ -25,7 +25,7 @@ from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, write_results
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import check_golds, make_answer_grader
-from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling
+from eepo_fast.rollout.engine import OnProgress, RolloutEngine, Sampling
 from eepo_fast.types import Prompt, UserError, WeightsVersion
 
 
@@ -76,7 +76,7 @@ class PeriodicEvaluation:
         return step > 0 and self.due(step, total) and not is_done(self.config.run_dir, step)
 
     def run(
-        self, policy: Policy, engine: RolloutEngine, version: int, step: int, *, progress: Progress | None = None
+        self, policy: Policy, engine: RolloutEngine, version: int, step: int, *, progress: OnProgress | None = None
     ) -> dict[str, float]:
         """Metrics of the policy as it is now, all ranks together. progress: of sampling; may raise Interrupted."""
         started, evaluation = time.perf_counter(), self.config.evaluation

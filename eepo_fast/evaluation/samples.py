@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from eepo_fast.data.problems import completion_text
 from eepo_fast.distributed import World
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_requests
+from eepo_fast.rollout.engine import OnProgress, RolloutEngine, Sampling, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout
 
@@ -34,13 +35,11 @@ class Sampler:
     seed: int
     world: World = field(default_factory=World)
     ranks_per_engine: int = 1
-    progress: Progress | None = None
+    progress: OnProgress | None = None
     """Of an engine's sampling; may raise Interrupted."""
 
     def decode(self, rollout: Rollout) -> str:
-        ids = rollout.token_ids
-        ids = ids[:-1] if ids and ids[-1] in self.sampling.stop_token_ids else ids
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return completion_text(self.tokenizer, rollout.token_ids, self.sampling.stop_token_ids)
 
     def sample(self, prompts: Sequence[Prompt], num_samples: int, greedy: bool) -> list[Rollout]:
         """num_samples of each prompt, or its greedy completion; the same on every rank."""

@@ -40,9 +40,9 @@ class MicroBatch:
         """Per-token lists of the rollouts, end to end: [N] fp32."""
         return move(torch.tensor([v for part in values for v in part], dtype=torch.float32), self.targets.device)
 
-    def split(self, values: Tensor) -> list[list[float]]:
-        """[N] back into one list a rollout."""
-        return [part.tolist() for part in values.split([r.num_tokens for r in self.rollouts])] if self.rollouts else []
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Returns [N] cut into one tensor [T] a rollout."""
+        return values.split([r.num_tokens for r in self.rollouts]) if self.rollouts else ()
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats, fused_linear_loss, linear_logprobs
@@ -25,8 +25,14 @@ from eepo_fast.policy.micro_batches import MicroBatch, collate, plan_micro_batch
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError
 
-Columns = tuple[dict[int, list[float]], ...]
-"""Per-token lists by id() of the rollout."""
+
+class Scores(NamedTuple):
+    """What a forward pass says of rollouts' tokens: for each rollout, in their order, one number a token."""
+
+    logprobs: list[list[float]]
+    """Log-probs in nats, at the sampling temperature."""
+    entropy: list[list[float]]
+    """The distribution's entropy at each token, in nats."""
 
 
 class Gradient(Protocol):
@@ -34,10 +40,13 @@ class Gradient(Protocol):
     to it leaves weights, `.grad`, optimizer and loss scale bitwise as they were."""
 
     def add(self, loss: Tensor) -> None:
-        """Add ∇loss. All ranks call this as often as one another."""
+        """Adds ∇loss. All ranks call this as often as one another."""
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the sum so far by `factor`."""
 
     def norm(self) -> float:
-        """Of the sum, over all weights and ranks; the same on every rank."""
+        """Returns the norm of the sum, over all weights and ranks; the same on every rank."""
 
 
 class Policy(Protocol):
@@ -63,8 +72,8 @@ class Policy(Protocol):
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         """Sum of `loss_fn` over this rank's micro-batch, with its graph, and the detached statistics [N]."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> Columns:
-        """(log-probs, entropy) of all rollouts' tokens at the sampling temperature, on every rank."""
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Returns log-probs and entropy of all rollouts' tokens, on every rank."""
 
     def gradient(self) -> Gradient: ...
 
@@ -212,26 +221,28 @@ def my_micro_batches(
     return [collate(members, pad_id, device, packed) for members in plan[world.rank]]
 
 
-def gather_columns(world: World, rollouts: Sequence[Rollout], columns: Columns) -> Columns:
-    """Per-token lists of all rollouts, on every rank, from those that each rank has."""
+def gather_columns(
+    world: World, rollouts: Sequence[Rollout], mine: Mapping[Rollout, Sequence[Tensor]]
+) -> dict[Rollout, list[list[float]]]:
+    """Returns several numbers a token of all rollouts that any rank knows something of, on every rank. mine: of those
+    that this rank had in its micro-batches, a tensor [T] for each number."""
     if world.size == 1:
-        return columns
-    place = {id(r): i for i, r in enumerate(rollouts)}
-    mine = [{place[key]: torch.tensor(values) for key, values in column.items() if values} for column in columns]
-    merged: Columns = tuple({id(r): [] for r in rollouts} for _ in columns)
-    for theirs in world.gather(mine):
-        for column, part in zip(merged, theirs, strict=True):
-            column.update({id(rollouts[i]): values.tolist() for i, values in part.items()})
-    return merged
+        return {rollout: [values.tolist() for values in columns] for rollout, columns in mine.items()}
+    place = {rollout: i for i, rollout in enumerate(rollouts)}
+    parts = world.gather({place[rollout]: list(columns) for rollout, columns in mine.items()})
+    merged = {i: columns for part in parts for i, columns in part.items()}
+    return {rollouts[i]: [values.tolist() for values in columns] for i, columns in merged.items()}
 
 
-def score(module: PolicyModule, world: World, batches: Iterable[MicroBatch], rollouts: Sequence[Rollout]) -> Columns:
-    logprobs, entropy = ({id(r): [] for r in rollouts} for _ in range(2))
+def score(module: PolicyModule, world: World, batches: Iterable[MicroBatch], rollouts: Sequence[Rollout]) -> Scores:
+    mine: dict[Rollout, tuple[Tensor, Tensor]] = {}
     for batch in batches:
-        world.moved()
+        world.on_micro_batch()
         with torch.no_grad():
             stats = module(batch)
-        columns = (batch.split(stats.logprobs), batch.split(stats.entropy))
-        for rollout, *values in zip(batch.rollouts, *columns, strict=True):
-            logprobs[id(rollout)], entropy[id(rollout)] = values
-    return gather_columns(world, rollouts, (logprobs, entropy))
+        logprobs, entropy = batch.split(stats.logprobs.cpu()), batch.split(stats.entropy.cpu())
+        mine.update(zip(batch.rollouts, zip(logprobs, entropy, strict=True), strict=True))
+    found = gather_columns(world, rollouts, mine)
+    nothing: list[list[float]] = [[], []]
+    pairs = [found.get(rollout, nothing) for rollout in rollouts]
+    return Scores([logprobs for logprobs, _ in pairs], [entropy for _, entropy in pairs])

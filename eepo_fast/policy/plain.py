@@ -17,7 +17,7 @@ from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.module import PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout
 
@@ -44,6 +44,11 @@ class PlainGradient:
                 hook.remove()
         if not self.tensors:  # in the model's order, whatever order they came in
             self.tensors = {n: found[n] if n in found else torch.zeros_like(p) for n, p in self.parameters.items()}
+
+    def scale(self, factor: float) -> None:
+        self.known_norm = None
+        for tensor in self.tensors.values():
+            tensor *= factor
 
     def norm(self) -> float:
         norm = torch.nn.utils.get_total_norm(list(self.tensors.values())) if self.tensors else 0.0
@@ -125,10 +130,10 @@ class TorchPolicy:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        self.world.moved()
+        self.world.on_micro_batch()
         return self.module(batch, loss_fn)
 
-    def score(self, rollouts: Sequence[Rollout]) -> Columns:
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
         return score(self.module, self.world, self.micro_batches(rollouts), rollouts)
 
     def gradient(self) -> PlainGradient:

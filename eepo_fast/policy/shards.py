@@ -98,6 +98,10 @@ class ShardedGradient:
                 hook.remove()
         reduction.finish()
 
+    def scale(self, factor: float) -> None:
+        for flat in self.flats:
+            flat *= factor
+
     def norm(self) -> float:
         squares = sum(float(flat.square().sum(dtype=torch.float64)) for flat in self.flats)
         return self.world.total([squares])[0] ** 0.5
@@ -152,7 +156,7 @@ class _Reduction:
             self._reduce()
 
 
-def forgotten_weights(
+def forgetful_buckets(
     gradient: ShardedGradient,
     own_slice: Callable[[Slice], Tensor],
     dtype: torch.dtype,

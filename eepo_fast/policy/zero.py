@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import Columns, PolicyModule, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.module import PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
 from eepo_fast.policy.shards import (
     ShardedGradient,
     Slice,
     all_gather,
-    forgotten_weights,
+    forgetful_buckets,
     make_buckets,
     own_views,
     stats_of,
@@ -146,16 +146,16 @@ class ZeroPolicy:
         return my_micro_batches(rollouts, self.world, **self.batching)
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        self.world.moved()
+        self.world.on_micro_batch()
         return self.module(batch, loss_fn)  # not DeepSpeed's forward: its backward hooks would act on the gradient
 
-    def score(self, rollouts: Sequence[Rollout]) -> Columns:
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
         return score(self.module, self.world, self.micro_batches(rollouts), rollouts)
 
     # -- the policy update
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        self.world.moved()
+        self.world.on_micro_batch()
         loss, stats = self.deepspeed(batch, loss_fn)
         with named("micro-batch backward"):
             self.deepspeed.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
@@ -217,7 +217,7 @@ class ZeroPolicy:
         """The engine holds nearest(master); each rank computes its slices of what that becomes, and the engine is given
         the result: the bytes of a sync, the bits that one rank would compute."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        weights = forgotten_weights(gradient, self._own_slice, self.engine_dtype, config, sums, seed=seed, step=step)
+        weights = forgetful_buckets(gradient, self._own_slice, self.engine_dtype, config, sums, seed=seed, step=step)
         version = WeightsVersion(engine.weights_version.policy_version, True)
         engine.sync(weights, version)
         return stats_of(gradient, sums)

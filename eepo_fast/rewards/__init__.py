@@ -21,9 +21,11 @@ class Grader(Protocol):
     def start(self) -> None:
         """Be ready, or raise a UserError: called before a run's folder is made."""
 
-    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
-        """One grade a completion, in order. One that may be called beside sampling takes `seconds`, too: what is not
-        graded by then is a `timeout`."""
+    def grade(
+        self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
+    ) -> list[Grade]:
+        """Returns one grade a completion, in order. seconds: what is not graded by then is a `timeout`; a grader that
+        works in this very thread may let it pass."""
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
         """Indices of the golds that no answer could be compared with."""

@@ -66,7 +66,9 @@ class ArithmeticGrader:
     def start(self) -> None:
         pass
 
-    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
+    def grade(
+        self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
+    ) -> list[Grade]:
         return [self._one(p.problem, c) for p, c in zip(problems, completions, strict=True)]
 
     def _one(self, problem: str, completion: str) -> Grade:

@@ -30,7 +30,9 @@ class FunctionGrader:
 
     def start(self) -> None: ...
 
-    def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Grade]:
+    def grade(
+        self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
+    ) -> list[Grade]:
         return [self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)]
 
     def _grade(self, problem: Problem, completion: str) -> Grade:

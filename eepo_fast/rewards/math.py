@@ -56,7 +56,7 @@ class MathGrader:
             raise UserError(f"grader: its self-test gave {grade}; reinstall math-verify and its dependencies")
 
     def grade(
-        self, problems: Sequence[Problem], completions: Sequence[str], seconds: float | None = None
+        self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
     ) -> list[Grade]:
         """Extract each completion's final answer and compare it with the problem's; the problem's text is not read."""
         return self.grade_answers([p.answer for p in problems], [self.extract(c) for c in completions], seconds)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from eepo_fast.types import Prompt, Rollout, WeightsVersion
 
-Progress = Callable[[int, int], None]
-"""(completions finished, completions asked for)."""
+OnProgress = Callable[[int, int], None]
+"""Is called with (completions finished, completions asked for) while an engine samples; may raise Interrupted."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """Samples of one prompt: its group's positions and a seed for each."""
+class SampleRequest:
+    """Asks for samples of one prompt: their places in its group and a seed for each."""
 
     prompt: Prompt
     stage: int
@@ -62,9 +62,9 @@ class RolloutEngine(Protocol):
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[SampleRequest],
         sampling: Sampling,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         finished: Callable[[Rollout], None] | None = None,
         quorum: float = 1.0,
     ) -> list[Rollout]:
@@ -86,19 +86,19 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
-def spared(num_samples: int, quorum: float) -> int:
-    """How many samples need not be waited for."""
+def num_preemptible(num_samples: int, quorum: float) -> int:
+    """Returns how many of the samples need not be waited for."""
     return num_samples - math.ceil(quorum * num_samples - 1e-9)
 
 
-def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int, step: int) -> list[Request]:
+def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int, step: int) -> list[SampleRequest]:
     """Requests for the rest of completions that were preempted: what they have said so far is read as a prompt."""
     requests = []
     for r in rollouts:
         prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids)
         seed = sample_seed(run_seed, step, f"{r.prompt.id}|{r.num_tokens}", r.stage, r.sample_index)
         left = (max_new_tokens - r.num_tokens,)
-        requests.append(Request(prompt, r.stage, (r.sample_index,), (seed,), left))
+        requests.append(SampleRequest(prompt, r.stage, (r.sample_index,), (seed,), left))
     return requests
 
 
@@ -110,8 +110,9 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, stage: int, sample_ind
 
 def make_requests(
     prompts: Sequence[Prompt], stage: int, sample_indices: Sequence[int], run_seed: int, step: int
-) -> list[Request]:
+) -> list[SampleRequest]:
     indices = tuple(sample_indices)
     return [
-        Request(p, stage, indices, tuple(sample_seed(run_seed, step, p.id, stage, i) for i in indices)) for p in prompts
+        SampleRequest(p, stage, indices, tuple(sample_seed(run_seed, step, p.id, stage, i) for i in indices))
+        for p in prompts
     ]

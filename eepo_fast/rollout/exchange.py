@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from eepo_fast.distributed import World, deal
-from eepo_fast.rollout.engine import Progress, Request, RolloutEngine, Sampling
-from eepo_fast.types import Interrupted, Rollout, WeightsVersion
+from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling
+from eepo_fast.types import Interrupted, Rollout, Segment, WeightsVersion
 
 
 def generate_everywhere(
     engine: RolloutEngine,
-    requests: Sequence[Request],
+    requests: Sequence[SampleRequest],
     sampling: Sampling,
     *,
     expected_tokens: Sequence[float],
     world: World,
     ranks_per_engine: int,
     decode: Callable[[Rollout], str],
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     finished: Callable[[Rollout], None] | None = None,
     quorum: float = 1.0,
 ) -> list[Rollout]:
@@ -81,15 +81,13 @@ def _pack(r: Rollout) -> tuple:
     return np.asarray(r.token_ids, np.int32), logprobs, state, r.completion
 
 
-def _unpack(packed: tuple, request: Request, k: int) -> Rollout:
+def _unpack(packed: tuple, request: SampleRequest, k: int) -> Rollout:
     token_ids, logprobs, (stage, version, finished, preempted), completion = packed
     return Rollout(
         prompt=request.prompt,
         stage=stage,
         sample_index=request.sample_indices[k],
-        token_ids=token_ids.tolist(),
-        rollout_logprobs=logprobs.tolist(),
-        weights_version=WeightsVersion(*version),
+        segments=[Segment(token_ids.tolist(), logprobs.tolist(), WeightsVersion(*version))],
         finished=finished,
         preempted=preempted,
         completion=completion,

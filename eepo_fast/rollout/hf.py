@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling, spared
-from eepo_fast.types import EngineError, Rollout, WeightsVersion
+from eepo_fast.rollout.engine import OnProgress, SampleRequest, Sampling, num_preemptible
+from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 SCORE_TOKENS = 8192  # scored at once
 
@@ -105,9 +105,9 @@ class HfEngine:
     @torch.no_grad()
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[SampleRequest],
         sampling: Sampling,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         finished: Callable[[Rollout], None] | None = None,
         quorum: float = 1.0,
     ) -> list[Rollout]:
@@ -118,13 +118,13 @@ class HfEngine:
         results: dict[tuple[int, int], Rollout] = {}
         for rows in self._batches(requests, order):
             tick = partial(progress, len(results), total) if progress else None
-            may_wait = spared(len(rows), quorum)
-            results.update(self._generate_batch(requests, rows, sampling, tick, finished, may_wait))
+            preemptible = num_preemptible(len(rows), quorum)
+            results.update(self._generate_batch(requests, rows, sampling, tick, finished, preemptible))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
-    def _batches(self, requests: Sequence[Request], order: list[int]) -> Iterator[list[tuple[int, int]]]:
+    def _batches(self, requests: Sequence[SampleRequest], order: list[int]) -> Iterator[list[tuple[int, int]]]:
         """(request, sample) pairs in batches of at most `max_sequences`; a request may be spread over batches."""
         rows = [(i, k) for i in order for k in range(len(requests[i].seeds))]
         for start in range(0, len(rows), self.max_sequences):
@@ -132,14 +132,14 @@ class HfEngine:
 
     def _generate_batch(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[SampleRequest],
         rows: list[tuple[int, int]],
         sampling: Sampling,
         tick: Callable[[], None] | None,
         finished: Callable[[Rollout], None] | None,
-        may_wait: int,
+        preemptible: int,
     ) -> dict[tuple[int, int], Rollout]:
-        """may_wait: so many are not waited for."""
+        """preemptible: so many of them are not waited for."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
@@ -154,19 +154,17 @@ class HfEngine:
                 prompt=requests[i].prompt,
                 stage=requests[i].stage,
                 sample_index=requests[i].sample_indices[k],
-                token_ids=tokens,
-                rollout_logprobs=logprobs,
-                weights_version=self.weights_version,
+                segments=[Segment(tokens, logprobs, self.weights_version)],
                 finished=ended,
                 preempted=preempted,
             )
             if finished and not preempted:
                 finished(results[i, k])
 
-        self._decode(prompts, expand, uniforms, limits, sampling, tick, take, may_wait)
+        self._sample_tokens(prompts, expand, uniforms, limits, sampling, tick, take, preemptible)
         return results
 
-    def _decode(
+    def _sample_tokens(
         self,
         prompts: list[list[int]],
         expand: Tensor,
@@ -175,7 +173,7 @@ class HfEngine:
         sampling: Sampling,
         tick: Callable[[], None] | None,
         take: Callable[[int, list[int], list[float], bool], None],
-        may_wait: int,
+        preemptible: int,
     ) -> None:
         """tick: called after each token. take: given a sequence's row, tokens, log-probs and whether it has ended, as
         soon as it does; the others at the limit."""
@@ -210,7 +208,7 @@ class HfEngine:
                     take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), by_itself)
             if tick:
                 tick()
-            if num_running <= may_wait:
+            if num_running <= preemptible:
                 break
             if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more
                 keep = running.nonzero().squeeze(1)

@@ -24,7 +24,7 @@ from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import Progress, Request, Sampling, spared
+from eepo_fast.rollout.engine import OnProgress, SampleRequest, Sampling, num_preemptible
 from eepo_fast.rollout.start_vllm import (
     capturing_on,
     engine_arguments,
@@ -42,7 +42,7 @@ from eepo_fast.rollout.weights import (
     gather,
     record_plan,
 )
-from eepo_fast.types import EngineError, Rollout, WeightsVersion
+from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 log = logging.getLogger(__name__)
 
@@ -277,16 +277,16 @@ class VllmEngine:
     @on_own_stream
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[SampleRequest],
         sampling: Sampling,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         finished: Callable[[Rollout], None] | None = None,
         quorum: float = 1.0,
     ) -> list[Rollout]:
         self._find_weights()
         self._check_weights()
         engine = self.llm.llm_engine
-        may_wait = spared(sum(len(r.seeds) for r in requests), quorum)
+        preemptible = num_preemptible(sum(len(r.seeds) for r in requests), quorum)
         # what a request has said so far is asked for step by step only where some may be preempted
         partial: dict[str, tuple[list[int], list[float]]] = {}
         waiting: dict[str, tuple[int, int]] = {}
@@ -297,9 +297,9 @@ class VllmEngine:
                     self._num_requests += 1
                     waiting[str(self._num_requests)] = (i, k)
                     prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
-                    params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=may_wait > 0)
+                    params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=preemptible > 0)
                     engine.add_request(str(self._num_requests), prompt, params)
-            while len(waiting) > may_wait or not all(name in partial for name in waiting):
+            while len(waiting) > preemptible or not all(name in partial for name in waiting):
                 for output in engine.step():
                     part = output.outputs[0]
                     tokens, logprobs = partial.setdefault(output.request_id, ([], []))
@@ -354,7 +354,7 @@ class VllmEngine:
 
     def _rollout(
         self,
-        request: Request,
+        request: SampleRequest,
         k: int,
         token_ids: list[int],
         logprobs: list[float],
@@ -367,9 +367,7 @@ class VllmEngine:
             prompt=request.prompt,
             stage=request.stage,
             sample_index=request.sample_indices[k],
-            token_ids=token_ids,
-            rollout_logprobs=logprobs,
-            weights_version=self.weights_version,
+            segments=[Segment(token_ids, logprobs, self.weights_version)],
             finished=finished,
             preempted=preempted,
         )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from eepo_fast import checkpoint
 from eepo_fast.algorithm import metrics
-from eepo_fast.algorithm.trainer import Trainer, TrainerState
+from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
 from eepo_fast.checkpoint.state import changed_inputs
 from eepo_fast.config import Config, dump_config
@@ -32,7 +32,7 @@ from eepo_fast.policy.module import Policy, check_head
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, check_golds, make_grader
-from eepo_fast.rollout.engine import Request, RolloutEngine, Sampling
+from eepo_fast.rollout.engine import RolloutEngine, SampleRequest, Sampling
 from eepo_fast.rollout.make import make_engine
 from eepo_fast.rollout.start_vllm import import_vllm
 from eepo_fast.run.display import Display
@@ -43,7 +43,7 @@ from eepo_fast.run.signals import listening
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.trackers import chosen as chosen_trackers
 from eepo_fast.run.watchdog import Watchdog, watching
-from eepo_fast.types import Interrupted, Problem, Prompt, UserError, WeightsVersion
+from eepo_fast.types import Interrupted, Problem, Prompt, TrainerState, UserError, WeightsVersion
 
 LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what a wrong weight does
 
@@ -185,8 +185,9 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
 def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     """On the device and in the dtype weight by weight: the host, where every rank of it does so at once, never holds a
     second model. Buffers such as rotary frequencies keep their dtype."""
-    there = {id(p): p.detach().to(device, dtype, copy=True) for p in model.parameters()}
-    known = {key: torch.nn.Parameter(weight, requires_grad=False) for key, weight in there.items()}
+    there = {p: p.detach().to(device, dtype, copy=True) for p in model.parameters()}
+    # a copy that is being made knows what is copied already by its id()
+    known = {id(p): torch.nn.Parameter(weight, requires_grad=False) for p, weight in there.items()}
     return copy.deepcopy(model, known).to(device)
 
 
@@ -195,11 +196,11 @@ def _check_engine(parts: Parts, temperature: float) -> None:
     training."""
     parts.engine.sync(parts.policy.weights(), WeightsVersion(0, False))
     prompt = min(parts.prompts, key=lambda p: len(p.token_ids))
-    mine = parts.engine.generate([Request(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
+    mine = parts.engine.generate([SampleRequest(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
     rollouts = [r for share in parts.policy.world.gather(mine) for r in share]
-    scored = parts.policy.score(rollouts)[0]
-    for rank, rollout in enumerate(rollouts):
-        pairs = zip(scored[id(rollout)], rollout.rollout_logprobs, strict=True)
+    scored = parts.policy.score(rollouts).logprobs
+    for rank, (rollout, logprobs) in enumerate(zip(rollouts, scored, strict=True)):
+        pairs = zip(logprobs, rollout.rollout_logprobs, strict=True)
         gap = sum(abs(a - b) for a, b in pairs) / rollout.num_tokens
         if not gap < LARGEST_GAP:
             raise UserError(
@@ -247,7 +248,7 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
                 folder,
                 resume,
                 display,
-                replace(world, moved=watchdog.advance),
+                replace(world, on_micro_batch=watchdog.advance),
                 watchdog,
             )
     return config.run_dir
@@ -305,12 +306,12 @@ def _run(
         logged = Trackers(chosen_trackers(config) if world.is_main else {}, state.step, display.warn)
         with closing(writer), listening() as request, logged as trackers, watched as show:
 
-            def entering(phase: str) -> None:
+            def on_phase(phase: str) -> None:
                 watchdog.enter(f"{phase} of iteration {state.step + 1}")
                 show.phase(phase)
 
             meeting = Meeting(world, writer, request, display)
-            trainer = parts.trainer(config, grader, state=state, entering=entering, between=meeting)
+            trainer = parts.trainer(config, grader, state=state, on_phase=on_phase, at_safe_point=meeting)
             loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
             try:
                 loop.run(show)

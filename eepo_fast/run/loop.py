@@ -15,7 +15,7 @@ from eepo_fast.checkpoint import CheckpointWriter
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import PeriodicEvaluation
 from eepo_fast.run.display import Display, Training
-from eepo_fast.run.signals import Request
+from eepo_fast.run.signals import LeaveRequest
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.watchdog import Watchdog
 from eepo_fast.types import Interrupted, UserError
@@ -39,15 +39,15 @@ class Meeting:
 
     world: World
     writer: CheckpointWriter
-    request: Request
+    request: LeaveRequest
     display: Display
     failures: int = field(default=0, init=False)
     """Checkpoints that could not be written."""
 
     def __call__(self) -> None:
         """All ranks call this at the same points; Interrupted, on all of them, where one was told to leave."""
-        everyone = self.world.gather((self.request.name, self.writer.progress))
-        self.report(self.writer.settle([progress for _, progress in everyone]))
+        everyone = self.world.gather((self.request.name, self.writer.outcome))
+        self.report(self.writer.settle([outcome for _, outcome in everyone]))
         if any(name for name, _ in everyone):
             raise Interrupted
 
@@ -101,7 +101,7 @@ class Loop:
         if trainer.world.is_main:
             with one_line_errors(config.run_dir):
                 if config.log.rollouts:
-                    metrics.write_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+                    metrics.log_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
                 metrics.append_metrics(config.run_dir, row)
                 self.trackers.log(row, step)
         show.iteration(row)

@@ -27,7 +27,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-class Request:
+class LeaveRequest:
     """Whether this process was asked to leave, and by which signal."""
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class Request:
 
 
 @contextmanager
-def listening() -> Iterator[Request]:
+def listening() -> Iterator[LeaveRequest]:
     """The signals go to the request inside; afterwards to whom they went before. A thread takes them: the main one may
     be waiting for other ranks, where Python calls no handler."""
-    request = Request()
+    request = LeaveRequest()
     if threading.current_thread() is not threading.main_thread():  # which alone can listen
         yield request
         return

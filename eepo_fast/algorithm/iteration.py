@@ -1,0 +1,244 @@
+"""One iteration: what it works with, what it has found out, and its phases, of which stages.py makes a method.
+
+Around every phase: it is announced, timed and named in profiles (`phase`), and tried again with smaller micro-batches
+where memory runs out (`within_memory`). What goes on beside sampling is `ahead` (overlap.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from eepo_kernels import ForgetStats
+from eepo_kernels.ranges import named
+
+from eepo_fast.algorithm.forget import Ablation, Unlearning, compute_unlearning
+from eepo_fast.algorithm.guards import Result, check_version, within_memory
+from eepo_fast.algorithm.losses import Term
+from eepo_fast.algorithm.overlap import Ahead, StreamedUnlearning
+from eepo_fast.config import Config
+from eepo_fast.data.problems import completion_text
+from eepo_fast.distributed import World
+from eepo_fast.policy.module import Policy
+from eepo_fast.rewards import Grader
+from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling, make_requests
+from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
+from eepo_fast.types import Prompt, Rollout, TrainerState, WeightsVersion
+
+
+@dataclass
+class Setup:
+    """What all iterations of a run share."""
+
+    config: Config
+    _: KW_ONLY
+    policy: Policy
+    reference: Policy | None
+    engine: RolloutEngine
+    grader: Grader
+    prompts: Sequence[Prompt]
+    tokenizer: object
+    stop_token_ids: Sequence[int]
+    state: TrainerState = field(default_factory=TrainerState)
+    on_phase: Callable[[str], None] = lambda phase: None
+    """Is told the name of each phase when it begins."""
+    at_safe_point: Callable[[], None] = lambda: None
+    """Is called between phases while the policy is still untouched; may raise Interrupted, which leaves `state` and the
+    policy as they were after the last iteration."""
+
+    @property
+    def world(self) -> World:
+        return self.policy.world
+
+
+class Addition(Protocol):
+    """What a method adds to the stages: completions of its own, sampled from θ, and a term of the loss. It is made anew
+    for each iteration, whose state it is."""
+
+    rollouts: list[Rollout]
+
+    def sample(self, it: Iteration) -> None:
+        """Samples `rollouts`, while the engine holds θ."""
+
+    def choose(self, it: Iteration, rows: list[Rollout]) -> list[Rollout]:
+        """Once all completions are graded: returns the rows of the policy's loss. rows: what they are without it."""
+
+    def terms(self, update: int, num_updates: int) -> list[Term]:
+        """Returns what it adds to the loss of one of the iteration's updates, which are counted from 0."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what it has to say in metrics.jsonl."""
+
+
+class Iteration:
+    """The state of one iteration, made at its start and closed at its end."""
+
+    def __init__(self, setup: Setup, prompts: list[Prompt], additions: list[Addition], progress: OnProgress | None):
+        self.setup, self.prompts, self.additions, self.progress = setup, prompts, additions, progress
+        self.config, self.policy, self.engine, self.world = setup.config, setup.policy, setup.engine, setup.world
+        rollout, state = setup.config.rollout, setup.state
+        self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens, tuple(setup.stop_token_ids))
+        self.seed = (setup.config.run.seed, state.step)
+        self.policy_version = state.policy_version
+        self.entropy_window = state.entropy_window
+        """Stage 1's mean entropies in the last iterations, in nats; with this one's once it is known."""
+        self.ahead = Ahead(setup.config, setup.grader, self.decode, setup.reference, self.world)
+        self.unlearning: Unlearning | None = None
+        self.forget_stats: ForgetStats | None = None
+        self.started = self.sampled_at = time.perf_counter()
+        self.times: dict[str, float] = {}
+        """Seconds by phase."""
+        self.out_of_memory = 0
+        """How often micro-batches were halved."""
+
+    def close(self) -> None:
+        self.ahead.close()
+
+    # -- around every phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.setup.on_phase(name)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with named(name):
+            yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+    def within_memory(self, policy: Policy, compute: Callable[[], Result]) -> Result:
+        result, halvings = within_memory(policy, compute)
+        self.out_of_memory += halvings
+        return result
+
+    def at_safe_point(self) -> None:
+        self.setup.at_safe_point()
+
+    def put_to_sleep(self, phase: str) -> None:
+        """Lets the engine sleep, in a run where it does. phase: what waiting for that is counted as."""
+        self.ahead.put_to_sleep(self.engine, self.phase(phase))
+
+    # -- the phases that stages are made of
+
+    def sync(self) -> None:
+        with self.phase("sync"):
+            self.engine.sync(self.policy.weights(), WeightsVersion(self.policy_version, False))
+
+    def requests(self, stage: int, sample_indices: Sequence[int]) -> list[SampleRequest]:
+        return make_requests(self.prompts, stage, sample_indices, *self.seed)
+
+    def generate(
+        self,
+        name: str,
+        stage: int,
+        requests: Sequence[SampleRequest],
+        *,
+        forgotten: bool = False,
+        quorum: float = 1.0,
+        lengths: Mapping[str, float] | None = None,
+        temperature: float | None = None,
+        streamed: StreamedUnlearning | None = None,
+    ) -> list[Rollout]:
+        """Samples on all engines; returns the completions in the order of the requests, on every rank. stage: the one
+        that begins; what goes on from an earlier one is no whole completion. forgotten: whether the engine's weights
+        must be the forgetful ones. lengths: the expected tokens of an answer, by prompt; without them prompts are dealt
+        out by their own length. streamed: is given each completion that has ended."""
+        sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
+        lengths = lengths or {}
+        costs = [len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
+
+        def finished(rollout: Rollout) -> None:
+            if streamed is not None:
+                streamed.take(rollout)
+            if rollout.stage == stage:
+                self.ahead.take(rollout)
+
+        with self.phase(f"rollout_{name}"):
+            rollouts = generate_everywhere(
+                self.ahead.beside(self.engine, streamed),
+                requests,
+                sampling,
+                expected_tokens=costs,
+                world=self.world,
+                ranks_per_engine=self.config.rollout.tensor_parallel,
+                decode=self.decode,
+                progress=self.progress,
+                finished=finished,
+                quorum=quorum,
+            )
+            self.sampled_at = time.perf_counter()
+        expected = WeightsVersion(self.policy_version, forgotten)
+        check_version(rollouts, expected, [r.stage for r in requests for _ in r.seeds])
+        return rollouts
+
+    def decode(self, rollout: Rollout) -> str:
+        return completion_text(self.setup.tokenizer, rollout.token_ids, self.sampling.stop_token_ids)
+
+    def sample_additions(self) -> None:
+        for addition in self.additions:
+            addition.sample(self)
+
+    def unlearn(
+        self, stage1: Sequence[Rollout], streamed: StreamedUnlearning | None, ablation: Ablation | None
+    ) -> Unlearning:
+        """Finishes ∇L over stage 1. streamed: what was begun of it while completions were sampled."""
+        ended, hidden = self.sampled_at, self.ahead.unlearning.pool is not None
+        if streamed is not None and not hidden:  # but done in between
+            self.times["rollout_stage1"] -= streamed.seconds_until(ended)
+            self.times["unlearn"] = streamed.seconds_until(ended)
+
+        def compute() -> Unlearning:
+            begun = streamed.hand_over() if streamed is not None else None
+            config, window = self.config.eepo, self.entropy_window
+            return compute_unlearning(self.policy, stage1, config, window, begun=begun, ablation=ablation)
+
+        with self.phase("unlearn"):
+            found = self.within_memory(self.policy, compute)
+        if streamed is not None:
+            self.out_of_memory += streamed.gave_up
+            found.hidden_s = streamed.seconds_until(ended) if hidden else 0.0
+        self.unlearning, self.entropy_window = found, found.entropy_window
+        return found
+
+    def forget(self, unlearning: Unlearning) -> None:
+        assert unlearning.gradient is not None
+        seed, step = self.seed
+        with self.phase("forget"):
+            self.forget_stats = self.policy.forget(
+                self.engine, unlearning.gradient, self.config.eepo, seed=seed, step=step
+            )
+
+    @contextmanager
+    def forget_change(self, rollouts: Sequence[Rollout]) -> Iterator[None]:
+        """Notes, with `log.token_details`, how the engine's log-probs of these tokens change inside the block."""
+        before = self._engine_logprobs(rollouts)
+        yield
+        after = self._engine_logprobs(rollouts)
+        if before is not None and after is not None:
+            for r, old, new in zip(rollouts, before, after, strict=True):
+                r.forget_change = [b - a for a, b in zip(old, new, strict=True)]
+
+    def _engine_logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]] | None:
+        if not self.config.log.token_details:
+            return None
+        shared = dict(world=self.world, ranks_per_engine=self.config.rollout.tensor_parallel)
+        with self.phase("token_details"):
+            return score_everywhere(self.engine, rollouts, self.sampling.temperature, **shared)
+
+    # -- scores
+
+    def set_prox_logprobs(self, phase: str, rollouts: Sequence[Rollout]) -> None:
+        """Scores completions under θ."""
+        if not rollouts:
+            return
+        with self.phase(phase):
+            scores = self.within_memory(self.policy, partial(self.policy.score, rollouts))
+        for r, logprobs, entropy in zip(rollouts, *scores, strict=True):
+            r.prox_logprobs, r.entropy = logprobs, entropy

@@ -1,0 +1,75 @@
+"""How an iteration's completions are sampled: in one stage (GRPO), or in two with a forget step between them (EEPO,
+Algorithm 1). θ is the policy, θ' what the engine holds.
+
+θ' is never put back by an inverse step: the next iteration's `sync` makes it θ again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from eepo_fast.algorithm.ablations import find_ablation
+from eepo_fast.algorithm.guards import forget_kl
+from eepo_fast.algorithm.iteration import Iteration
+from eepo_fast.rollout.engine import continuation
+from eepo_fast.rollout.exchange import mean_lengths
+from eepo_fast.types import Rollout
+
+
+class Stages(Protocol):
+    def sample(self, it: Iteration) -> list[Rollout]:
+        """Samples `group_size` completions of each prompt, the same on every rank, in any order. While the engine holds
+        θ it samples the iteration's additions."""
+
+
+class OneStage:
+    """GRPO: the whole group is sampled from the policy."""
+
+    def sample(self, it: Iteration) -> list[Rollout]:
+        it.sync()
+        rollouts = it.generate("stage1", 1, it.requests(1, range(it.config.rollout.group_size)))
+        it.sample_additions()
+        it.at_safe_point()
+        return rollouts
+
+
+class TwoStage:
+    """EEPO: half of the group is sampled from θ, the other from θ', which has forgotten what the first half says."""
+
+    def sample(self, it: Iteration) -> list[Rollout]:
+        config, group_size = it.config.eepo, it.config.rollout.group_size
+        half = group_size // 2
+        it.sync()  # θ' ← θ
+        streamed = it.ahead.stream(it.policy, config, half * len(it.prompts), len(it.prompts))
+        requests = it.requests(1, range(half))
+        sampled = it.generate("stage1", 1, requests, quorum=config.quorum, streamed=streamed)
+        stage1, stragglers = [r for r in sampled if not r.preempted], [r for r in sampled if r.preempted]
+        it.sample_additions()  # from θ: nothing is forgotten yet
+        it.at_safe_point()
+        it.put_to_sleep("unlearn")
+        unlearning = it.unlearn(stage1, streamed, find_ablation(config, it.seed))
+        if unlearning.apply:
+            with it.forget_change(stage1):
+                it.forget(unlearning)  # θ' ← θ' + η∇L
+        unlearning.gradient = None
+        it.at_safe_point()
+        rest = continuation(stragglers, it.sampling.max_new_tokens, *it.seed)
+        requests = [*rest, *it.requests(2, range(half, group_size))]
+        lengths = mean_lengths(stage1)
+        sampled = it.generate("stage2", 2, requests, lengths=lengths, forgotten=unlearning.apply)
+        if unlearning.apply and self._went_too_far(it, sampled[len(rest) :]):
+            it.ahead.drop(sampled)
+            it.sync()  # θ' ← θ: the step is taken back
+            sampled = it.generate("stage2", 2, requests, lengths=lengths)
+        for straggler, more in zip(stragglers, sampled[: len(rest)], strict=True):
+            straggler.go_on(more)
+            straggler.completion = it.decode(straggler)
+        return [*stage1, *stragglers, *sampled[len(rest) :]]
+
+    def _went_too_far(self, it: Iteration, stage2: Sequence[Rollout]) -> bool:
+        assert it.unlearning is not None
+        with it.phase("kl_guard"):
+            it.unlearning.kl = it.within_memory(it.policy, lambda: forget_kl(it.policy, stage2))
+        it.unlearning.resampled = not it.unlearning.kl <= it.config.eepo.max_kl
+        return it.unlearning.resampled
