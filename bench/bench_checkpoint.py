@@ -18,12 +18,12 @@ import torch
 from common import interleaved, parser_with_defaults, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eepo_fast.algorithm.trainer import TrainerState
 from eepo_fast.checkpoint import CheckpointWriter, verify
 from eepo_fast.checkpoint.folder import checkpoint_root, files, fsync
 from eepo_fast.config import make_config
 from eepo_fast.data.base_model import make_tokenizer
 from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.types import TrainerState
 
 
 def main() -> None:

@@ -26,14 +26,15 @@ from common import allocations, parser_with_defaults, record
 from models import SHAPES, make_model
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import eepo_fast.algorithm.trainer as trainer_module
+from eepo_fast.algorithm import iteration, stages
+from eepo_fast.algorithm.overlap import Ahead
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import Config, load_config
 from eepo_fast.config.schema import ModelConfig
 from eepo_fast.data.base_model import make_tokenizer
 from eepo_fast.policy.loading import load_model
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.rollout.engine import Progress, Request, continuation, make_requests
+from eepo_fast.rollout.engine import OnProgress, SampleRequest, continuation, make_requests
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.run.build import make_engine
 from eepo_fast.types import Grade, Problem, Prompt
@@ -49,7 +50,7 @@ class Grader:
 
     beside_sampling = False
 
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         return [Grade(float(i % 2), "ok", 0.0) for i in range(len(completions))]
 
 
@@ -105,21 +106,21 @@ def fix_lengths(lengths: list[int], prompts: list[Prompt], group_size: int) -> N
     """Every sample of every prompt gets its length, the same in both methods."""
     place = {p.id: i for i, p in enumerate(prompts)}
 
-    def limited(chosen, stage, indices, *seeds) -> list[Request]:
+    def limited(chosen, stage, indices, *seeds) -> list[SampleRequest]:
         requests = []
         for r in make_requests(chosen, stage, indices, *seeds):
             limits = [lengths[(place[r.prompt.id] * group_size + k) % len(lengths)] for k in r.sample_indices]
-            requests.append(Request(r.prompt, r.stage, r.sample_indices, r.seeds, tuple(limits)))
+            requests.append(SampleRequest(r.prompt, r.stage, r.sample_indices, r.seeds, tuple(limits)))
         return requests
 
-    def limited_rest(rollouts, *arguments) -> list[Request]:
+    def limited_rest(rollouts, *arguments) -> list[SampleRequest]:
         requests = continuation(rollouts, *arguments)
         whole = [lengths[(place[r.prompt.id] * group_size + r.sample_index) % len(lengths)] for r in rollouts]
         lefts = [(length - r.num_tokens,) for length, r in zip(whole, rollouts, strict=True)]
         return [replace(request, limits=left) for request, left in zip(requests, lefts, strict=True)]
 
-    trainer_module.make_requests = limited
-    trainer_module.continuation = limited_rest
+    iteration.make_requests = limited
+    stages.continuation = limited_rest
 
 
 def make_prompts(lengths: list[int], count: int, num_words: int) -> list[Prompt]:
@@ -131,7 +132,7 @@ def make_prompts(lengths: list[int], count: int, num_words: int) -> list[Prompt]
     return prompts
 
 
-def timed(trainer: Trainer, progress: Progress | None = None) -> dict[str, float]:
+def timed(trainer: Trainer, progress: OnProgress | None = None) -> dict[str, float]:
     cpu, started = cpu_seconds(), synchronised_time()
     _, row = trainer.iteration(progress)
     seconds = synchronised_time() - started
@@ -156,10 +157,10 @@ def cpu_seconds() -> float:
 
 
 def flops(trainer: Trainer) -> float:
-    streams, trainer._stream = trainer._stream, lambda *sizes: None  # the counter does not see other threads
+    streams, Ahead.stream = Ahead.stream, lambda *sizes: None  # the counter does not see other threads
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm_flops}) as counter:
         trainer.iteration()
-    trainer._stream = streams
+    Ahead.stream = streams
     return counter.get_total_flops()
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.policy.micro_batches import collate, input_length, plan_micro_batches
 from eepo_fast.policy.module import PolicyModule, prepare_model
-from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
 LENGTHS = Path(__file__).parent / "lengths" / "gsm8k_smollm2.json"
 GPU = torch.cuda.is_available()
@@ -29,8 +29,9 @@ def make_rollouts(limit: int) -> list[Rollout]:
         return torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()
 
     lengths = json.loads(LENGTHS.read_text())["lengths"][:limit]
+    version = WeightsVersion(0, False)
     return [
-        Rollout(Prompt(Problem(str(i), "", ""), "", ids(p)), 1, i, ids(n), [0.0] * n, WeightsVersion(0, False), True)
+        Rollout(Prompt(Problem(str(i), "", ""), "", ids(p)), 1, i, [Segment(ids(n), [0.0] * n, version)], True)
         for i, (p, n) in enumerate(lengths)
     ]
 

@@ -21,11 +21,11 @@ from bench_packing import LENGTHS
 from common import interleaved, parser_with_defaults, peak_bytes, record
 from models import SHAPES, make_model
 
-from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.losses import PolicyTokens, policy_loss, token_weights
 from eepo_fast.config.schema import GrpoConfig, OptimizerConfig
 from eepo_fast.policy.micro_batches import collate, input_length, plan_micro_batches
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
 GPU = torch.cuda.is_available()
 VARIANTS = ("ours", "ours, checkpointing", "plain")
@@ -43,7 +43,7 @@ def make_rollouts(words: int, num_tokens: int) -> list[Rollout]:
     while sum(map(input_length, found)) < num_tokens:
         p, n = lengths[len(found) % len(lengths)]
         prompt = Prompt(Problem(str(len(found)), "", ""), "", ids(p))
-        rollout = Rollout(prompt, 1, len(found), ids(n), [-1.0] * n, WeightsVersion(0, False), True)
+        rollout = Rollout(prompt, 1, len(found), [Segment(ids(n), [-1.0] * n, WeightsVersion(0, False))], True)
         rollout.reward, rollout.advantage = 1.0, (-1.0) ** len(found)
         found.append(rollout)
     return found
@@ -70,9 +70,10 @@ def gemm_flops(name: str, tokens: int) -> float:
 
 
 def our_update(policy: TorchPolicy, rollouts: list[Rollout]) -> None:
-    weights = {id(r): 1 / sum(r.num_tokens for r in rollouts) for r in rollouts}
+    weight = 1 / sum(r.num_tokens for r in rollouts)
     for micro in policy.micro_batches(rollouts):
-        policy.backward(micro, grpo_loss(GrpoConfig(kl_coef=0.0), GrpoTokens.of(micro, weights, {}, {})))
+        tokens = PolicyTokens.of(micro, token_weights(micro, rollouts, weight), with_reference=False)
+        policy.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
     policy.step()
 
 

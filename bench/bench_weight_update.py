@@ -108,24 +108,27 @@ def round_to(values: dict, how: str, gradient: dict, eta: float) -> tuple[dict, 
 
 
 @torch.no_grad()
-def logprobs_under(policy, weights: dict, rollouts) -> dict[int, list[float]]:
+def logprobs_under(policy, weights: dict, rollouts) -> list[list[float]]:
     """Log-probs of the completions' tokens in fp32 arithmetic with other weights."""
     other = policy.with_model(copy.deepcopy(policy.model))
     for name, parameter in other.model.named_parameters():
         parameter.copy_(weights[name])
-    return other.score(rollouts)[0]
+    return other.score(rollouts).logprobs
 
 
-def gated_change(policy, weights: dict, base: dict[int, list[float]], gate: dict, rollouts) -> float:
+def gated_change(policy, weights: dict, base: list[list[float]], rollouts) -> float:
     """Mean change, from `base`, of the log-prob of the tokens whose gate is open."""
     after = logprobs_under(policy, weights, rollouts)
     changes = [
-        a - b for r in rollouts for a, b, is_open in zip(after[id(r)], base[id(r)], gate[id(r)], strict=True) if is_open
+        a - b
+        for r, now, before in zip(rollouts, after, base, strict=True)
+        for a, b, is_open in zip(now, before, r.gate, strict=True)
+        if is_open
     ]
     return sum(changes) / len(changes)
 
 
-def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
+def rounding(policy, gradient: dict, rollouts) -> list[dict]:
     # A training run's masters are off the bf16 grid, a checkpoint's mostly on it: a tenth of an ulp moves them off.
     generator = torch.Generator().manual_seed(0)
     masters = {
@@ -137,7 +140,7 @@ def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
     base = logprobs_under(policy, held, rollouts)
 
     def change(weights: dict) -> float:
-        return gated_change(policy, weights, base, gate, rollouts)
+        return gated_change(policy, weights, base, rollouts)
 
     rows = []
     for eta in STEP_SIZES:
@@ -152,7 +155,7 @@ def rounding(policy, gradient: dict, gate: dict, rollouts) -> list[dict]:
     return rows
 
 
-def change_over_seeds(policy, gradient: dict, gate: dict, rollouts, eta: float, num_seeds: int = 16) -> dict:
+def change_over_seeds(policy, gradient: dict, rollouts, eta: float, num_seeds: int = 16) -> dict:
     """Mean change of the gated tokens' log-prob over seeds of in-place stochastic rounding, against exact weights."""
     names, zeros = list(gradient), [0] * len(gradient)
     start = {name: w.bfloat16() for name, w in policy.named_weights().items()}
@@ -163,11 +166,11 @@ def change_over_seeds(policy, gradient: dict, gate: dict, rollouts, eta: float, 
         held = {name: w.clone() for name, w in start.items()}
         layout = dict(keys=[tensor_key(n) for n in names], offsets=zeros, eta=eta)
         forget([held[n] for n in names], [gradient[n] for n in names], rounding="stochastic", seed=seed, **layout)
-        found.append(gated_change(policy, {n: w.float() for n, w in held.items()}, base, gate, rollouts))
+        found.append(gated_change(policy, {n: w.float() for n, w in held.items()}, base, rollouts))
     mean = sum(found) / num_seeds
     error = (sum((x - mean) ** 2 for x in found) / (num_seeds - 1) / num_seeds) ** 0.5
     moved = {name: start[name].float() + eta * gradient[name] for name in names}
-    exact = gated_change(policy, moved, base, gate, rollouts)
+    exact = gated_change(policy, moved, base, rollouts)
     return {
         "task": "change of gated log-prob over seeds", "eta": eta, "seeds": num_seeds, "mean": mean,
         "standard_error": error, "with_fp32_weights": exact, "distance_in_standard_errors": abs(mean - exact) / error,
@@ -227,10 +230,10 @@ def main() -> None:
     facts = {"gate_open": unlearning.active_fraction, "grad_norm": unlearning.grad_norm}
     rows = [speed(model, engine, unlearning.gradient.tensors, args.repeats)]
     if not args.speed:
-        gradient, gate = unlearning.gradient.tensors, unlearning.gate
-        rows += [row | facts for row in rounding(policy, gradient, gate, rollouts)]
+        gradient = unlearning.gradient.tensors
+        rows += [row | facts for row in rounding(policy, gradient, rollouts)]
         rows += [over_seeds(policy, gradient, eta) for eta in STEP_SIZES]
-        rows += [change_over_seeds(policy, gradient, gate, rollouts, eta) for eta in STEP_SIZES]
+        rows += [change_over_seeds(policy, gradient, rollouts, eta) for eta in STEP_SIZES]
     engine.close()
     record(rows, args.out)
 

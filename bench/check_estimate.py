@@ -12,7 +12,7 @@ from eepo_fast.policy import footprint
 from eepo_fast.policy.footprint import AUTOCAST, Shape
 from eepo_fast.policy.micro_batches import collate
 from eepo_fast.policy.module import PolicyModule, prepare_model
-from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
 # hidden size, layers, intermediate size, heads, key-value heads, vocabulary, sequences, tokens of each
 SETTINGS = [
@@ -36,10 +36,8 @@ def build(setting: tuple, dtype: torch.dtype, autocast: torch.dtype | None):
     model = LlamaForCausalLM(config).to(dtype).eval()
     prepare_model(model, packed=True)
     prompt, rest = [5] * (length // 4), length - length // 4 + 1
-    rollouts = [
-        Rollout(Prompt(Problem("", "", ""), "", prompt), 1, i, [6] * rest, [], WeightsVersion(0, False), True)
-        for i in range(sequences)
-    ]
+    segment = Segment([6] * rest, [], WeightsVersion(0, False))
+    rollouts = [Rollout(Prompt(Problem("", "", ""), "", prompt), 1, i, [segment], True) for i in range(sequences)]
     module = PolicyModule(model, temperature=1.0, autocast=autocast)
     shape = Shape(hidden, layers, vocabulary, inner, heads, kv, hidden // heads, True)
     return module, collate(rollouts, 0, torch.device("cpu"), True), shape

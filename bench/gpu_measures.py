@@ -18,7 +18,7 @@ from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -126,8 +126,8 @@ def memory(small: bool) -> list[dict]:
         length = 64 if small else 1024
         rollouts = [
             Rollout(
-                Prompt(Problem(f"p{i}", "", ""), "", [5] * 16), 1, i, [6] * (length - 16), [0.0] * (length - 16),
-                WeightsVersion(0, False), True,
+                Prompt(Problem(f"p{i}", "", ""), "", [5] * 16), 1, i,
+                [Segment([6] * (length - 16), [0.0] * (length - 16), WeightsVersion(0, False))], True,
             )
             for i in range(tokens // length)
         ]  # fmt: skip

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from common import parser_with_defaults, record
 
 from eepo_fast.config import Config, load_config
-from eepo_fast.rollout.engine import spared
+from eepo_fast.rollout.engine import num_preemptible
 from eepo_fast.run.estimate import Machine, Shape, find_machine, find_shape
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ class Stage:
 def sample_continuous(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> Stage:
     """An engine whose rows are taken by the next answer as soon as they are free."""
     stage, waiting = Stage(), list(answers)[::-1]
-    may_wait, steps_done, cached, seen = spared(len(answers), quorum), 0, 0.0, set()
+    preemptible, steps_done, cached, seen = num_preemptible(len(answers), quorum), 0, 0.0, set()
     ends: list[tuple[int, int, Answer]] = []  # (step, number, which)
     stage.seconds = costs.first_step_s
     while waiting or ends:
@@ -138,7 +138,7 @@ def sample_continuous(answers: Sequence[Answer], costs: Costs, setup: Setup, quo
         steps_done = step
         stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
         tied = ends and ends[0][0] == steps_done  # ends in the same step
-        if not waiting and len(ends) <= may_wait and not tied:
+        if not waiting and len(ends) <= preemptible and not tied:
             stage.left = [(a, a.tokens - (end - steps_done)) for end, _, a in ends]
             break
     stage.running.append((stage.seconds, 0))
@@ -152,7 +152,7 @@ def sample_static(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum:
         batch = ordered[start : start + setup.max_sequences]
         widest = max(a.prompt_tokens for a in batch)
         stage.seconds += costs.first_step_s + len({a.prompt for a in batch}) * widest * costs.prefill_token_s
-        rows, may_wait, done = len(batch), spared(len(batch), quorum), 0
+        rows, preemptible, done = len(batch), num_preemptible(len(batch), quorum), 0
         by_length = sorted(batch, key=lambda a: a.tokens)
         for i, answer in enumerate(by_length):
             stage.running.append((stage.seconds, len(batch) - i))
@@ -163,7 +163,7 @@ def sample_static(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum:
             stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
             if running and by_length[i + 1].tokens == done:  # ends in the same step
                 continue
-            if running <= may_wait:
+            if running <= preemptible:
                 stage.left += [(a, done) for a in by_length[i + 1 :]]
                 break
             if running <= rows // 2:

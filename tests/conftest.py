@@ -19,6 +19,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eepo_fast.algorithm.iteration import Iteration
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter
 from eepo_fast.config import RunConfig, make_config
@@ -27,7 +28,7 @@ from eepo_fast.distributed import close_groups
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Grade, Problem, Prompt, Rollout, Segment, WeightsVersion
 
 # These are slow, too: patterns of tests' ids. Cases whose like is among the quick tests, and what keeps ranks,
 # compilers, browsers or Triton's interpreter busy.
@@ -246,8 +247,8 @@ def make_rollouts(prompts):
         for i, n in enumerate(lengths):
             ids = torch.randint(2, 20, (n,), generator=generator).tolist()
             logprobs = (-torch.rand(n, generator=generator)).tolist()
-            version = WeightsVersion(0, forgotten)
-            rollouts.append(Rollout(prompts[i % len(prompts)], stage, i, ids, logprobs, version, True, reward=0.0))
+            segment = Segment(ids, logprobs, WeightsVersion(0, forgotten))
+            rollouts.append(Rollout(prompts[i % len(prompts)], stage, i, [segment], True, reward=0.0))
         return rollouts
 
     return make
@@ -292,7 +293,7 @@ class CoinGrader(ArithmeticGrader):
     def __init__(self, missing=()):
         self.missing = missing
 
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         grades = [Grade(float(len(c) % 2), "ok", 0.0) for c in completions]
         return [Grade(0.0, "timeout", 5.0) if i in self.missing else g for i, g in enumerate(grades)]
 
@@ -321,6 +322,19 @@ def make_trainer(make_policy, make_engine, prompts, tokenizer, test_config):
         )
 
     return make
+
+
+@pytest.fixture
+def iterations(monkeypatch):
+    """The state of every iteration that is begun, in their order."""
+    found, make = [], Iteration.__init__
+
+    def noted(self, *arguments):
+        found.append(self)
+        make(self, *arguments)
+
+    monkeypatch.setattr(Iteration, "__init__", noted)
+    return found
 
 
 @pytest.fixture

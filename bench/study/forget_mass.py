@@ -81,10 +81,10 @@ def one_step(
 
 def probabilities(policy: TorchPolicy, said: dict) -> dict[str, float]:
     """Of each prompt's distinct answers, summed."""
-    logprobs = policy.score(list(said.values()))[0]
+    answers = list(said.values())
     result: dict[str, float] = {}
-    for r in said.values():
-        result[r.prompt.id] = result.get(r.prompt.id, 0.0) + float(torch.tensor(logprobs[id(r)]).double().sum().exp())
+    for r, logprobs in zip(answers, policy.score(answers).logprobs, strict=True):
+        result[r.prompt.id] = result.get(r.prompt.id, 0.0) + float(torch.tensor(logprobs).double().sum().exp())
     return result
 
 

@@ -176,7 +176,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
 
 def mean_entropy(policy, rollouts: list) -> float:
     """Nats a token, at temperature 1 whatever training sampled at."""
-    return statistics.fmean(value for values in policy.score(rollouts)[1].values() for value in values)
+    return statistics.fmean(value for values in policy.score(rollouts).entropy for value in values)
 
 
 def curves(lines: list[dict]) -> dict[str, list[float | None]]:

@@ -18,7 +18,7 @@ import torch
 from patience import watch_from
 
 from eepo_fast import cli
-from eepo_fast.algorithm import trainer
+from eepo_fast.algorithm import iteration, trainer
 from eepo_fast.checkpoint import writer
 from eepo_fast.evaluation import periodic
 from eepo_fast.rollout import hf
@@ -34,7 +34,7 @@ def deaf():
 
     @contextmanager
     def listening():
-        yield signals.Request()
+        yield signals.LeaveRequest()
 
     build.listening = listening
 
@@ -82,15 +82,17 @@ def die_while_forgetful(step, life):
 def hang(method, phase):
     """In iteration 2."""
     watch_from(2)
-    original = getattr(trainer.Trainer, method)
+    owner = iteration.Iteration if hasattr(iteration.Iteration, method) else trainer.Trainer
+    original = getattr(owner, method)
 
     def call(self, *args, **kwargs):
-        if self.state.step == 1:
-            with self._timed(phase):
+        it = self if owner is iteration.Iteration else args[0]
+        if it.setup.state.step == 1:
+            with it.phase(phase):
                 time.sleep(3600)
         return original(self, *args, **kwargs)
 
-    setattr(trainer.Trainer, method, call)
+    setattr(owner, method, call)
 
 
 def hang_without_disk(method, phase):

@@ -218,7 +218,7 @@ def test_what_is_written_is_the_moment_of_saving_while_training_goes_on(
     expected = {name: w.clone() for name, w in trainer.policy.named_weights().items()}
     writer.start(trainer.state)
     trainer.iteration()
-    assert writer.progress is None, "it went on meanwhile"
+    assert writer.outcome is None, "it went on meanwhile"
     assert checkpoint.newest_valid(tmp_path / "run")[0] is None, "not a checkpoint before all of it is on disk"
     may_write.set()
     writer.finish()
@@ -382,16 +382,16 @@ def test_an_old_one_that_cannot_be_removed_spoils_no_new_one(make_run, go, monke
 
 
 def test_what_is_on_disk_is_kept_when_the_run_is_broken_off(make_run, go, monkeypatch):
-    from eepo_fast.algorithm import trainer
+    from eepo_fast.algorithm.iteration import Iteration
 
-    original = trainer.Trainer._generate
+    original = Iteration.generate
 
     def broken_off(self, *args, **kwargs):
-        if self.state.step == 2:
+        if self.setup.state.step == 2:
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.Trainer, "_generate", broken_off)
+    monkeypatch.setattr(Iteration, "generate", broken_off)
     config = make_run()
     with pytest.raises(KeyboardInterrupt):
         go(config)

@@ -1,14 +1,17 @@
 """Numbers that are none, steps that go too far, weights that are not who they say: caught, counted, and survived."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from eepo_fast.algorithm import forget, guards, trainer
+from eepo_fast.algorithm import forget, guards, iteration
 from eepo_fast.algorithm.advantages import set_advantages
+from eepo_fast.algorithm.stages import TwoStage
 from eepo_fast.rewards import ArithmeticGrader
-from eepo_fast.types import EngineError, Grade, RolloutBatch, UserError
+from eepo_fast.rollout.engine import Sampling, make_requests
+from eepo_fast.types import EngineError, Grade, RolloutBatch, Segment, UserError
 
 OPEN = {"alpha": 9.0, "learning_rate": 0.05}
 
@@ -44,15 +47,15 @@ def test_a_nan_in_the_unlearning_gradient_skips_the_step(make_trainer, monkeypat
 def test_without_the_guard_the_nan_reaches_the_engine(make_trainer, monkeypatch):
     poisoned(monkeypatch)
     trainer = make_trainer(eepo=OPEN)
-    monkeypatch.setattr(trainer, "_went_too_far", lambda *args: False)  # which would take it back
+    monkeypatch.setattr(TwoStage, "_went_too_far", lambda *args: False)  # which would take it back
     original = forget.compute_unlearning
 
-    def believing(*args):
-        result = original(*args)
+    def believing(*args, **options):
+        result = original(*args, **options)
         result.apply = True
         return result
 
-    monkeypatch.setattr("eepo_fast.algorithm.trainer.compute_unlearning", believing)
+    monkeypatch.setattr("eepo_fast.algorithm.iteration.compute_unlearning", believing)
     try:
         trainer.iteration()
     except Exception:
@@ -64,7 +67,7 @@ class Grader(ArithmeticGrader):
     def __init__(self, grades):
         self.grades = grades
 
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         return [self.grades[i % len(self.grades)] for i in range(len(completions))]
 
 
@@ -127,7 +130,7 @@ def test_empty_and_cut_off_completions(make_trainer, monkeypatch):
     def generate(requests, sampling, *more):
         rollouts = original(requests, sampling)  # nothing is handed over before it is what it is
         for r in rollouts[::3]:
-            r.token_ids, r.rollout_logprobs = [], []
+            r.segments = [Segment([], [], r.weights_version)]
         return rollouts
 
     monkeypatch.setattr(trainer.engine, "generate", generate)
@@ -172,7 +175,7 @@ def test_the_policy_is_restored_exactly(make_trainer):
         before = {name: w.clone() for name, w in trainer.engine.weights.items()}
         unlearning = forget.compute_unlearning(
             trainer.policy,
-            trainer.engine.generate(trainer_requests(trainer), trainer.sampling),
+            trainer.engine.generate(trainer_requests(trainer), Sampling(1.0, 8, (1,))),
             trainer.config.eepo,
             [],
         )
@@ -190,8 +193,6 @@ def test_the_policy_is_restored_exactly(make_trainer):
 
 
 def trainer_requests(trainer):
-    from eepo_fast.rollout.engine import make_requests
-
     return make_requests(trainer.prompts, 1, range(2), 0, 0)
 
 
@@ -241,16 +242,15 @@ def test_a_rollout_of_other_weights_is_refused(make_trainer, monkeypatch, wrong)
         last, version = rollouts[-1], rollouts[-1].weights_version
         if wrong == "stage":
             last.stage = 2
-        elif wrong == "version":
-            last.weights_version = version._replace(policy_version=7)
         else:
-            last.weights_version = version._replace(forgotten=True)
+            other = version._replace(**{"policy_version": 7} if wrong == "version" else {"forgotten": True})
+            last.segments = [replace(last.segments[0], weights_version=other)]
         return rollouts
 
     monkeypatch.setattr(trainer_.engine, "generate", generate)
     with pytest.raises(EngineError, match="expected completions of stage 1 from weights"):
         trainer_.iteration()
-    monkeypatch.setattr(trainer, "check_version", lambda *args: None)  # the control
+    monkeypatch.setattr(iteration, "check_version", lambda *args: None)  # the control
     if wrong != "stage":
         trainer_.iteration()
 
@@ -262,7 +262,7 @@ def test_a_logprob_that_is_none_leaves_its_completion_out(make_trainer, monkeypa
 
     def generate(requests, sampling, *more):
         rollouts = original(requests, sampling, *more)
-        rollouts[1].rollout_logprobs[0] = value
+        rollouts[1].segments[0].rollout_logprobs[0] = value
         return rollouts
 
     monkeypatch.setattr(trainer.engine, "generate", generate)
@@ -270,7 +270,8 @@ def test_a_logprob_that_is_none_leaves_its_completion_out(make_trainer, monkeypa
     assert row["rollout/non_finite_logprobs"] == 2 and row["reward/missing"] == 2
     assert row["policy/updates_skipped"] == 0 and torch.isfinite(weights_of(trainer)).all()
     assert row["unlearn/resampled"] == 0
-    monkeypatch.setattr("eepo_fast.algorithm.trainer.has_finite_logprobs", lambda r: True)  # the control
+    for module in ("trainer", "ratio"):  # the control
+        monkeypatch.setattr(f"eepo_fast.algorithm.{module}.has_finite_logprobs", lambda r: True)
     _, row = trainer.iteration()
     assert row["policy/updates_skipped"] > 0
 
@@ -329,7 +330,7 @@ def test_memory_that_no_halving_frees_is_one_line(make_trainer, monkeypatch):
     with pytest.raises(UserError, match=r"out of memory: CUDA out of memory.*lower train.micro_batch_tokens"):
         trainer.iteration()
     # the control
-    monkeypatch.setattr("eepo_fast.algorithm.trainer.within_memory", lambda policy, compute: (compute(), 0))
+    monkeypatch.setattr("eepo_fast.algorithm.iteration.within_memory", lambda policy, compute: (compute(), 0))
     with pytest.raises(torch.OutOfMemoryError):
         trainer.iteration()
 
@@ -340,14 +341,14 @@ def test_the_guard_of_the_step_scores_few_and_knows_what_is_no_number(make_train
     scored = []
     original = trainer.policy.score
     trainer.policy.score = lambda chosen: scored.append(chosen) or original(chosen)
-    assert math.isfinite(guards.forgotten_kl(trainer.policy, rollouts))
+    assert math.isfinite(guards.forget_kl(trainer.policy, rollouts))
     places = [rollouts.index(r) for r in scored[0]]
     assert len(places) == guards.KL_SAMPLES and places[-1] >= 36, "spread over all of them"
-    rollouts[0].rollout_logprobs[0] = math.nan
-    assert math.isfinite(guards.forgotten_kl(trainer.policy, rollouts)), "one is left out"
+    rollouts[0].segments[0].rollout_logprobs[0] = math.nan
+    assert math.isfinite(guards.forget_kl(trainer.policy, rollouts)), "one is left out"
     for r in rollouts[:21]:
-        r.rollout_logprobs[0] = math.nan
-    assert math.isnan(guards.forgotten_kl(trainer.policy, rollouts)), "most: it is the model, and the step goes back"
+        r.segments[0].rollout_logprobs[0] = math.nan
+    assert math.isnan(guards.forget_kl(trainer.policy, rollouts)), "most: it is the model, and the step goes back"
 
 
 def test_a_step_to_weights_that_are_no_numbers_is_taken_back(make_trainer):

@@ -180,7 +180,7 @@ def test_saving_the_engine_instead_would_be_noticed(make_run, go, outcome, monke
 
 @pytest.mark.fault(3)
 @pytest.mark.fault(20)
-@pytest.mark.parametrize(("method", "phase"), [("_generate", "rollout_stage1"), ("_grade", "reward")])
+@pytest.mark.parametrize(("method", "phase"), [("generate", "rollout_stage1"), ("_grade", "reward")])
 def test_what_hangs_is_named_and_ended(start, code_of, make_run, method, phase):
     config = make_run("run.timeout_s=3")
     pid, errors = start(config, "hang", method=method, phase=phase)

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from eepo_fast import checkpoint
-from eepo_fast.algorithm import trainer
 from eepo_fast.checkpoint import folder as folders
 from eepo_fast.checkpoint import state as states
 from eepo_fast.policy.plain import set_scheduler
 from eepo_fast.rewards import ArithmeticGrader
-from eepo_fast.types import Grade, UserError
+from eepo_fast.types import Grade, TrainerState, UserError
 
 VARIANTS = {
     "gate open": (),
@@ -26,7 +25,7 @@ VARIANTS = {
 class NoisyGrader(ArithmeticGrader):
     """Rewards that draw from every global generator, as a user's own might."""
 
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         import numpy as np
 
         draw = lambda: random.random() + np.random.rand() + torch.rand(()).item()  # noqa: E731
@@ -197,5 +196,5 @@ def test_a_key_that_nobody_reads_is_refused(make_run):
 def test_the_state_is_what_the_trainer_has():
     """A field that a checkpoint would not bring back."""
     kept = {"step", "policy_version", "entropy_window", "entropy", "bad_updates"}
-    assert set(trainer.TrainerState.__dataclass_fields__) == kept
+    assert set(TrainerState.__dataclass_fields__) == kept
     assert {"python", "numpy", "torch", "cuda"} == set(states.random_state())

@@ -10,7 +10,7 @@ from pathlib import Path
 from patience import watch_from
 
 from eepo_fast import cli
-from eepo_fast.algorithm import trainer
+from eepo_fast.algorithm import iteration, trainer
 
 KIND, ITERATION, FOLDER = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 RANK = int(os.environ.get("RANK", "0"))
@@ -23,9 +23,9 @@ def once():
     return True
 
 
-def misbehaving(original, where):
+def misbehaving(owner, original, where):
     def call(self, *args, **kwargs):
-        if RANK == 1 and self.state.step == ITERATION - 1 and once():
+        if RANK == 1 and getattr(self, "setup", self).state.step == ITERATION - 1 and once():
             if KIND.startswith("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if KIND.startswith("stop"):
@@ -34,12 +34,12 @@ def misbehaving(original, where):
         return original(self, *args, **kwargs)
 
     if KIND.endswith(where):
-        setattr(trainer.Trainer, original.__name__, call)
+        setattr(owner, original.__name__, call)
 
 
 watch_from(ITERATION)
-misbehaving(trainer.Trainer._generate, "rollout")
-misbehaving(trainer.Trainer._grade, "reward")
-misbehaving(trainer.Trainer._update, "update")
+misbehaving(iteration.Iteration, iteration.Iteration.generate, "rollout")
+misbehaving(trainer.Trainer, trainer.Trainer._grade, "reward")
+misbehaving(trainer.Trainer, trainer.Trainer._update, "update")
 if __name__ == "__main__":
     sys.exit(cli.main(sys.argv[4:]))

@@ -21,7 +21,7 @@ from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.data.base_model import make_tokenizer
 from eepo_fast.policy import attention
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.rollout.engine import Request, Sampling, continuation, sample_seed
+from eepo_fast.rollout.engine import SampleRequest, Sampling, continuation, sample_seed
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import Problem, Prompt, WeightsVersion
@@ -76,12 +76,12 @@ def requests_for(count, samples=2):
         Prompt(Problem(f"p{i}", "", "1"), "", [3 + (5 * i + j) % 500 for j in range(4 + i)]) for i in range(count)
     ]
     seeds = [tuple(sample_seed(0, 0, p.problem.id, 1, k) for k in range(samples)) for p in prompts]
-    return [Request(p, 1, tuple(range(samples)), s) for p, s in zip(prompts, seeds, strict=True)]
+    return [SampleRequest(p, 1, tuple(range(samples)), s) for p, s in zip(prompts, seeds, strict=True)]
 
 
 def mean_gap(policy, rollouts):
-    scored = policy.score(rollouts)[0]
-    pairs = [pair for r in rollouts for pair in zip(scored[id(r)], r.rollout_logprobs, strict=True)]
+    scored = policy.score(rollouts).logprobs
+    pairs = [p for r, found in zip(rollouts, scored, strict=True) for p in zip(found, r.rollout_logprobs, strict=True)]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
@@ -166,7 +166,7 @@ def test_unlearning_streams_beside_sampling(engine, device, test_config):
     streamed = StreamedUnlearning(policy, config, 16, 8, background)
     rollouts = engine.generate(requests, SAMPLING, None, streamed.take)
     assert streamed.spans or streamed.background.pending, "something was done before the last one ended"
-    found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
+    found = compute_unlearning(policy, rollouts, config, [], begun=streamed.hand_over())
     background.close()
     assert not streamed.gave_up
     expected = compute_unlearning(policy, rollouts, config, [])
@@ -202,12 +202,12 @@ def test_liger_with_packed_attention_is_the_plain_model(device, test_config, mon
     rollouts = sampler.generate(requests_for(6), SAMPLING)
     # the plain one first: afterwards its rotary positions, too, would be Liger's
     plain = make_policy(model, device, optimizer, compute_dtype=torch.float32, packed=False)
-    expected = gradient_of(plain, rollouts), plain.score(rollouts)[0]
+    expected = gradient_of(plain, rollouts), plain.score(rollouts).logprobs
     assert not used
     fast = make_policy(model, device, optimizer, liger=liger, gradient_checkpointing=checkpointing)
-    found = gradient_of(fast, rollouts), fast.score(rollouts)[0]
+    found = gradient_of(fast, rollouts), fast.score(rollouts).logprobs
     assert distance(found[0], expected[0]) < 0.05
-    gaps = [abs(a - b) for r in rollouts for a, b in zip(found[1][id(r)], expected[1][id(r)], strict=True)]
+    gaps = [abs(a - b) for pair in zip(found[1], expected[1], strict=True) for a, b in zip(*pair, strict=True)]
     assert sum(gaps) / len(gaps) < MEAN_GAP
     assert bool(used) == liger
     layers = {m._get_name() for m in fast.model.modules()}

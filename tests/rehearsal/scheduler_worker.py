@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.rollout import vllm as module
-from eepo_fast.rollout.engine import Request, Sampling, continuation
+from eepo_fast.rollout.engine import SampleRequest, Sampling, continuation
 from eepo_fast.rollout.weights import checksums
 from eepo_fast.types import Problem, Prompt, WeightsVersion
 
@@ -230,7 +230,7 @@ def prompt(i):
 
 def requests_for(first, count, stage=1):
     return [
-        Request(
+        SampleRequest(
             Prompt(Problem(f"p{i}", "", "1"), "", [10 + i, *range(20, 20 + 9 * i)]), stage, (0, 1), (2 * i, 2 * i + 1)
         )
         for i in range(first, first + count)

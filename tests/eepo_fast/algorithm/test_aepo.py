@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from eepo_fast.algorithm import aepo
+from eepo_fast.algorithm.ablations import find_ablation
 from eepo_fast.algorithm.advantages import group_advantages
+from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.config import load_config
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.types import Grade, UserError
@@ -110,9 +112,10 @@ def test_half_as_many_replace_above_the_target(make_rollouts, test_config):
         rollouts = make_rollouts([3] * 16)
         for i, r in enumerate(rollouts):
             r.reward = float(i % 2)
-        extra = aepo.ExtraSamples(1.0, entropy, rollouts)
         config = test_config(aepo=settings(mode="replace", num_samples=num_samples, target_entropy=0.5)).aepo
-        aepo.choose_samples(config, extra, 4, batch_size)
+        extra = aepo.Aepo(config, entropy)
+        extra.rollouts = rollouts
+        extra.choose_samples(4, batch_size)
         assert [r.sample_index for r in extra.used] == list(range(1, 16, 2))[:limit]
 
 
@@ -127,8 +130,9 @@ def test_a_negative_reward_is_not_a_right_answer(make_rollouts, test_config):
     rollouts = make_rollouts([3] * 4)
     for r, reward in zip(rollouts, (-1.0, 0.0, 0.5, None), strict=True):
         r.reward = reward
-    extra = aepo.ExtraSamples(1.0, 0.5, rollouts)
-    aepo.choose_samples(test_config(aepo=settings()).aepo, extra, 4, 4)
+    extra = aepo.Aepo(test_config(aepo=settings()).aepo, 0.5)
+    extra.rollouts = rollouts
+    extra.choose_samples(4, 4)
     assert extra.used == [rollouts[2]] and extra.num_positive == 1 and rollouts[2].advantage == 0.5
 
 
@@ -138,7 +142,7 @@ def test_no_right_sample_means_no_term(make_trainer, applied):
         trainer = make(make_trainer, aepo=settings(enabled=enabled))
         grade = trainer.grader.grade
 
-        def no_extra(problems, completions, grade=grade):
+        def no_extra(problems, completions, *, seconds=None, grade=grade):
             found = grade(problems, completions)
             return found[:16] + [type(found[0])(0.0, "ok", 0.0)] * (len(found) - 16)
 
@@ -229,13 +233,11 @@ def test_overlays_change_what_their_names_say(base):
 
 
 def test_a_random_direction_is_as_long_as_the_gradient(make_policy, make_rollouts, test_config):
-    from eepo_fast.algorithm.forget import compute_unlearning
-
     policy, rollouts = make_policy(), make_rollouts([5, 7, 3, 9])
     found = {}
-    for direction, seed in (("gradient", "0|0"), ("random", "0|0"), ("random", "0|0"), ("random", "0|1")):
+    for direction, seed in (("gradient", (0, 0)), ("random", (0, 0)), ("random", (0, 0)), ("random", (0, 1))):
         eepo = test_config(eepo={"alpha": 9.0, "direction": direction}).eepo
-        result = compute_unlearning(policy, rollouts, eepo, [], seed)
+        result = compute_unlearning(policy, rollouts, eepo, [], ablation=find_ablation(eepo, seed))
         found.setdefault((direction, seed), []).append(
             torch.cat([g.flatten() for g in result.gradient.tensors.values()])
         )
@@ -249,7 +251,7 @@ def test_a_random_direction_is_as_long_as_the_gradient(make_policy, make_rollout
 class RightGrader(ArithmeticGrader):
     """Everything is right, so that GRPO has no gradient and the term acts alone."""
 
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         return [Grade(1.0, "ok", 0.0) for _ in completions]
 
 

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
+from eepo_fast.algorithm.ablations import find_ablation
 from eepo_fast.algorithm.forget import GradientPass, compute_unlearning
 from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.rollout.engine import Sampling, make_requests
-from eepo_fast.types import WeightsVersion
+from eepo_fast.types import Segment, WeightsVersion
 
 
 def plain_objective(model, rollouts, config, open_gates=None):
@@ -74,8 +75,8 @@ def test_after_the_step_the_sampled_tokens_are_less_likely(make_policy, make_eng
     after = score_with(engine.model, policy, rollouts)
     change = [
         a - b
-        for r in rollouts
-        for a, b, g in zip(after[id(r)], result.logprobs[id(r)], result.gate[id(r)], strict=True)
+        for r, now in zip(rollouts, after, strict=True)
+        for a, b, g in zip(now, r.prox_logprobs, r.gate, strict=True)
         if g
     ]
     assert len(change) > 5 and sum(change) / len(change) < -1e-4
@@ -83,7 +84,7 @@ def test_after_the_step_the_sampled_tokens_are_less_likely(make_policy, make_eng
 
 def score_with(model, policy, rollouts):
     other = policy.with_model(model)
-    return other.score(rollouts)[0]
+    return other.score(rollouts).logprobs
 
 
 def test_a_closed_gate_writes_nothing(make_policy, make_engine, prompts, test_config):
@@ -112,7 +113,8 @@ def test_policy_is_bitwise_untouched(make_policy, make_engine, prompts, test_con
     for changes in ({"alpha": 1.0}, {"alpha": 1.0, "num_steps": 3}, {"gate": "iteration", "alpha": 9.0}):
         config = test_config(eepo=changes).eepo
         engine.sync([policy.named_weights()], WeightsVersion(1, False))
-        result = compute_unlearning(policy, sampled(engine, prompts), config, [])
+        ablation = find_ablation(config, (0, 0))
+        result = compute_unlearning(policy, sampled(engine, prompts), config, [], ablation=ablation)
         assert result.apply
         engine.forget(result.gradient.tensors, eta=1.0, rounding="stochastic", seed=0, step=0)
         sampled(engine, prompts)
@@ -143,9 +145,10 @@ def test_padding_never_enters(make_policy, make_rollouts, test_config):
     config = test_config(eepo={"gate": "always"}).eepo
     rollouts = make_rollouts([2, 12])
     alone = compute_unlearning(make_policy(micro_batch_tokens=1), rollouts, config, [])
+    found = {r: r.prox_logprobs for r in rollouts}
     together = compute_unlearning(make_policy(micro_batch_tokens=10_000), rollouts, config, [])
     for r in rollouts:
-        assert alone.logprobs[id(r)] == pytest.approx(together.logprobs[id(r)], abs=1e-5)
+        assert found[r] == pytest.approx(r.prox_logprobs, abs=1e-5)
     for name, gradient in alone.gradient.tensors.items():
         assert torch.allclose(gradient, together.gradient.tensors[name], rtol=1e-4, atol=1e-6)
 
@@ -154,18 +157,21 @@ def test_iteration_gate_averages_over_iterations(make_policy, make_rollouts, tes
     rollouts, policy = make_rollouts([4, 4]), make_policy()
     entropy = compute_unlearning(policy, rollouts, test_config(eepo={"gate": "always"}).eepo, []).mean_entropy
     for earlier, is_open in [([], True), ([9.0], False), ([9.0, 0.0, 0.0], True)]:
-        window = list(earlier)
         config = test_config(eepo={"gate": "iteration", "alpha": entropy * 1.01, "window": 3}).eepo
-        result = compute_unlearning(policy, rollouts, config, window)
+        result = compute_unlearning(policy, rollouts, config, earlier)
         assert result.apply == is_open and result.active_fraction == float(is_open)
-        assert window == pytest.approx([*earlier, entropy][-3:])
+        assert result.entropy_window == pytest.approx([*earlier, entropy][-3:])
+        assert all(set(r.gate) == {float(is_open)} for r in rollouts)
 
 
 def test_several_steps_follow_the_gradient_at_theta_prime(make_policy, make_rollouts, test_config):
     eta = 0.05
     config = test_config(eepo={"gate": "always", "num_steps": 3, "learning_rate": eta}).eepo
     policy, rollouts = make_policy(), make_rollouts([5, 3])
-    found = compute_unlearning(policy, rollouts, config, []).gradient.tensors
+    found = compute_unlearning(policy, rollouts, config, [], ablation=find_ablation(config, (0, 0)))
+    scored = policy.score(rollouts).logprobs
+    assert [r.prox_logprobs for r in rollouts] == [pytest.approx(s, abs=1e-5) for s in scored], "of θ, not of θ'"
+    found = found.gradient.tensors
     model = copy.deepcopy(policy.model).double()
     for _ in range(3):
         grads = torch.autograd.grad(plain_objective(model, rollouts, config), list(model.parameters()))
@@ -213,7 +219,7 @@ def stream(policy, rollouts, config, *, threaded=False, untaken=()):
     prompts = len({r.prompt.id for r in rollouts})
     streamed = StreamedUnlearning(policy, config, len(rollouts), prompts, Background("unlearn", threaded=threaded))
     for r in reversed(rollouts):  # not in the order of the batch
-        if id(r) not in untaken:
+        if r not in untaken:
             streamed.take(r)
     return streamed
 
@@ -225,18 +231,23 @@ def test_unlearning_that_streams_is_the_same(make_policy, make_engine, prompts, 
     config = test_config(eepo={"alpha": 1.0, **changes}).eepo
     policy = make_policy(micro_batch_tokens=40)
     rollouts = sampled(make_engine(), prompts)
-    rollouts[1].token_ids, rollouts[1].rollout_logprobs = [], []
+    rollouts[1].segments = [Segment([], [], rollouts[1].weights_version)]
     after = compute_unlearning(policy, rollouts, config, [])
-    streamed = stream(policy, rollouts, config, threaded=threaded, untaken={id(rollouts[0]), id(rollouts[5])})
+    columns = [(r.prox_logprobs, r.entropy, r.gate) for r in rollouts]
+    for r in rollouts:
+        r.prox_logprobs = r.entropy = r.gate = None
+    streamed = stream(policy, rollouts, config, threaded=threaded, untaken={rollouts[0], rollouts[5]})
     streamed.background.wait()
     assert len(streamed.whole.done) >= len(rollouts) / 2, "most of it is done before the stage ends"
     assert streamed.seconds_until(math.inf) > 0 and streamed.seconds_until(0.0) == 0
-    found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
+    found = compute_unlearning(policy, rollouts, config, [], begun=streamed.hand_over())
     assert found.loss == pytest.approx(after.loss, rel=1e-5) and found.active_fraction == after.active_fraction
     assert found.mean_entropy == pytest.approx(after.mean_entropy, rel=1e-5)
-    assert found.logprobs.keys() == after.logprobs.keys() and len(found.logprobs) == len(rollouts) - 1
-    for key, values in after.logprobs.items():
-        assert found.logprobs[key] == pytest.approx(values, abs=1e-5) and found.gate[key] == after.gate[key]
+    assert [r.prox_logprobs is None for r in rollouts] == [i == 1 for i in range(len(rollouts))]
+    for r, (logprobs, entropy, gate) in zip(rollouts, columns, strict=True):
+        if r.num_tokens:
+            assert r.prox_logprobs == pytest.approx(logprobs, abs=1e-5) and r.gate == gate
+            assert r.entropy == pytest.approx(entropy, abs=1e-5)
     pairs = [(found.gradient.tensors[k].double(), after.gradient.tensors[k].double()) for k in after.gradient.tensors]
     distance = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
     assert distance < 1e-5 * after.grad_norm
@@ -259,7 +270,7 @@ def test_a_stream_that_runs_out_of_memory_is_made_after_the_stage(make_policy, m
     policy.loss = failing
     streamed = stream(policy, rollouts, config)
     assert len(calls) == 2 and streamed.whole is None and streamed.gave_up, "and it does not try again"
-    found = compute_unlearning(policy, rollouts, config, [], streamed=streamed)
+    found = compute_unlearning(policy, rollouts, config, [], begun=streamed.hand_over())
     assert found.loss == expected.loss and found.grad_norm == expected.grad_norm
 
 
@@ -293,7 +304,7 @@ def test_an_iteration_streams(make_trainer):
     assert seen[0] is False
 
 
-def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
+def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, iterations, monkeypatch):
     """Nothing goes on behind a run that saves and leaves, nor is what waits begun."""
     threaded = lambda name, **options: Background(name, threaded=True)  # noqa: E731
     monkeypatch.setattr("eepo_fast.algorithm.overlap.Background", threaded)
@@ -304,10 +315,10 @@ def test_a_stream_whose_iteration_is_abandoned_ends(make_trainer, monkeypatch):
     def leave():
         raise InterruptedError
 
-    trainer.between = leave
+    trainer.at_safe_point = leave
     with pytest.raises(InterruptedError):
         trainer.iteration()
-    background = trainer.ahead.unlearning
+    background = iterations[0].ahead.unlearning
     assert any(f.cancelled() for f in background.pending) and all(f.done() for f in background.pending)
     assert not any(thread.is_alive() for thread in background.pool._threads)
 
@@ -319,7 +330,7 @@ def test_an_engine_that_returns_copies_is_noticed(make_policy, make_engine, prom
     rollouts = sampled(make_engine(), prompts)
     streamed = stream(policy, rollouts, config)
     with pytest.raises(AssertionError, match="objects that it has handed over"):
-        compute_unlearning(policy, [copy.copy(r) for r in rollouts], config, [], streamed=streamed)
+        compute_unlearning(policy, [copy.copy(r) for r in rollouts], config, [], begun=streamed.hand_over())
 
 
 def test_a_stream_that_gives_up_is_counted(make_trainer, monkeypatch):

@@ -8,12 +8,12 @@ from eepo_kernels import TokenStats, fused_linear_loss
 from torch.nn.functional import log_softmax
 
 from eepo_fast.algorithm.losses import (
-    GrpoTokens,
+    PolicyTokens,
     clipped_log1mp,
     gate_open,
-    grpo_loss,
     low_variance_kl,
     nll_loss,
+    policy_loss,
     reinforce_loss,
     unlearning_loss,
 )
@@ -113,7 +113,7 @@ def make_tokens(n, **changes):
         weights=torch.full((n,), 1 / n, dtype=torch.float64),
         ref_logprobs=-torch.rand(n, generator=g).double() * 2,
     )
-    return GrpoTokens(**{**values, **changes})
+    return PolicyTokens(**{**values, **changes})
 
 
 @pytest.mark.parametrize("clip_high", [0.2, 0.28])
@@ -125,7 +125,7 @@ def test_grpo_loss_and_gradient_against_the_formula(test_config, clip_high):
     targets = torch.randint(0, 6, (n,), generator=g)
     tokens = make_tokens(n)
     tokens.weights[5] = 0.0
-    found, _ = _fused_on_logits(logits, targets, grpo_loss(config, tokens), 1.0)
+    found, _ = _fused_on_logits(logits, targets, policy_loss(config, tokens), 1.0)
     (found_grad,) = torch.autograd.grad(found, logits)
 
     log_p = log_softmax(logits, -1)
@@ -155,7 +155,7 @@ def test_grpo_loss_and_gradient_against_the_formula(test_config, clip_high):
 def test_zero_advantages_give_a_finite_loss_and_no_gradient(test_config):
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     tokens = make_tokens(6, advantages=torch.zeros(6).double(), ref_logprobs=None)
-    loss, _ = _fused_on_logits(logits, torch.zeros(6, dtype=torch.int64), grpo_loss(test_config().grpo, tokens), 1.0)
+    loss, _ = _fused_on_logits(logits, torch.zeros(6, dtype=torch.int64), policy_loss(test_config().grpo, tokens), 1.0)
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0 and grad.abs().max() == 0
 
@@ -164,7 +164,7 @@ def test_a_left_out_token_cannot_spoil_the_sum(test_config):
     tokens = make_tokens(4, ref_logprobs=None)
     tokens.weights[1], tokens.old_logprobs[1], tokens.advantages[1] = 0.0, math.nan, math.nan
     stats = TokenStats(*(torch.full((4,), -0.5, dtype=torch.float64) for _ in range(3)))
-    losses = grpo_loss(test_config().grpo, tokens)(stats, torch.arange(4))
+    losses = policy_loss(test_config().grpo, tokens)(stats, torch.arange(4))
     assert losses.isfinite().all() and losses[1] == 0
 
 
@@ -196,9 +196,9 @@ def test_reinforce_is_grpo_on_policy(test_config):
     hidden = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weight, targets = torch.randn(7, 4, dtype=torch.float64), torch.arange(9) % 7
     advantages, weights = torch.linspace(-1, 1, 9), torch.full((9,), 1 / 9)
-    tokens = GrpoTokens(advantages, torch.zeros(9), torch.ones(9, dtype=torch.bool), weights)
+    tokens = PolicyTokens(advantages, torch.zeros(9), torch.ones(9, dtype=torch.bool), weights)
     grpo = test_config(grpo={"kl_coef": 0.0, "entropy_coef": 0.0}).grpo
-    losses = (grpo_loss(grpo, tokens), reinforce_loss(advantages, weights))
+    losses = (policy_loss(grpo, tokens), reinforce_loss(advantages, weights))
     grads = [torch.autograd.grad(fused_linear_loss(hidden, weight, targets, f)[0], hidden)[0] for f in losses]
     assert torch.allclose(*grads, atol=1e-12) and grads[0].abs().sum() > 0
 
@@ -214,12 +214,12 @@ def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     column = {"hidden": hidden, "advantage": advantages, "ref": ref}.get(poison, old)
     column[5] = {"old -inf": -math.inf, "old far": -200.0}.get(poison, math.nan)
     hidden.requires_grad_()
-    tokens = GrpoTokens(advantages, old, torch.zeros(20, dtype=torch.bool), weights, ref)
+    tokens = PolicyTokens(advantages, old, torch.zeros(20, dtype=torch.bool), weights, ref)
     config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1}).grpo
     loss_fn = {
         "nll": nll_loss(weights),
         "reinforce": reinforce_loss(advantages, weights),
-        "grpo": grpo_loss(config, tokens),
+        "grpo": policy_loss(config, tokens),
     }[name]
     loss, _ = fused_linear_loss(hidden, weight, targets, loss_fn)
     loss.backward()

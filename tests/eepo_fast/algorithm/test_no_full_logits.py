@@ -15,7 +15,7 @@ V = 20_000
 
 
 class LengthGrader(ArithmeticGrader):
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         return [Grade(float(len(c) % 2), "ok", 0.0) for c in completions]
 
 

@@ -1,6 +1,5 @@
 """Grading and the reference's scores beside sampling: what they find is what they would have found after it."""
 
-import gc
 import threading
 import time
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eepo_fast.algorithm.overlap import Ahead, Background, GradedAhead, ScoredAhead
+from eepo_fast.algorithm.overlap import Ahead, Background, GradedAhead, ScoredAhead, set_ref_logprobs
 from eepo_fast.distributed import World
 from eepo_fast.types import Grade, Interrupted
 
@@ -28,7 +27,7 @@ def beside_grader(coin_grader):
             super().__init__()
             self.calls = []
 
-        def grade(self, problems, completions, seconds):
+        def grade(self, problems, completions, *, seconds):
             self.calls.append((threading.current_thread() is threading.main_thread(), list(completions), seconds))
             return super().grade(problems, completions)
 
@@ -53,13 +52,13 @@ def test_grades_are_those_of_whole_completions(make_trainer, beside_grader, chan
     assert any(r.num_before for r in batch.rollouts) == ("quorum" in changes["eepo"])
 
 
-def test_grading_begins_before_the_stage_ends(make_trainer, beside_grader):
+def test_grading_begins_before_the_stage_ends(make_trainer, beside_grader, iterations):
     trainer = make_trainer(grader=beside_grader(), eepo=OPEN)
     seen, generate = [], trainer.engine.generate
 
     def generating(*arguments):
         rollouts = generate(*arguments)
-        trainer.ahead.graded.background.wait()
+        iterations[-1].ahead.graded.background.wait()
         seen.append(len(trainer.grader.calls))
         return rollouts
 
@@ -118,7 +117,7 @@ def test_another_rank_knows_some(make_rollouts, coin_grader):
             super().__init__()
             self.rank = rank
 
-        def grade(self, problems, completions, seconds):
+        def grade(self, problems, completions, *, seconds):
             calls[self.rank] += completions
             return [Grade(float(len(c)), "ok", 0.0) for c in completions]
 
@@ -140,10 +139,10 @@ def test_another_rank_knows_some(make_rollouts, coin_grader):
 
 def test_an_error_on_the_graders_thread_ends_the_iteration(make_trainer, beside_grader):
     class Failing(beside_grader):
-        def grade(self, problems, completions, seconds):
+        def grade(self, problems, completions, *, seconds):
             if threading.current_thread() is not threading.main_thread():
                 raise ValueError("its worker cannot start")
-            return super().grade(problems, completions, seconds)
+            return super().grade(problems, completions, seconds=seconds)
 
     trainer = make_trainer(grader=Failing(), eepo=OPEN)
     with pytest.raises(ValueError, match="cannot start"):
@@ -183,44 +182,47 @@ def test_one_rank_of_an_engine_grades_its_completions(test_config, beside_grader
     assert called == [1, 0, 1, 0]
 
 
-def test_an_abandoned_iteration_leaves_no_thread(make_trainer, beside_grader):
+def test_an_abandoned_iteration_leaves_no_thread(make_trainer, beside_grader, iterations):
     trainer = make_trainer(grader=beside_grader(), eepo=OPEN)
 
     def leave():
         raise Interrupted
 
-    trainer.between = leave
+    trainer.at_safe_point = leave
     with pytest.raises(Interrupted):
         trainer.iteration()
-    assert not any(thread.is_alive() for thread in trainer.ahead.graded.background.pool._threads)
+    assert not any(thread.is_alive() for thread in iterations[0].ahead.graded.background.pool._threads)
+
+
+def num_scored(rollouts):
+    return sum(r.ref_logprobs is not None for r in rollouts)
 
 
 def test_reference_scores_beside_sampling(make_policy, make_rollouts):
     """The same as after it, some only at the end."""
     policy = make_policy(micro_batch_tokens=40)
     rollouts = make_rollouts([9, 12, 7, 15, 8])
-    expected = policy.score(rollouts)[0]
+    expected = policy.score(rollouts).logprobs
     background = Background("score", threaded=True)
     ahead = ScoredAhead(policy, background)
     for r in rollouts[:4]:
         ahead.take(r)
     background.wait()
-    assert 0 < len(ahead.known) < len(rollouts)
-    found = ahead.score(rollouts)
+    assert 0 < num_scored(rollouts) < len(rollouts)
+    set_ref_logprobs(policy, rollouts)
     background.close()
-    assert found.keys() == expected.keys()
-    for key, values in expected.items():
-        assert found[key] == pytest.approx(values, abs=1e-5)
+    for r, values in zip(rollouts, expected, strict=True):
+        assert r.ref_logprobs == pytest.approx(values, abs=1e-5)
 
 
-def test_an_iteration_scores_with_the_reference_beside_sampling(make_trainer, monkeypatch):
+def test_an_iteration_scores_with_the_reference_beside_sampling(make_trainer, iterations, monkeypatch):
     rows = []
     for threaded in (False, True):
         made = lambda name, threaded, _t=threaded, **options: Background(name, threaded=_t)  # noqa: E731
         monkeypatch.setattr("eepo_fast.algorithm.overlap.Background", made)
         trainer = make_trainer(reference=True, eepo=OPEN, grpo={"kl_coef": 0.1}, train={"micro_batch_tokens": 40})
         _, row = trainer.iteration()
-        assert (trainer.ahead.scored is not None) == threaded
+        assert (iterations[-1].ahead.scored is not None) == threaded
         rows.append(row)
     assert rows[1]["policy/kl"] == pytest.approx(rows[0]["policy/kl"], rel=1e-4, abs=1e-7)
     assert rows[1]["policy/loss"] == pytest.approx(rows[0]["policy/loss"], rel=1e-4, abs=1e-6)
@@ -242,26 +244,17 @@ def test_a_reference_that_runs_out_of_memory_waits(make_policy, make_rollouts):
     ahead = ScoredAhead(policy, background)
     for r in rollouts:
         ahead.take(r)
-    assert len(ahead.score(rollouts)) == 5 and ahead.gave_up and calls[1:] == [5]
+    background.wait()
+    assert num_scored(rollouts) == 0
+    set_ref_logprobs(policy, rollouts)
+    assert num_scored(rollouts) == 5 and ahead.gave_up and calls[1:] == [5]
     background.close()
 
 
-def test_scores_belong_to_their_rollout(make_policy, make_rollouts):
-    """Rollouts that are gone must not lend their scores to others that come to lie where they lay."""
-    policy = make_policy(micro_batch_tokens=12)
-    background = Background("score", threaded=True)
-    ahead = ScoredAhead(policy, background)
-    for turn in range(6):
-        for r in make_rollouts([9, 12, 7, 15, 8]):
-            ahead.take(r)
-        del r
-        background.wait()
-        ahead.queue.drop(list(ahead.queue.waiting))
-        gc.collect()
-        rollouts = make_rollouts([5, 6 + turn, 4, 7, 6])
-        found = ahead.score(rollouts)
-        assert [len(found[id(r)]) for r in rollouts] == [r.num_tokens for r in rollouts]
-    background.close()
+def test_two_completions_are_never_the_same_one(make_rollouts):
+    """Whatever they say: sets and dictionaries of them go by which they are."""
+    (one,), (other,) = make_rollouts([5]), make_rollouts([5])
+    assert one.token_ids == other.token_ids and one != other and len({one, other, one}) == 2
 
 
 def test_sampling_that_runs_out_of_memory_begins_again_once(make_trainer, beside_grader, monkeypatch):
@@ -321,9 +314,10 @@ def test_a_batch_without_room_beside_the_engine_waits(make_policy, make_rollouts
     for r in rollouts:
         ahead.take(r)
     background.wait()
-    assert (len(ahead.known) > 0) == room and ahead.put_off == (0 if room else len(asked))
+    assert (num_scored(rollouts) > 0) == room and ahead.put_off == (0 if room else len(asked))
     assert len(asked) > 0 and asked[0] == policy.pass_bytes(gradient=False) > 0
-    assert ahead.score(rollouts).keys() == {id(r) for r in rollouts}
+    set_ref_logprobs(policy, rollouts)
+    assert num_scored(rollouts) == len(rollouts)
     background.close()
 
 

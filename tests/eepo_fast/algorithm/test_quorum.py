@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
-from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
-from eepo_fast.rollout.engine import Sampling, continuation, make_requests, spared
+from eepo_fast.algorithm.losses import PolicyTokens
+from eepo_fast.algorithm.overlap import Ahead
+from eepo_fast.data.problems import completion_text
+from eepo_fast.rollout.engine import Sampling, continuation, make_requests, num_preemptible
 from eepo_fast.types import UserError, WeightsVersion
 
 OPEN = {"alpha": 9.0, "learning_rate": 0.05}
@@ -29,12 +31,12 @@ def test_the_engine_stops_at_the_quorum(make_engine, prompts):
     seen = []
     rollouts = engine.generate(requests, SAMPLING, None, seen.append, QUORUM)
     cut = [r for r in rollouts if r.preempted]
-    assert 24 - spared(24, QUORUM) == 6 <= len(rollouts) - len(cut) < 24 and 6 < len(cut) <= 18
+    assert 24 - num_preemptible(24, QUORUM) == 6 <= len(rollouts) - len(cut) < 24 and 6 < len(cut) <= 18
     for r, expected in zip(rollouts, whole, strict=True):
         assert r.token_ids == expected.token_ids[: r.num_tokens]
         assert r.preempted == (r.num_tokens < expected.num_tokens)
         assert r.finished == (expected.finished and not r.preempted)
-    assert sorted(map(id, seen)) == sorted(id(r) for r in rollouts if not r.preempted)
+    assert len(seen) == len(set(seen)) and set(seen) == {r for r in rollouts if not r.preempted}
     assert not any(r.preempted for r in whole)
 
 
@@ -54,9 +56,9 @@ def test_what_goes_on_is_read_as_a_prompt_and_drawn_anew(make_engine, prompts):
     rest = continuation(cut, 40, 0, 0)
     later = engine.generate(rest, SAMPLING)
     for first, last in zip(cut, later, strict=True):
-        merged = first.continued(last)
-        assert merged.num_tokens == first.num_tokens + last.num_tokens <= 40 and merged.num_before == first.num_tokens
-        assert merged.prompt is first.prompt and merged.sample_index == first.sample_index
+        merged, before = copy.copy(first), first.num_tokens
+        merged.go_on(last)
+        assert merged.num_tokens == before + last.num_tokens <= 40 and merged.num_before == before
         assert merged.rollout_logprobs == pytest.approx(scored(engine.model, merged).tolist(), abs=2e-5)
         assert merged.finished == (merged.token_ids[-1] == 1) and not merged.preempted
     seeds = {s for r in requests for s in r.seeds} | {s for r in rest for s in r.seeds}
@@ -93,8 +95,8 @@ def test_each_token_is_of_the_weights_that_sampled_it(make_trainer):
         k = r.num_before
         assert r.rollout_logprobs[:k] == pytest.approx(before[:k].tolist(), abs=1e-4)
         assert r.rollout_logprobs[k:] == pytest.approx(after[k:].tolist(), abs=1e-4)
-        assert r.forgotten == [False] * k + [True] * (r.num_tokens - k)
-        assert r.completion == trainer._decode(r)
+        assert [v.forgotten for v in r.token_versions] == [False] * k + [True] * (r.num_tokens - k)
+        assert r.completion == completion_text(trainer.tokenizer, r.token_ids, [1])
     assert (
         max(float((scored(theta, r)[r.num_before :] - scored(moved, r)[r.num_before :]).abs().max()) for r in late)
         > 1e-3
@@ -106,39 +108,34 @@ def test_each_token_is_of_the_weights_that_sampled_it(make_trainer):
 def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
     """The update's old log-probs, in the first mini-batch and in a later one."""
     trainer, theta, forgetful = run(make_trainer, train={"prompts_per_update": 2})
-    seen = {}
+    seen = []
 
-    def watched(config, tokens):
-        seen.setdefault("tokens", []).append(tokens)
-        return grpo_loss(config, tokens)
+    of = PolicyTokens.of
 
-    monkeypatch.setattr("eepo_fast.algorithm.trainer.grpo_loss", watched)
-    of = GrpoTokens.of
+    def with_rollouts(batch, *arguments, **options):
+        seen.append((batch, of(batch, *arguments, **options)))
+        return seen[-1][1]
 
-    def with_rollouts(batch, *arguments):
-        seen.setdefault("batches", []).append(batch)
-        return of(batch, *arguments)
-
-    monkeypatch.setattr(GrpoTokens, "of", with_rollouts)
+    monkeypatch.setattr(PolicyTokens, "of", with_rollouts)
     batch, _ = trainer.iteration()
-    late = {id(r) for r in batch.stage(1) if r.num_before}
-    first_half = set(map(id, batch.rollouts[: len(batch.rollouts) // 2])) & late
+    late = {r for r in batch.stage(1) if r.num_before}
+    first_half = set(batch.rollouts[: len(batch.rollouts) // 2]) & late
     assert first_half and first_half != late
     found = 0
-    for part, tokens in zip(seen["batches"], seen["tokens"], strict=True):
+    for part, tokens in seen:
         for r, old, on_policy in zip(
             part.rollouts, part.split(tokens.old_logprobs), part.split(tokens.on_policy.float()), strict=True
         ):
-            if id(r) not in late:
+            if r not in late:
                 continue
             k = r.num_before
             found += 1
-            if id(r) in first_half:  # its update is the first: θ is what it differentiates
-                assert on_policy == [1.0] * k + [0.0] * (r.num_tokens - k)
+            if r in first_half:  # its update is the first: θ is what it differentiates
+                assert on_policy.tolist() == [1.0] * k + [0.0] * (r.num_tokens - k)
             else:
-                assert not any(on_policy)
-                assert old[:k] == pytest.approx(scored(theta, r)[:k].tolist(), abs=1e-4)
-            assert old[k:] == pytest.approx(scored(forgetful["model"], r)[k:].tolist(), abs=1e-4)
+                assert not on_policy.any()
+                assert old[:k].tolist() == pytest.approx(scored(theta, r)[:k].tolist(), abs=1e-4)
+            assert old[k:].tolist() == pytest.approx(scored(forgetful["model"], r)[k:].tolist(), abs=1e-4)
     assert found == len(late) > 1
 
 
@@ -148,7 +145,7 @@ def test_unlearning_is_over_those_that_finished(make_trainer, monkeypatch):
     for streams in (True, False):
         trainer, *_ = run(make_trainer, train={"micro_batch_tokens": 40})
         if not streams:
-            monkeypatch.setattr(trainer, "_stream", lambda *sizes: None)
+            monkeypatch.setattr(Ahead, "stream", lambda *sizes: None)
         original = trainer.policy.forget
 
         def forget(engine, gradient, *arguments, _original=original, **options):
@@ -167,7 +164,7 @@ def test_a_closed_gate_lets_them_go_on_as_they_were(make_trainer):
     trainer = make_trainer(eepo={"alpha": 1e-9, "quorum": QUORUM}, **sizes)
     batch, row = trainer.iteration()
     late = [r for r in batch.stage(1) if r.num_before]
-    assert late and row["unlearn/skipped"] == 1 and not any(any(r.forgotten) for r in late)
+    assert late and row["unlearn/skipped"] == 1 and not any(v.forgotten for r in late for v in r.token_versions)
     assert row["policy/ratio_mean_stage1"] == pytest.approx(1, abs=1e-3)
 
 
@@ -187,7 +184,7 @@ def test_grpo_waits_for_all(make_trainer):
     batch, _ = trainer.iteration()
     assert len(batch.rollouts) == 32 and not any(r.preempted for r in batch.rollouts)
     with pytest.raises(AssertionError):
-        type(batch).of(batch.rollouts[1:], trainer.prompts, 8, [])
+        type(batch).of(batch.rollouts[1:], trainer.prompts, 8)
 
 
 def test_each_batch_of_the_engine_has_its_quorum(make_engine, prompts):

@@ -106,7 +106,7 @@ def test_a_closed_gate_leaves_stage_two_on_policy(make_trainer):
 
 def test_equal_rewards_change_nothing_without_regularisers(make_trainer, coin_grader):
     class Same(coin_grader):
-        def grade(self, problems, completions):
+        def grade(self, problems, completions, *, seconds=None):
             return [Grade(1.0, "ok", 0.0)] * len(completions)
 
     trainer = make_trainer(grader=Same(), eepo=OPEN)
@@ -143,7 +143,7 @@ def test_a_non_finite_update_is_dropped_and_the_third_in_a_row_stops(make_traine
 
 def test_a_non_finite_reward_is_a_missing_one(make_trainer, coin_grader):
     class Infinite(coin_grader):
-        def grade(self, problems, completions):
+        def grade(self, problems, completions, *, seconds=None):
             return [Grade(math.inf if i == 3 else float(i % 2), "ok", 0.0) for i in range(len(completions))]
 
     batch, row = make_trainer(grader=Infinite(), eepo=OPEN).iteration()
@@ -338,12 +338,12 @@ def test_the_log_has_what_forgetting_did_to_each_token(make_trainer):
         before, after = (
             (m(ids).logits[0, first:-1] / 0.8).log_softmax(-1)[range(r.num_tokens), r.token_ids] for m in (model, moved)
         )
-        assert r.details["forget_change"] == pytest.approx((after - before).tolist(), abs=1e-4)
-    assert min(min(r.details["forget_change"]) for r in batch.stage(1)) < -1e-3
-    assert not any("forget_change" in r.details for r in batch.stage(2))
+        assert r.forget_change == pytest.approx((after - before).tolist(), abs=1e-4)
+    assert min(min(r.forget_change) for r in batch.stage(1)) < -1e-3
+    assert not any(r.forget_change for r in batch.stage(2))
     closed = make_trainer(eepo={"alpha": 1e-9}, log={"token_details": True})
     batch, row = closed.iteration()
-    assert row["unlearn/skipped"] == 1 and not any("forget_change" in r.details for r in batch.rollouts)
+    assert row["unlearn/skipped"] == 1 and not any(r.forget_change for r in batch.rollouts)
     dumb = make_trainer(eepo={"alpha": 9.0}, log={"token_details": True})
     dumb.engine.score = lambda rollouts, temperature: None  # vLLM's, at a temperature other than 1
-    assert not any("forget_change" in r.details for r in dumb.iteration()[0].rollouts)
+    assert not any(r.forget_change for r in dumb.iteration()[0].rollouts)

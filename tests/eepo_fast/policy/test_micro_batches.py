@@ -22,7 +22,7 @@ def test_every_rollout_once_within_the_budget_as_many_on_each_rank(make_rollouts
     plan = plan_micro_batches(rollouts, budget, num_ranks, packed)
     assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1
     members = [r for rank in plan for batch in rank for r in batch]
-    assert sorted(map(id, members)) == sorted(id(r) for r in rollouts if r.num_tokens)
+    assert len(members) == len(set(members)) and set(members) == {r for r in rollouts if r.num_tokens}
     for batch in (b for rank in plan for b in rank if len(b) > 1):
         sizes = [input_length(r) for r in batch]
         assert (sum(sizes) if packed else max(sizes) * len(sizes)) <= budget
@@ -128,5 +128,5 @@ def test_a_rank_without_rollouts_still_has_a_forward_pass(tiny_model):
         module = PolicyModule(model, temperature=1.0, autocast=None)
         loss, stats = module(batch, lambda stats, rows: -stats.logprobs)
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        assert float(loss.detach()) == 0 and stats.logprobs.shape == (0,) and batch.split(stats.logprobs) == []
+        assert float(loss.detach()) == 0 and stats.logprobs.shape == (0,) and batch.split(stats.logprobs) == ()
         assert all(g is None or not g.any() for g in grads)

@@ -8,14 +8,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from eepo_fast.algorithm.forget import compute_unlearning
-from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.losses import PolicyTokens, policy_loss
 from eepo_fast.config import make_config
 from eepo_fast.distributed import start_world
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.policy.shards import all_gather, forgotten_weights
+from eepo_fast.policy.shards import all_gather, forgetful_buckets
 from eepo_fast.policy.zero import ZeroPolicy
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.types import Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
 COMMON = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -43,7 +43,7 @@ def make_rollouts(num, stage, seed):
         ids = torch.randint(2, 61, (n,), generator=g).tolist()
         logprobs = (-4 - torch.rand(n, generator=g)).tolist()
         version = WeightsVersion(0, stage == 2)
-        rollouts.append(Rollout(prompt, stage, i, ids, logprobs, version, True, reward=float(i % 2)))
+        rollouts.append(Rollout(prompt, stage, i, [Segment(ids, logprobs, version)], True, reward=float(i % 2)))
         rollouts[-1].advantage = 1.0 if i % 2 else -1.0
     return rollouts
 
@@ -61,21 +61,21 @@ def whole_gradient(gradient):
     return flat(parts.values())
 
 
-def update(policy, config, rollouts, old):
+def update(policy, config, rollouts):
     """Two GRPO steps on the same rollouts; the losses."""
     losses = []
     counted = sum(r.num_tokens for r in rollouts)
     for _ in range(2):
         total = 0.0
         for micro in policy.micro_batches(rollouts):
-            tokens = GrpoTokens(
+            tokens = PolicyTokens(
                 advantages=micro.per_token([r.advantage for r in micro.rollouts]),
-                old_logprobs=micro.concatenate([old[id(r)] for r in micro.rollouts]),
+                old_logprobs=micro.concatenate([r.prox_logprobs or r.rollout_logprobs for r in micro.rollouts]),
                 on_policy=micro.per_token([0.0 for r in micro.rollouts]).bool(),
                 weights=micro.per_token([1 / counted for r in micro.rollouts]),
                 ref_logprobs=None,
             )
-            total += float(policy.backward(micro, grpo_loss(config.grpo, tokens))[0])
+            total += float(policy.backward(micro, policy_loss(config.grpo, tokens))[0])
         norm, applied = policy.step()
         losses += [policy.world.total([total])[0], norm, float(applied)]
     return losses
@@ -90,19 +90,17 @@ def run(policy, engine, config, start):
     result = {
         "gradient": whole_gradient(found.gradient),
         "numbers": torch.tensor([found.loss, found.grad_norm, found.active_fraction, found.mean_entropy]).double(),
-        "logprobs": torch.tensor([v for r in rollouts for v in found.logprobs[id(r)]]).double(),
+        "logprobs": torch.tensor([v for r in rollouts for v in r.prox_logprobs]).double(),
     }
     stats = policy.forget(engine, found.gradient, config.eepo, seed=3, step=4)
     result["forgotten"] = flat(engine.weights.values()) - held
     result["stats"] = torch.tensor([stats.retention, stats.intended_norm]).double()
     mixed = rollouts + make_rollouts(6, 2, 6)
-    old = {id(r): r.rollout_logprobs for r in mixed}
-    old.update(found.logprobs)
-    result["losses"] = torch.tensor(update(policy, config, mixed, old)).double()
+    result["losses"] = torch.tensor(update(policy, config, mixed)).double()
     after = flat(value for _, value in policy.masters())
     result["updated"] = after - start
     result["poisoned"] = poison(policy, rollouts)
-    result["alone"] = torch.tensor(update(policy, config, rollouts[:1], old)).double()  # ranks without a token
+    result["alone"] = torch.tensor(update(policy, config, rollouts[:1])).double()  # ranks without a token
     result["after one"] = flat(value for _, value in policy.masters()) - after
     return result
 
@@ -153,7 +151,7 @@ def touched(policy, config):
     found = compute_unlearning(policy, rollouts, config.eepo, [])
     sums = torch.zeros(4, dtype=torch.float64)
     options = dict(seed=0, step=0)
-    for _ in forgotten_weights(found.gradient, policy._own_slice, policy.engine_dtype, config.eepo, sums, **options):
+    for _ in forgetful_buckets(found.gradient, policy._own_slice, policy.engine_dtype, config.eepo, sums, **options):
         pass
     after = snapshot(policy)
     policy.backward(micro, lambda stats, rows: -stats.logprobs / counted)  # the control: this must be seen

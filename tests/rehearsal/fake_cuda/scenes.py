@@ -14,7 +14,7 @@ from stage import StubEngine, StubGrader, StubTokenizer, make_model, make_rollou
 from tracing import GIB, Trace
 
 from eepo_fast.algorithm.forget import GradientPass
-from eepo_fast.algorithm.losses import GrpoTokens, grpo_loss
+from eepo_fast.algorithm.losses import PolicyTokens, policy_loss, token_weights
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import EepoConfig, GrpoConfig, OptimizerConfig
 from eepo_fast.distributed import World
@@ -82,10 +82,10 @@ def policy(layers: int | None = None, checkpointing: bool = True, batches: int =
         made = make_policy(config, make_model(config, MODEL, layers), gradient_checkpointing=checkpointing)
         trace.waits.clear()  # of the checks at the start
         rollouts = make_rollouts(4 * batches, LENGTH)
-        weights = {id(r): 1e-3 for r in rollouts}
         for k, micro in enumerate(made.micro_batches(rollouts)):
             with trace.phase(f"batch {k}"):
-                made.backward(micro, grpo_loss(GrpoConfig(kl_coef=0.0), GrpoTokens.of(micro, weights, {}, {})))
+                tokens = PolicyTokens.of(micro, token_weights(micro, rollouts, 1e-3), with_reference=False)
+                made.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
         with trace.phase("step"):
             made.step()
         with trace.phase("score"):

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from eepo_fast.algorithm import overlap
 from eepo_fast.config import Config, load_config
-from eepo_fast.types import Grade, Problem, Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Grade, Problem, Prompt, Rollout, Segment, WeightsVersion
 
 ROOT = Path(__file__).parents[3]
 FAMILIES = {
@@ -67,7 +67,7 @@ def make_rollouts(count: int, length: int, prompt: int = 512, stage: int = 1) ->
     for i in range(count):
         shared = Prompt(Problem(f"p{i // 4}", "", "1"), "", [5] * prompt)
         new = length - prompt + 1
-        rollout = Rollout(shared, stage, i, [7] * new, [-1.0] * new, WeightsVersion(0, stage == 2), True)
+        rollout = Rollout(shared, stage, i, [Segment([7] * new, [-1.0] * new, WeightsVersion(0, stage == 2))], True)
         rollout.reward, rollout.advantage = float(i % 2), 1.0 - 2 * (i % 2)
         rollouts.append(rollout)
     return rollouts
@@ -156,7 +156,7 @@ class StubEngine:
                 length = request.limit(k, sampling)
                 tokens, logprobs = [7] * length, [-1.0] * length
                 version = self.weights_version
-                found.append(Rollout(request.prompt, request.stage, index, tokens, logprobs, version, True))
+                found.append(Rollout(request.prompt, request.stage, index, [Segment(tokens, logprobs, version)], True))
                 if finished:
                     finished(found[-1])
         return found
@@ -174,7 +174,7 @@ class StubEngine:
 class StubGrader:
     beside_sampling = False
 
-    def grade(self, problems, completions):
+    def grade(self, problems, completions, *, seconds=None):
         return [Grade(float(i % 2), "ok", 0.0) for i in range(len(completions))]
 
 
