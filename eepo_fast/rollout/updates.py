@@ -1,0 +1,135 @@
+"""The two ways of updating the weights of a vLLM model: in place through a recorded plan, or, where no plan holds, in a
+copy of the policy's weights that vLLM then loads anew.
+
+Weights and gradients are whole tensors in the policy's shapes, by the policy's names. Checksums are int64 [T], one for
+each of the T tensors of `held`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
+from torch import Tensor, nn
+
+from eepo_fast.rollout.start_vllm import on_own_stream
+from eepo_fast.rollout.weights import check_plan, gather, record_plan
+from eepo_fast.types import EngineError
+
+Named = Mapping[str, Tensor]
+Shapes = Mapping[str, torch.Size]
+
+
+class Updater(Protocol):
+    """What the engine asks of either way. An update returns the checksums that it must have left."""
+
+    num_weights: int
+    """Elements that a forget step has to read and write on this rank."""
+
+    def find_weights(self) -> None:
+        """Finds the weights again if their memory has moved."""
+
+    def sync(self, buckets: Iterable[Named]) -> Tensor:
+        """Writes all weights, each once; a bucket is written before the next is asked for."""
+
+    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+        """Takes a step on all weights. options: eta, rounding, seed and step of `eepo_kernels.forget`."""
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        """Returns what this rank's kernels read, each tensor with what a message calls it."""
+
+
+class InPlace:
+    """Writes every slice of a weight to where vLLM's kernels read it, as recorded in the plan."""
+
+    def __init__(self, model: nn.Module, shapes: Shapes, dtype: torch.dtype, group: dist.ProcessGroup | None):
+        """PlanError, on all ranks of the group, if no plan holds. model: vLLM's, left with weights of no meaning."""
+        self._model, self._shapes, self._group = model, shapes, group
+        self.plan = record_plan(model, shapes, group)
+        check_plan(self.plan, model, shapes, dtype, sync, group)
+        self.num_weights = sum(view.numel() for view in self.plan.views)
+
+    def find_weights(self) -> None:
+        if any(gather(self.plan.moved(self._model), self._group)):
+            before = [copy.slice for copy in self.plan.copies]
+            self.plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
+            assert [copy.slice for copy in self.plan.copies] == before, "the loader takes other slices than before"
+
+    def sync(self, buckets: Iterable[Named]) -> Tensor:
+        sums: dict[tuple, Tensor] = {}
+        for bucket in buckets:
+            part = self.plan.restricted_to(bucket)
+            sources = part.sources(bucket)
+            sync(part.views, sources)
+            expected = checksums(sources, [view.dtype for view in part.views])
+            sums.update(zip((copy.slice for copy in part.copies), expected, strict=True))
+        missing = [copy.name for copy in self.plan.copies if copy.slice not in sums]
+        assert not missing, f"a sync without {missing[0]}"
+        return torch.stack([sums[copy.slice] for copy in self.plan.copies])
+
+    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+        """One launch; with tensor parallelism one more for slices that another rank counts, and a sum over ranks."""
+        sums, num_weights = [], 0
+        for part in self.plan.by_ownership() if self._group else [self.plan]:
+            options |= dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
+            stats = forget(part.views, part.sources(gradient), **options)
+            num_weights += stats.num_weights
+            if part.owned[0]:
+                sums.append(stats.sums)
+        if self._group is not None:
+            total = sum(sums, torch.zeros(4, dtype=torch.float64)).cpu()
+            dist.all_reduce(total, group=self._group)
+            stats = ForgetStats(total, num_weights)
+        return stats, checksums(self.plan.views)
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        return [(copy.name, copy.view) for copy in self.plan.copies]
+
+
+class Reload:
+    """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
+
+    def __init__(self, llm, model: nn.Module, shapes: Shapes, dtype: torch.dtype, stream: torch.cuda.Stream | None):
+        """llm: the `vllm.LLM` that holds the model and runs on the stream."""
+        self._llm, self._model, self.stream = llm, model, stream
+        device = next(model.parameters()).device
+        self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        self.num_weights = sum(weight.numel() for weight in self.weights.values())
+
+    def find_weights(self) -> None:
+        """Does nothing: vLLM knows where it loads to."""
+
+    def sync(self, buckets: Iterable[Named]) -> Tensor:
+        written: set[str] = set()
+        for bucket in buckets:
+            sync([self.weights[name] for name in bucket], list(bucket.values()))
+            written.update(bucket)
+        assert written == self.weights.keys()
+        return self.reload()
+
+    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+        names = list(self.weights)
+        options |= dict(keys=[tensor_key(name) for name in names], offsets=[0] * len(names))
+        stats = forget(list(self.weights.values()), [gradient[name] for name in names], **options)
+        return stats, self.reload()
+
+    @on_own_stream
+    def reload(self) -> Tensor:
+        """Has vLLM load the copy; returns the checksums of what is there then. EngineError if any weight was left."""
+        taken = []
+
+        def weights():
+            for name, weight in self.weights.items():
+                yield name, weight
+                taken.append(name)
+
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        if len(taken) != len(self.weights):
+            raise EngineError(f"vLLM's reload took {len(taken)} of {len(self.weights)} weights")
+        return checksums([tensor for _, tensor in self.held()])
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        return [("its parameters", p.data) for p in self._model.parameters()]
