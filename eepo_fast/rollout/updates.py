@@ -1,8 +1,8 @@
-"""The two ways of updating the weights of a vLLM model: in place through a recorded plan, or, where no plan holds, in a
-copy of the policy's weights that vLLM then loads anew.
+"""The weights of a vLLM model are updated in one of two ways: in place through a recorded plan, or, where no plan
+holds, in a copy of the policy's weights that vLLM then loads anew.
 
-Weights and gradients are whole tensors in the policy's shapes, by the policy's names. Checksums are int64 [T], one for
-each of the T tensors of `held`.
+Weights and gradients are whole tensors in the policy's shapes, by the policy's names, of any floating dtype. Checksums
+are int64 [T], one for each of the T tensors of `held`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Shapes = Mapping[str, torch.Size]
 
 
 class Updater(Protocol):
-    """What the engine asks of either way. An update returns the checksums that it must have left."""
+    """The engine asks this of either way. An update returns the checksums that it must have left."""
 
     num_weights: int
-    """Elements that a forget step has to read and write on this rank."""
+    """A forget step has to read and write this many elements on this rank."""
 
     def find_weights(self) -> None:
         """Finds the weights again if their memory has moved."""
@@ -36,7 +36,7 @@ class Updater(Protocol):
         """Writes all weights, each once; a bucket is written before the next is asked for."""
 
     def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
-        """Takes a step on all weights. options: eta, rounding, seed and step of `eepo_kernels.forget`."""
+        """Takes a step on all weights. The options are eta, rounding, seed and step of `eepo_kernels.forget`."""
 
     def held(self) -> list[tuple[str, Tensor]]:
         """Returns what this rank's kernels read, each tensor with what a message calls it."""
@@ -46,7 +46,8 @@ class InPlace:
     """Writes every slice of a weight to where vLLM's kernels read it, as recorded in the plan."""
 
     def __init__(self, model: nn.Module, shapes: Shapes, dtype: torch.dtype, group: dist.ProcessGroup | None):
-        """PlanError, on all ranks of the group, if no plan holds. model: vLLM's, left with weights of no meaning."""
+        """Raises PlanError, on all ranks of the group, if no plan holds; leaves vLLM's model without meaningful values.
+        The group has the ranks that hold the model together; None is this rank alone."""
         self._model, self._shapes, self._group = model, shapes, group
         self.plan = record_plan(model, shapes, group)
         check_plan(self.plan, model, shapes, dtype, sync, group)
@@ -71,7 +72,7 @@ class InPlace:
         return torch.stack([sums[copy.slice] for copy in self.plan.copies])
 
     def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
-        """One launch; with tensor parallelism one more for slices that another rank counts, and a sum over ranks."""
+        """Launches once; with tensor parallelism once more for slices that another rank counts, and sums over ranks."""
         sums, num_weights = [], 0
         for part in self.plan.by_ownership() if self._group else [self.plan]:
             options |= dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
@@ -93,7 +94,7 @@ class Reload:
     """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
 
     def __init__(self, llm, model: nn.Module, shapes: Shapes, dtype: torch.dtype, stream: torch.cuda.Stream | None):
-        """llm: the `vllm.LLM` that holds the model and runs on the stream."""
+        """llm is the `vllm.LLM` that holds the model and runs on the stream."""
         self._llm, self._model, self.stream = llm, model, stream
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
@@ -118,7 +119,7 @@ class Reload:
 
     @on_own_stream
     def reload(self) -> Tensor:
-        """Has vLLM load the copy; returns the checksums of what is there then. EngineError if any weight was left."""
+        """Has vLLM load the copy, and returns the checksums of what is there then; EngineError if it took too few."""
         taken = []
 
         def weights():

@@ -107,7 +107,7 @@ class VllmEngine:
     # -- updates
 
     def _choose_updater(self) -> Updater:
-        """In place where a plan of the weights holds, and with a warning through vLLM's reload where none does."""
+        """Weights are updated in place where a plan of them holds; elsewhere a warning says why vLLM reloads them."""
         try:
             self._refuse_other_layouts()
             return InPlace(self._model, self._shapes, self.dtype, self._group)
@@ -159,7 +159,7 @@ class VllmEngine:
         return stats
 
     def _checked(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The tensors as they are, once each is found to have the shape of its weight."""
+        """Returns the tensors as they are, once each is found to have the shape of its weight."""
         for name, tensor in tensors.items():
             assert tensor.shape == self._shapes[name], f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
         return tensors
