@@ -31,7 +31,7 @@ QUESTIONS = [
 
 def speed(model, engine, gradient, repeats: int) -> dict:
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    plan, vllm_model = engine._plan, engine._model
+    plan, vllm_model = engine._updater.plan, engine._model
     masters, gradients = plan.sources(weights), plan.sources(gradient)
     layout = dict(keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides, eta=3e-3)
     num_weights = sum(view.numel() for view in plan.views)

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
-from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
+from eepo_kernels import ForgetStats, checksums
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,13 +35,8 @@ from eepo_fast.rollout.start_vllm import (
     one_line_errors,
     running_on,
 )
-from eepo_fast.rollout.weights import (
-    Plan,
-    PlanError,
-    check_plan,
-    gather,
-    record_plan,
-)
+from eepo_fast.rollout.updates import InPlace, Reload, Updater
+from eepo_fast.rollout.weights import PlanError, gather
 from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 log = logging.getLogger(__name__)
@@ -86,7 +81,6 @@ class VllmEngine:
                 enable_sleep=enable_sleep,
             )
             self.llm = vllm.LLM(**arguments)
-        self._plan: Plan | None = None
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.logits_dtype = logits_dtype(self._model, dtype)
@@ -101,29 +95,25 @@ class VllmEngine:
             self._expected: Tensor | None = None
             self._step: tuple[float | None, ForgetStats] | None = None
             """Length that the last forget step was to have, where that is known, and what it did."""
-            self._shadow: dict[str, Tensor] | None = None
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
-            self._make_plan()
+            self._updater = self._choose_updater()
             on_failure.pop_all()
 
     @property
     def _model(self) -> torch.nn.Module:
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
-    # -- the plan
+    # -- updates
 
-    def _make_plan(self) -> None:
+    def _choose_updater(self) -> Updater:
+        """Weights are updated in place where a plan of them holds; elsewhere a warning says why vLLM reloads them."""
         try:
             self._refuse_other_layouts()
-            self._plan = record_plan(self._model, self._shapes, self._group)
-            check_plan(self._plan, self._model, self._shapes, self.dtype, sync, self._group)
-            self._shadow = None
+            return InPlace(self._model, self._shapes, self.dtype, self._group)
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
-            self._plan = None
-            device = next(self._model.parameters()).device
-            self._shadow = {n: torch.empty(s, dtype=self.dtype, device=device) for n, s in self._shapes.items()}
+            return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream)
 
     def _refuse_other_layouts(self) -> None:
         """Layers whose kernels read another layout than the loader writes, rearranged after loading."""
@@ -136,33 +126,12 @@ class VllmEngine:
             if found:
                 raise PlanError(f"the model has {name}")
 
-    # -- updates
-
     @torch.no_grad()
     def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
         self._find_weights()
         # while it is under way, and if it is interrupted, the weights are nobody's
         self.weights_version, self._expected, self._step = version, None, None
-        sums: dict[str, Tensor] = {}
-        for bucket in weights:
-            self._check_shapes(bucket)
-            if self._plan is not None:
-                part = self._plan.restricted_to(bucket)
-                sources = part.sources(bucket)
-                sync(part.views, sources)
-                expected = checksums(sources, [view.dtype for view in part.views])
-                sums.update(zip((copy.slice for copy in part.copies), expected, strict=True))
-            else:
-                sync([self._shadow[name] for name in bucket], list(bucket.values()))
-                sums.update(bucket)
-        if self._plan is not None:
-            missing = [copy.name for copy in self._plan.copies if copy.slice not in sums]
-            assert not missing, f"a sync without {missing[0]}"
-            expected = torch.stack([sums[copy.slice] for copy in self._plan.copies])
-        else:
-            assert sums.keys() == self._shadow.keys()
-            expected = self._reload()
-        self._finish_update(expected)
+        self._finish_update(self._updater.sync(map(self._checked, weights)))
 
     @torch.no_grad()
     def forget(
@@ -176,66 +145,29 @@ class VllmEngine:
         norm: float | None = None,
     ) -> ForgetStats:
         assert gradient.keys() == self._shapes.keys() and not self.weights_version.forgotten
-        self._check_shapes(gradient)
+        self._checked(gradient)
         if self._expected is None:
             raise EngineError("forget: the engine has never been synced with a policy, or not to the end")
         self._find_weights()
         # from here on the weights are no longer the policy's, even if the update is interrupted
         self.weights_version = self.weights_version._replace(forgotten=True)
         self._expected = None
-        options = dict(eta=eta, rounding=rounding, seed=seed, step=step)
-        if self._plan is not None:
-            stats = self._forget_in_place(gradient, options)
-        else:
-            names = list(self._shadow)
-            layout = dict(keys=[tensor_key(n) for n in names], offsets=[0] * len(names))
-            stats = forget(list(self._shadow.values()), [gradient[n] for n in names], **layout, **options)
+        stats, expected = self._updater.forget(gradient, eta=eta, rounding=rounding, seed=seed, step=step)
         # read, and compared, when the engine is next asked to sample: nothing waits for it here
         self._step = None if norm is None else eta * norm, stats
-        self._finish_update(checksums(self._plan.views) if self._plan is not None else self._reload())
+        self._finish_update(expected)
         return stats
 
-    def _forget_in_place(self, gradient: Mapping[str, Tensor], options: dict) -> ForgetStats:
-        """One launch; with tensor parallelism one more for slices that another rank counts, and a sum over ranks."""
-        sums, num_weights = [], 0
-        for part in self._plan.by_ownership() if self._group else [self._plan]:
-            layout = dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
-            stats = forget(part.views, part.sources(gradient), **layout, **options)
-            num_weights += stats.num_weights
-            if part.owned[0]:
-                sums.append(stats.sums)
-        if self._group is None:
-            return stats
-        total = sum(sums, torch.zeros(4, dtype=torch.float64)).cpu()
-        dist.all_reduce(total, group=self._group)
-        return ForgetStats(total, num_weights)
-
-    def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+    def _checked(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the tensors as they are, once each is found to have the shape of its weight."""
         for name, tensor in tensors.items():
             assert tensor.shape == self._shapes[name], f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
+        return tensors
 
     def _find_weights(self) -> None:
         """Never write or read while asleep, nor in memory that has moved."""
         self.wake()
-        if self._plan is not None and any(gather(self._plan.moved(self._model), self._group)):
-            before = [copy.slice for copy in self._plan.copies]
-            self._plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
-            assert [copy.slice for copy in self._plan.copies] == before, "the loader takes other slices than before"
-
-    @on_own_stream
-    def _reload(self) -> Tensor:
-        """Load the shadow's weights with vLLM's layerwise reload; the checksums of what it has left."""
-        taken = []
-
-        def weights():
-            for name, weight in self._shadow.items():
-                yield name, weight
-                taken.append(name)
-
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
-        if len(taken) != len(self._shapes):
-            raise EngineError(f"vLLM's reload took {len(taken)} of {len(self._shapes)} weights")
-        return checksums([p.data for p in self._model.parameters()])
+        self._updater.find_weights()
 
     def _finish_update(self, expected: Tensor) -> None:
         # keys and values of earlier weights: off by whole nats if they were used again
@@ -254,21 +186,19 @@ class VllmEngine:
             return "the engine's weights were never synced, or their last update did not finish"
         if self._step is not None:
             intended, stats = self._step
-            views = self._plan.views if self._plan is not None else self._shadow.values()
-            missing = sum(view.numel() for view in views) - stats.num_weights
+            missing = self._updater.num_weights - stats.num_weights
             if missing:
                 return f"the last forget step left out {missing} weights"
             applied = stats.intended_norm
-            small = intended is None or max(intended, applied) < SMALLEST_NORM
-            if not small and not math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE):
+            small = intended is not None and max(intended, applied) < SMALLEST_NORM
+            if not (intended is None or small or math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE)):
                 return f"expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
-        held = self._plan.views if self._plan is not None else [p.data for p in self._model.parameters()]
+        names, held = zip(*self._updater.held(), strict=True)
         different = (checksums(held) != self._expected.to(held[0].device)).nonzero().flatten().tolist()
         if different:
-            named = self._plan.copies[different[0]].name if self._plan is not None else "its parameters"
             return (
                 f"{len(different)} of {len(held)} tensors of the engine are not what the last update left, the first "
-                f"of them {named}"
+                f"of them {names[different[0]]}"
             )
         return None
 
@@ -391,4 +321,5 @@ class VllmEngine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self._plan
+        del self.llm
+        vars(self).pop("_updater", None)  # none yet where the start has failed

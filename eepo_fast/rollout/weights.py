@@ -111,7 +111,7 @@ class _Recorder(TorchDispatchMode):
         if dst.shape != src.shape:
             raise PlanError(f"the loader copies shape {tuple(src.shape)} into {tuple(dst.shape)} of {parameter[0]}")
         view = parameter[1].as_strided(dst.shape, dst.stride(), dst.storage_offset())
-        self.copies.append(Copy(source, src.shape, src.stride(), src.storage_offset(), view))
+        self.copies.append(Copy(source, src.shape, src.stride(), int(src.storage_offset()), view))
         return dst
 
 
@@ -180,7 +180,7 @@ def _record(model: nn.Module, shapes: Mapping[str, torch.Size], parameters: Mapp
 
 def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
     """Together the ranks take every element of every source, each from one slice."""
-    taken: dict[str, list[tuple]] = defaultdict(list)
+    taken: dict[str, list[Sequence]] = defaultdict(list)
     for name, *where in slices:
         taken[name].append(where)
     for name, shape in shapes.items():
@@ -219,7 +219,7 @@ def _has_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(dims))
 
 
-def _marked(numel: int, slices: Sequence[tuple], device: torch.device) -> int:
+def _marked(numel: int, slices: Sequence[Sequence], device: torch.device) -> int:
     """How many of `numel` elements are in the slices (shape, stride, offset)."""
     if len(slices) == 1:
         return torch.Size(slices[0][0]).numel()

@@ -30,7 +30,7 @@ from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
 from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
 from eepo_fast.rewards import make_answer_grader
-from eepo_fast.rollout.engine import Progress, Sampling
+from eepo_fast.rollout.engine import OnProgress, Sampling
 from eepo_fast.run.display import Display
 from eepo_fast.types import UserError, WeightsVersion
 
@@ -188,7 +188,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
 
 
 @contextmanager
-def showing(display: Display, eval_set: EvalSet) -> Iterator[tuple[Progress, Progress]]:
+def showing(display: Display, eval_set: EvalSet) -> Iterator[tuple[OnProgress, OnProgress]]:
     """What takes (done, total) of a set's problems, and of the completions that are being sampled, here."""
     with display.task(eval_set.name) as update:
         done = [0, len(eval_set.problems)]

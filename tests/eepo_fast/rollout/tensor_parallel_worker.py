@@ -9,8 +9,10 @@ import torch.distributed as dist
 from test_vllm_engine import MODELS, REQUESTS, SAMPLING, forget, gap, gradient_of, make_model, moved, sync, weights_of
 
 from eepo_fast.distributed import start_world
-from eepo_fast.rollout import vllm as module
+from eepo_fast.rollout import updates
+from eepo_fast.rollout.updates import InPlace, Reload
 from eepo_fast.rollout.vllm import VllmEngine
+from eepo_fast.rollout.weights import PlanError
 from eepo_fast.types import EngineError
 
 
@@ -39,20 +41,22 @@ def main(family):
     assert family in MODELS
     model = make_model(family)
     engine = VllmEngine(model, dtype=torch.float32, max_sequences=16, max_model_len=256, tensor_parallel=2)
-    found = {"fallback": engine._plan is None, "views": [list(view.shape) for view in engine._plan.views]}
+    in_place = engine._updater
+    assert isinstance(in_place, InPlace)
+    found = {"views": [list(view.shape) for view in in_place.plan.views]}
 
     sync(engine, weights_of(model), 0)
     first = engine.generate(REQUESTS, SAMPLING)
-    held = [view.clone() for view in engine._plan.views]
+    held = [view.clone() for view in in_place.plan.views]
     gradient = gradient_of(model)
     stats = forget(engine, gradient)
     second = engine.generate(REQUESTS, SAMPLING)
     intended = 0.5 * sum(float((g.double() ** 2).sum()) for g in gradient.values()) ** 0.5
     found["forget"] = [stats.retention, stats.intended_norm / intended]
     found["gaps"] = [gap(model, first), gap(moved(model, gradient, 0.5), second), gap(model, second)]
-    found["same_bits"] = same_bits(engine._plan, weights_of(model), gradient)
+    found["same_bits"] = same_bits(in_place.plan, weights_of(model), gradient)
     sync(engine, weights_of(model), 1)
-    found["restored"] = all(torch.equal(a, b) for a, b in zip(engine._plan.views, held, strict=True))
+    found["restored"] = all(torch.equal(a, b) for a, b in zip(in_place.plan.views, held, strict=True))
     third = engine.generate(REQUESTS, SAMPLING)
     found["same"] = [(r.token_ids, r.rollout_logprobs) for r in first] == [
         (r.token_ids, r.rollout_logprobs) for r in third
@@ -60,10 +64,10 @@ def main(family):
     found["tokens"] = [r.token_ids for r in first]
 
     if rank == 1:  # one tensor left out on one rank: both refuse
-        real = module.sync
-        module.sync = lambda dst, src: real(dst[:-1], src[:-1])
+        real = updates.sync
+        updates.sync = lambda dst, src: real(dst[:-1], src[:-1])
         sync(engine, {name: w + 1 for name, w in weights_of(model).items()}, 2)
-        module.sync = real
+        updates.sync = real
     else:
         sync(engine, {name: w + 1 for name, w in weights_of(model).items()}, 2)
     found["refusal"] = refusal(engine)
@@ -71,12 +75,13 @@ def main(family):
     found["after"] = refusal(engine)
 
     def fallback(*args):
-        raise module.PlanError("one rank says no")
+        raise PlanError("one rank says no")
 
-    real_plan = module.record_plan
-    module.record_plan = fallback
-    engine._make_plan()
-    module.record_plan = real_plan
+    real_plan = updates.record_plan
+    updates.record_plan = fallback
+    engine._updater = engine._choose_updater()
+    updates.record_plan = real_plan
+    assert isinstance(engine._updater, Reload)
     sync(engine, weights_of(model), 4)
     forget(engine, gradient)
     found["by_reload"] = gap(moved(model, gradient, 0.5), engine.generate(REQUESTS, SAMPLING))

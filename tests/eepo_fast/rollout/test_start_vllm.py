@@ -18,6 +18,7 @@ from eepo_fast.algorithm import overlap
 from eepo_fast.distributed import World
 from eepo_fast.rollout import make, start_vllm
 from eepo_fast.rollout import vllm as module
+from eepo_fast.rollout.updates import InPlace, Reload
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.run import build
 from eepo_fast.types import UserError, WeightsVersion
@@ -51,7 +52,7 @@ def test_a_16_bit_engine_has_fp32_logits_of_the_weights_it_was_given_last(kind):
     model = MODELS[kind]().eval()
     engine = VllmEngine(model, dtype=torch.bfloat16, max_sequences=4, max_model_len=128)
     try:
-        assert engine.logits_dtype == torch.float32 and engine._plan is not None
+        assert engine.logits_dtype == torch.float32 and isinstance(engine._updater, InPlace)
         hidden = torch.randn(5, 64).to(torch.bfloat16) * 8
         weights = {name: p.detach() for name, p in model.named_parameters()}
         head = "model.embed_tokens.weight" if kind == "tied" else "lm_head.weight"
@@ -183,13 +184,14 @@ def stub_engine(note):
     """An engine whose every call of vLLM is a note."""
     engine = object.__new__(VllmEngine)
     engine.stream = start_vllm.engine_stream()
-    engine._enable_sleep, engine._asleep, engine._plan, engine._shadow = True, False, None, {}
+    engine._enable_sleep, engine._asleep = True, False
     llm = SimpleNamespace(sleep=lambda level: note("sleep"), wake_up=lambda: note("wake"))
     llm.collective_rpc = lambda *arguments, **options: note("reload")
     llm.llm_engine = SimpleNamespace(
         step=lambda: note("step"), add_request=lambda *a: None, abort_request=lambda a: None
     )
     engine.llm = llm
+    engine._updater = Reload(llm, torch.nn.Linear(1, 1), {}, torch.float32, engine.stream)
     engine._check_weights = lambda: note("check")
     return engine
 
@@ -207,7 +209,7 @@ def test_the_engine_runs_on_a_stream_of_high_priority_and_what_streams_beside_it
     assert engine.stream.priority < 0
     engine.sleep()
     engine.wake()
-    for call in (lambda: engine.generate([], None), lambda: engine.score([], 1), engine._reload):
+    for call in (lambda: engine.generate([], None), lambda: engine.score([], 1), engine._updater.reload):
         with pytest.raises(Seen):
             call()
     assert [name for name, _ in notes] == ["sleep", "wake", "check", "check", "reload"]

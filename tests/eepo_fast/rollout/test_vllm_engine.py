@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from eepo_fast.rollout import vllm as module
+from eepo_fast.rollout import updates
 from eepo_fast.rollout import weights as plan_module
 from eepo_fast.rollout.engine import SampleRequest, Sampling, continuation
+from eepo_fast.rollout.updates import InPlace, Reload
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.types import EngineError, Problem, Prompt, Segment, WeightsVersion
 
@@ -114,7 +115,7 @@ def test_parity_after_sync_forget_and_restore(pair):
     sync(engine, weights_of(model), 3)
     first = engine.generate(REQUESTS, SAMPLING)
     assert gap(model, first) < 5e-5 and engine.weights_version == (3, False)
-    held = [view.clone() for view in engine._plan.views]
+    held = [view.clone() for view in engine._updater.plan.views]
 
     gradient = gradient_of(model)
     stats = forget(engine, gradient)
@@ -124,7 +125,7 @@ def test_parity_after_sync_forget_and_restore(pair):
     assert {tuple(r.weights_version) for r in second} == {(3, True)}
 
     sync(engine, weights_of(model), 4)
-    assert all(torch.equal(a, b) for a, b in zip(engine._plan.views, held, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(engine._updater.plan.views, held, strict=True))
     third = engine.generate(REQUESTS, SAMPLING)
     assert [r.token_ids for r in third] == [r.token_ids for r in first]
     assert [r.rollout_logprobs for r in third] == [r.rollout_logprobs for r in first]
@@ -269,9 +270,9 @@ def test_a_cache_that_was_not_reset_closes_the_engine(one_pair, monkeypatch):
 def test_a_tensor_left_out_of_a_sync_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
     sync(engine, {name: w + 1 for name, w in weights_of(model).items()}, 0)
-    real = module.sync
+    real = updates.sync
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sync", lambda dst, src: real(dst[:-1], src[:-1]))
+        patch.setattr(updates, "sync", lambda dst, src: real(dst[:-1], src[:-1]))
         sync(engine, weights_of(model), 1)
     with pytest.raises(EngineError, match=r"1 of 26 tensors of the engine are not what the last update left"):
         engine.generate(REQUESTS, SAMPLING)
@@ -283,7 +284,7 @@ def test_a_tensor_left_out_of_a_sync_is_noticed(one_pair, monkeypatch):
 def test_any_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch, fallback):
     """Small ones too, whose part of the step's norm is lost in rounding."""
     model, engine = one_pair
-    real, left_out = module.forget, []
+    real, left_out = updates.forget, []
 
     def partly(dst, gradient, *, keys, offsets, row_strides=None, **kwargs):
         kept = [i for i in range(len(dst)) if i not in left_out]
@@ -296,9 +297,10 @@ def test_any_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch, fallb
 
     with monkeypatch.context() as patch:
         if fallback:
-            patch.setattr(module, "record_plan", no_plan)
-            engine._make_plan()
-        patch.setattr(module, "forget", partly)
+            patch.setattr(updates, "record_plan", no_plan)
+            engine._updater = engine._choose_updater()
+        assert isinstance(engine._updater, Reload if fallback else InPlace)
+        patch.setattr(updates, "forget", partly)
         for index in (0, 7, 20):
             left_out[:] = [index]
             sync(engine, weights_of(model), 0)
@@ -307,15 +309,15 @@ def test_any_tensor_left_out_of_a_forget_is_noticed(one_pair, monkeypatch, fallb
                 with pytest.raises(EngineError, match=r"the last forget step left out \d+ weights"):
                     engine.generate(REQUESTS, SAMPLING)
             assert engine.weights_version.forgotten, "what may hold forgetful weights never says it holds the policy's"
-    engine._make_plan()
-    assert engine._plan is not None
+    engine._updater = engine._choose_updater()
+    assert isinstance(engine._updater, InPlace)
 
 
 def test_a_step_of_another_size_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
     sync(engine, weights_of(model), 0)
-    real = module.forget
-    monkeypatch.setattr(module, "forget", lambda *args, eta, **kwargs: real(*args, eta=eta * 1.01, **kwargs))
+    real = updates.forget
+    monkeypatch.setattr(updates, "forget", lambda *args, eta, **kwargs: real(*args, eta=eta * 1.01, **kwargs))
     forget(engine, gradient_of(model))
     with pytest.raises(EngineError, match="expected a forget step of norm"):
         engine.generate(REQUESTS, SAMPLING)
@@ -349,18 +351,18 @@ def test_an_update_interrupted_before_its_cache_reset_closes_the_engine(one_pair
 
 def test_a_weight_that_the_reload_leaves_out_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
-    engine._shadow = {n: w.clone() for n, w in weights_of(model).items()}
+    updater = Reload(engine.llm, engine._model, engine._shapes, engine.dtype, engine.stream)
+    updater.weights = {n: w.clone() for n, w in weights_of(model).items()}
     real = engine.llm.collective_rpc
 
     def stops_early(method, kwargs):
         iterator = kwargs["weights_iterator"]
-        return real(method, kwargs={"weights_iterator": (next(iterator) for _ in range(len(engine._shadow) - 1))})
+        return real(method, kwargs={"weights_iterator": (next(iterator) for _ in range(len(updater.weights) - 1))})
 
     monkeypatch.setattr(engine.llm, "collective_rpc", stops_early)
     with pytest.raises(EngineError, match=r"took \d+ of 26 weights"):
-        engine._reload()
-    engine._shadow = None
-    engine._make_plan()
+        updater.reload()
+    engine._updater = engine._choose_updater()
 
 
 def test_a_prompt_that_vllm_refuses_leaves_nothing_behind(one_pair):
@@ -417,7 +419,7 @@ def test_a_model_that_vllm_refuses_is_one_line():
 def test_weights_that_someone_else_changed_are_noticed(one_pair):
     model, engine = one_pair
     sync(engine, weights_of(model), 0)
-    engine._plan.views[5].view(-1)[0] += 1
+    engine._updater.plan.views[5].view(-1)[0] += 1
     with pytest.raises(EngineError, match=r"the first of them model\.layers\.0"):
         engine.generate(REQUESTS, SAMPLING)
 
@@ -454,7 +456,7 @@ def test_a_fresh_engine_refuses_and_falls_back_to_reload_where_no_plan_holds(mon
     def no_plan(*args):
         raise plan_module.PlanError("fused experts")
 
-    monkeypatch.setattr(module, "record_plan", no_plan)
+    monkeypatch.setattr(updates, "record_plan", no_plan)
     with caplog.at_level(logging.WARNING):
         engine = make_engine(model)
     assert any("layerwise reload: fused experts" in r.getMessage() for r in caplog.records)
@@ -485,7 +487,7 @@ def test_a_bf16_engine_forgets_the_whole_step_and_draws_the_bits_of_any_other():
         for e in (engine, embedded):
             sync(e, weights_of(model), 0)
             retained[rounding] = forget(e, gradient, rounding=rounding).retention
-        for copy in engine._plan.copies:
+        for copy in engine._updater.plan.copies:
             assert torch.equal(copy.view, copy.of(embedded.weights[copy.name].data)), copy.name
     assert retained["nearest"] < 0.5 and abs(retained["stochastic"] - 1) < 0.1
     rollouts = engine.generate(REQUESTS, SAMPLING)

@@ -211,7 +211,7 @@ def bench_weight_update() -> dict:
         held = dict(zip(weights, views, strict=True))
         loader = SimpleNamespace(load_weights=lambda pairs: [held[name].copy_(w) for name, w in pairs])
         llm = SimpleNamespace(collective_rpc=lambda *_, **__: None)
-        engine = SimpleNamespace(_plan=plan, _model=loader, llm=llm)
+        engine = SimpleNamespace(_updater=SimpleNamespace(plan=plan), _model=loader, llm=llm)
         gradient = {name: torch.empty_like(w) for name, w in weights.items()}
         before = trace.host_peak
         bench.speed(model, engine, gradient, 1)

@@ -1,0 +1,136 @@
+"""The weights of a vLLM model are updated in one of two ways: in place through a recorded plan, or, where no plan
+holds, in a copy of the policy's weights that vLLM then loads anew.
+
+Weights and gradients are whole tensors in the policy's shapes, by the policy's names, of any floating dtype. Checksums
+are int64 [T], one for each of the T tensors of `held`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
+from torch import Tensor, nn
+
+from eepo_fast.rollout.start_vllm import on_own_stream
+from eepo_fast.rollout.weights import check_plan, gather, record_plan
+from eepo_fast.types import EngineError
+
+Named = Mapping[str, Tensor]
+Shapes = Mapping[str, torch.Size]
+
+
+class Updater(Protocol):
+    """The engine asks this of either way. An update returns the checksums that it must have left."""
+
+    num_weights: int
+    """A forget step has to read and write this many elements on this rank."""
+
+    def find_weights(self) -> None:
+        """Finds the weights again if their memory has moved."""
+
+    def sync(self, buckets: Iterable[Named]) -> Tensor:
+        """Writes all weights, each once; a bucket is written before the next is asked for."""
+
+    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+        """Takes a step on all weights. The options are eta, rounding, seed and step of `eepo_kernels.forget`."""
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        """Returns what this rank's kernels read, each tensor with what a message calls it."""
+
+
+class InPlace:
+    """Writes every slice of a weight to where vLLM's kernels read it, as recorded in the plan."""
+
+    def __init__(self, model: nn.Module, shapes: Shapes, dtype: torch.dtype, group: dist.ProcessGroup | None):
+        """Raises PlanError, on all ranks of the group, if no plan holds; leaves vLLM's model without meaningful values.
+        The group has the ranks that hold the model together; None is this rank alone."""
+        self._model, self._shapes, self._group = model, shapes, group
+        self.plan = record_plan(model, shapes, group)
+        check_plan(self.plan, model, shapes, dtype, sync, group)
+        self.num_weights = sum(view.numel() for view in self.plan.views)
+
+    def find_weights(self) -> None:
+        if any(gather(self.plan.moved(self._model), self._group)):
+            before = [copy.slice for copy in self.plan.copies]
+            self.plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
+            assert [copy.slice for copy in self.plan.copies] == before, "the loader takes other slices than before"
+
+    def sync(self, buckets: Iterable[Named]) -> Tensor:
+        sums: dict[tuple, Tensor] = {}
+        for bucket in buckets:
+            part = self.plan.restricted_to(bucket)
+            sources = part.sources(bucket)
+            sync(part.views, sources)
+            expected = checksums(sources, [view.dtype for view in part.views])
+            sums.update(zip((copy.slice for copy in part.copies), expected, strict=True))
+        missing = [copy.name for copy in self.plan.copies if copy.slice not in sums]
+        assert not missing, f"a sync without {missing[0]}"
+        return torch.stack([sums[copy.slice] for copy in self.plan.copies])
+
+    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+        """Launches once; with tensor parallelism once more for slices that another rank counts, and sums over ranks."""
+        sums, num_weights = [], 0
+        for part in self.plan.by_ownership() if self._group else [self.plan]:
+            options |= dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
+            stats = forget(part.views, part.sources(gradient), **options)
+            num_weights += stats.num_weights
+            if part.owned[0]:
+                sums.append(stats.sums.cpu())
+        if self._group is not None:
+            total = sum(sums, torch.zeros(4, dtype=torch.float64))
+            dist.all_reduce(total, group=self._group)
+            stats = ForgetStats(total, num_weights)
+        return stats, checksums(self.plan.views)
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        return [(copy.name, copy.view) for copy in self.plan.copies]
+
+
+class Reload:
+    """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
+
+    def __init__(self, llm, model: nn.Module, shapes: Shapes, dtype: torch.dtype, stream: torch.cuda.Stream | None):
+        """llm is the `vllm.LLM` that holds the model and runs on the stream."""
+        self._llm, self._model, self.stream = llm, model, stream
+        device = next(model.parameters()).device
+        self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        self.num_weights = sum(weight.numel() for weight in self.weights.values())
+
+    def find_weights(self) -> None:
+        """Does nothing: vLLM knows where it loads to."""
+
+    def sync(self, buckets: Iterable[Named]) -> Tensor:
+        written: set[str] = set()
+        for bucket in buckets:
+            sync([self.weights[name] for name in bucket], list(bucket.values()))
+            written.update(bucket)
+        assert written == self.weights.keys()
+        return self.reload()
+
+    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+        names = list(self.weights)
+        options |= dict(keys=[tensor_key(name) for name in names], offsets=[0] * len(names))
+        stats = forget(list(self.weights.values()), [gradient[name] for name in names], **options)
+        return stats, self.reload()
+
+    @on_own_stream
+    def reload(self) -> Tensor:
+        """Has vLLM load the copy, and returns the checksums of what is there then; EngineError if it took too few."""
+        taken = []
+
+        def weights():
+            for name, weight in self.weights.items():
+                yield name, weight
+                taken.append(name)
+
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        if len(taken) != len(self.weights):
+            raise EngineError(f"vLLM's reload took {len(taken)} of {len(self.weights)} weights")
+        return checksums([tensor for _, tensor in self.held()])
+
+    def held(self) -> list[tuple[str, Tensor]]:
+        return [("its parameters", p.data) for p in self._model.parameters()]
