@@ -79,9 +79,9 @@ class InPlace:
             stats = forget(part.views, part.sources(gradient), **options)
             num_weights += stats.num_weights
             if part.owned[0]:
-                sums.append(stats.sums.cpu())
+                sums.append(stats.sums)
         if self._group is not None:
-            total = sum(sums, torch.zeros(4, dtype=torch.float64))
+            total = sum((part.cpu() for part in sums), torch.zeros(4, dtype=torch.float64))
             dist.all_reduce(total, group=self._group)
             stats = ForgetStats(total, num_weights)
         return stats, checksums(self.plan.views)
