@@ -1,4 +1,4 @@
-"""`eepo-fast report RUN…`: DIR/index.html, its scripts and its pictures."""
+"""`eepo-fast report RUN…` writes DIR/index.html, its scripts and its pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BESIDE = (ASSETS / "page.css", ASSETS / "page.js", ASSETS / "rollouts.js", PLOTL
 
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Path:
-    """The page's path. UserError where a folder is no run's, or `out` holds something else."""
+    """Writes the report and returns its page's path; UserError where a folder is no run's, or `out` is taken."""
     folders = list({folder.resolve(): folder for folder in folders}.values())  # each once
     if out is None and len(folders) > 1:
         raise UserError("report: expected --out DIR with several runs, found none; it says where the page goes")
@@ -51,7 +51,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
 
 
 def _check_place(out: Path) -> None:
-    """A new folder, an empty one, or an earlier report: nothing else is written over."""
+    """Refuses all but a new folder, an empty one or an earlier report, so that nothing else is written over."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, found the file {out}; choose another")
     page = out / "index.html"
