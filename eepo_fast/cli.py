@@ -1,4 +1,4 @@
-"""The command line. A user's mistake ends in one line on stderr and exit code 2."""
+"""Runs the command line. A user's mistake ends in one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def _add_profile(commands) -> None:
 
 
 def _left(name: str) -> int:
-    """A run that was told to leave has saved."""
+    """Says that a run which was told to leave has saved, and returns its exit code."""
     from eepo_fast.run.signals import exit_code
 
     if os.environ.get("RANK", "0") == "0":
