@@ -32,7 +32,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def log1p_unit(y):
-    """Returns log(1 + y), y in [0, 1], to 2 ulp or so: the series of 2 atanh(y / (2 + y)). Fast logs lose all near 1."""
+    """Returns log(1 + y), y in [0, 1], to about 2 ulp: the series of 2 atanh(y / (2 + y)). Fast logs fail near 1."""
     w = y / (2.0 + y)
     w2 = w * w
     series = 1.0 / 15.0
