@@ -1,5 +1,4 @@
-"""Has the peers of the fused head, which a user would pick instead, as calls: (hidden, weight, targets, weights) ->
-loss.
+"""Has the fused head's peers, which users would take instead, as calls: (hidden, weight, targets, weights) -> loss.
 
 Two tasks. `entropy`: log-prob and entropy of every token, any upstream gradient on both; the loss is
 Σ_t w_t (-log p_t - ENTROPY_COEF · H_t). `nll`: cross-entropy only, which more libraries have; Σ_t w_t (-log p_t), w

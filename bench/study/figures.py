@@ -1,5 +1,4 @@
-"""Draws the study's figures, one function each, after the paper's. `final`: {method: {seed: run}}, the base with
-them."""
+"""Draws the study's figures, one function each, after the paper's. `final`: {method: {seed: run}} with the base."""
 
 from __future__ import annotations
 

@@ -54,8 +54,7 @@ def measure(overrides: dict[str, list[str]]) -> dict:
 def one_step(
     policy: TorchPolicy, engine: HfEngine, tokenizer, config: Config, prompts: Sequence[Prompt], step: int
 ) -> list[dict]:
-    """Returns for every prompt, before and after, the probability of its stage-1 answers and shares of fresh
-    samples."""
+    """Returns, before and after, a prompt's summed probability of stage-1 answers and shares of fresh samples."""
     stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
     sampling = Sampling(1.0, config.rollout.max_new_tokens, stops)
 

@@ -87,8 +87,7 @@ def interval(values: list[float]) -> Triple:
 def paired(
     runs: dict[int, Run], others: dict[int, Run], value: Callable[[Run], float | None]
 ) -> tuple[float, float, float, int] | None:
-    """Returns (mean, low, high, seeds) of value(run) minus value(other) over seeds where both have it; None for
-    none."""
+    """Returns (mean, low, high, seeds) of value(run) minus value(other), seed by seed; None if no seed has both."""
     pairs = [(value(runs[seed]), value(others[seed])) for seed in sorted(runs.keys() & others.keys())]
     found = [a - b for a, b in pairs if a is not None and b is not None]
     return (*interval(found), len(found)) if found else None
