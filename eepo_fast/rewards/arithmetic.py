@@ -61,7 +61,7 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
 class ArithmeticGrader:
     """Rewards a completion that is an expression which uses each given number exactly once and reaches the target."""
 
-    beside_sampling = False  # it is done in no time
+    beside_sampling = False  # it takes too little time to be worth a thread
 
     def start(self) -> None:
         pass
@@ -85,7 +85,7 @@ class ArithmeticGrader:
         return Grade(reward, status, time.perf_counter() - start)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        return []  # its problems carry all that is graded
+        return []  # all that is graded is in the problem's own text
 
     def close(self) -> None:
         pass

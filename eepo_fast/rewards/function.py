@@ -60,7 +60,7 @@ def find_function(name: str) -> Callable[[Problem, str], float]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does when it is read
+    except Exception as error:  # a module that is imported may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"reward.function: {name} cannot be imported ({reason}); start in the folder of {module}.py, or put it on "

@@ -26,7 +26,7 @@ MAX_NESTING = 50
 MAX_EXPRESSION, MAX_DEEPER = 300, 12  # characters and brackets that an expression may have beyond the gold's
 PROBES = ("\\sqrt{7919}\\zeta", "7919")  # answers that are never right, so that the gold has to be read
 UNIT_BEHIND = re.compile(r"\\text\s*\{[^{}]*\}\s*$")
-NAME_BEFORE = re.compile(r"^[a-z](?=[(\[][^()\[\]]*,[^()\[\]]*[)\]]$)")  # of an interval whose "in" was lost
+NAME_BEFORE = re.compile(r"^[a-z](?=[(\[][^()\[\]]*,[^()\[\]]*[)\]]$)")  # x(0,1), whose "in" was lost
 MODES = ("strict", "paper")
 
 
@@ -123,7 +123,7 @@ class MathGrader:
     def unreadable(self, golds: Sequence[str]) -> list[int]:
         """Returns the indices of the golds that are neither numbers nor words nor mathematics: nothing but the same
         text could ever be right."""
-        if self.mode != "strict":  # which reads more than the recipe did
+        if self.mode != "strict":  # strict mode reads more golds than the recipe did
             with closing(MathGrader()) as strict:
                 return strict.unreadable(golds)
         left = list(range(len(golds)))

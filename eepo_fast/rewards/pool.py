@@ -48,7 +48,7 @@ class Worker:
     def send(self, job: Job) -> None:
         job.started = time.monotonic()
         self.job = job
-        with suppress(BrokenPipeError):  # it just died: its end of file says so to the loop
+        with suppress(BrokenPipeError):  # the worker just died: the loop finds its end of file
             self.process.stdin.write(json.dumps([job.mode, job.gold, job.answer]) + "\n")
             self.process.stdin.flush()
 

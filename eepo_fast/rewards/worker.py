@@ -18,7 +18,7 @@ def verify_answer(mode: str, gold: str, answer: str) -> dict[str, object]:
 
     try:
         right = paper.verify_answer(gold, answer) if mode == "paper" else compare(gold, answer, symbolic.ask)
-    except symbolic.NotMathematicsError:  # the gold is none
+    except symbolic.NotMathematicsError:  # the gold is no mathematics
         return {"reward": 0.0, "status": "error"}
     return {"reward": float(bool(right)), "status": "ok"}
 
@@ -44,7 +44,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     out = sys.stdout
     sys.stdout = sys.stderr  # nothing a library prints may look like an answer
-    self_test()  # also brings in what sympy imports late
+    self_test()  # also makes sympy import what it imports late
     sandbox.close_parsers()
     sandbox.enter(int(sys.argv[1]))
     self_test()

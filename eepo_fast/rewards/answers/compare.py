@@ -47,7 +47,7 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     """Returns True, False, or None where `ask` did not know enough."""
     if gold == answer:
         return True
-    if "\ufffd" in answer:  # a character, or a negation, that means nothing here
+    if "\ufffd" in answer:  # what normalise puts for a control character or \not
         return False
     gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
     if "\\in" not in answer[:4] or "\\in" not in gold[:4]:

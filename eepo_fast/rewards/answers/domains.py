@@ -59,7 +59,7 @@ def as_union(text: str) -> str:
         return "\\cup".join(map(_written, _read(text)))
     except ValueError:
         pass
-    relations = [relation(part) for part in split(text, ",", ";")]  # of ends that are no plain numbers
+    relations = [relation(part) for part in split(text, ",", ";")]  # their ends need not be plain numbers
     if len(relations) > 1 and all(relations):
         names = {side for sides, _ in relations for side in sides if NAME.fullmatch(side)}
         intervals = [as_interval(*found) for found in relations]
@@ -137,7 +137,7 @@ def _conditions(text: str) -> list[Piece]:
     pieces = _sorted(pieces)
     if any(_value(a.high) > _value(b.low) for a, b in pairwise(pieces)):
         if len(split(text, ";")) > 1:
-            raise ValueError  # they are one
+            raise ValueError  # alternatives that overlap are one set
         together = pieces[:1]
         for piece in pieces[1:]:
             together = _common(together, [piece])

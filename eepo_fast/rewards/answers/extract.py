@@ -32,7 +32,7 @@ LAST_NUMBER = re.compile(
     rf"[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+|\^(?:\{{-?[0-9]{{1,6}}\}}|-?[0-9]{{1,6}}))?)(?:\s?\\?%)?"
 )
 MINUS_SIGN = re.compile(MINUS)
-MAX_LINE = 2001  # one more than an answer may have: what is longer is too large, and is said to be
+MAX_LINE = 2001  # one more than an answer may have, so that a longer one is seen to be too large
 
 
 def extract_answer(completion: str) -> str | None:

@@ -28,7 +28,7 @@ class _Converter(_Latex2Sympy):
     def convert_postfix_list(self, factors: list, i: int = 0) -> object:
         """Returns the product of the factors from the i-th on."""
         first = self.convert_postfix(factors[i])
-        if i == len(factors) - 1 or isinstance(first, list):  # alone, or a derivative
+        if i == len(factors) - 1 or isinstance(first, list):  # a factor alone, or a derivative
             return super().convert_postfix_list(factors, i)
         if not isinstance(first, (sympy.Expr, sympy.MatrixBase)):
             return first
@@ -52,7 +52,7 @@ def is_broken(text: str) -> bool:
 def _glued_group(text: str) -> bool:
     """Returns whether a {group} that no command asked for is next to a number or another group."""
     tokens = TOKEN.findall(text)
-    expected: list[tuple[bool, int]] = []  # for each open brace: is it an argument, how many follow it
+    expected: list[tuple[bool, int]] = []  # for each open brace: is it an argument, and how many more follow
     before, following, glued = "", 0, False  # `glued`: the token before ended such a group
     for i, token in enumerate(tokens):
         if glued and (token == "{" or token.isdigit()):

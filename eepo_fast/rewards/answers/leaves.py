@@ -79,7 +79,7 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if numbers[0] and numbers[1]:
         if same_number(*numbers) and not (percents[1] and not percents[0] and _is_share(gold)):
             return True
-        if percents[0] != percents[1]:  # the sign is what it stands for
+        if percents[0] != percents[1]:  # the sign stands for a hundredth
             marked, plain = numbers if percents[0] else numbers[::-1]
             return marked.value == 100 * plain.value
         return False

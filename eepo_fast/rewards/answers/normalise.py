@@ -81,7 +81,7 @@ TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WHOLE = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|cal)|emph|mbox|boxed|fbox)\s*\{(.*)\}", re.DOTALL
 )
-# stays text: its letters are no product
+# what stays text, because its letters are no product
 WORDED = re.compile(
     r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)\s*[A-Za-z]{2,}\s*\}|"
     r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)(?=[^{}]*[A-Za-z]{3})[A-Za-z .'-]*\}"
@@ -126,7 +126,7 @@ TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
 NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them are marks further down
 NEW_ROW = "\x03"  # stands for \\ meanwhile
 PER_UNIT = re.compile(r"(\\text\{[^{}]*\}\s*(?:\^[0-9]\s*)?/\s*)([A-Za-z]{1,3})(?![A-Za-z])")
 UNIT_LETTERS = frozenset("msghJNWVKLACTFH")

@@ -97,7 +97,7 @@ def parse_latex(text: str) -> Basic:
         text = pattern.sub(replacement, text)
     if not re.search(r"\\frac\{d|\\i?int|\\text", text):  # db is a product, no differential
         text = re.sub(r"\\[A-Za-z]+|d(?=[A-Za-z])", lambda m: "{d}" if m.group() == "d" else m.group(), text)
-    if "\\angle" in text or "\\triangle" in text:  # of no points
+    if "\\angle" in text or "\\triangle" in text:  # an angle or a triangle that names no points
         raise NotMathematicsError
     text = DECIMAL.sub(lambda m: f"(\\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}})", text)
     try:
