@@ -22,7 +22,7 @@ BESIDE = (ASSETS / "page.css", ASSETS / "page.js", ASSETS / "rollouts.js", PLOTL
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     """Writes the report and returns its page's path; UserError where a folder is no run's, or `out` is taken."""
-    folders = list({folder.resolve(): folder for folder in folders}.values())  # each once
+    folders = list({folder.resolve(): folder for folder in folders}.values())  # no folder is read twice
     if out is None and len(folders) > 1:
         raise UserError("report: expected --out DIR with several runs, found none; it says where the page goes")
     try:
@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     out = out or folders[0] / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "index.html").exists():  # whose folder this is, should what follows be interrupted
+        if not (out / "index.html").exists():  # marks the folder as ours, should we be interrupted
             (out / "index.html").write_text(MARK, encoding="utf-8")
         groups = group_runs(runs)
         panels = panels_of(groups)

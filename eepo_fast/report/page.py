@@ -52,7 +52,7 @@ def write_page(
         "data": script({"charts": charts(groups, panels), "runs": [summaries(run) for run in runs]}),
     }
     text = (ASSETS / "template.html").read_text(encoding="utf-8")
-    for name, part in parts.items():  # the data last: what is in it is not looked at again
+    for name, part in parts.items():  # the data last: no mark inside it is replaced
         text = text.replace(f"<!--{name}-->", part)
     path = out / "index.html"
     path.write_text(text, encoding="utf-8")
@@ -131,7 +131,7 @@ def trouble(runs: Sequence[Run]) -> str:
         counts = [sum(v for v in run.values(key) if v is not None) for run in runs]
         if any(counts):
             rows.append([f"{text} ({key})", *(f"{count:.0f}" for count in counts)])
-    # a count so far, not of the iteration
+    # counted from the run's start, not iteration by iteration
     failures = [max((v for v in run.values("checkpoint/failures") if v is not None), default=0) for run in runs]
     if any(failures):
         rows.append(["checkpoints that could not be written (checkpoint/failures)", *(f"{n:.0f}" for n in failures)])

@@ -72,7 +72,7 @@ def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) ->
                 window, shade = window_for(len(steps)), colour(groups, g, i)
                 label = line.label if len(groups) == 1 else (line.label if g == 0 and len(panel.lines) > 1 else None)
                 known = [k for k, v in enumerate(mean) if v is not None]
-                if len(known) < len(steps):  # evaluated now and then
+                if len(known) < len(steps):  # a metric that only some iterations have
                     at, points = [steps[k] for k in known], [mean[k] for k in known]
                     axis.plot(at, points, DASHES[line.style], marker="o", markersize=3, color=shade, label=label)
                     continue

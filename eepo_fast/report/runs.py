@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         raise UserError(f"report: no iteration is logged in {folder / 'metrics.jsonl'} yet; try again after the first")
-    last = rows[-1]["step"]  # later ones belong to an iteration that is still being logged
+    last = rows[-1]["step"]  # later files belong to an iteration that is still being logged
     return Run(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
