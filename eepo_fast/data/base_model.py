@@ -54,7 +54,7 @@ def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | 
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         model, tokenizer = train_base(data, progress)
-        disable_progress_bar()  # of writing one small file
+        disable_progress_bar()  # it would be there for one small file
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if (folder / "config.json").is_file():  # another process was faster

@@ -21,8 +21,8 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
 THOUSANDS = re.compile(r"[-+]?\$?[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
-# Some chat templates write the day, and a run that is resumed on another one would read other prompts than it began
-# with. It is the day that Llama 3's template has where it is told none.
+# Some chat templates write today's date, and a run that is resumed on another day would read other prompts than it
+# began with. So all days are this one, which Llama 3's template has where it is told none.
 TODAY = datetime(2024, 7, 26)
 # Names under which model families keep their end-of-turn token.
 STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
@@ -76,7 +76,7 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     with file:
         for number, raw in enumerate(file, 1):
-            # where the first line is none, the file is likely of another kind
+            # a first line that is no JSON says that the file is likely of another kind
             hint = "; expected JSON Lines; `eepo-fast data prepare` converts others" if number == 1 else ""
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -272,7 +272,7 @@ def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[in
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
     """Returns the text that each token adds, special tokens too; a character cut over several is the last one's."""
     texts = []
-    start = read = 0  # decoded together, so that what a tokenizer does at the beginning of a text is not seen here
+    start = read = 0  # a token is decoded behind the one before: a tokenizer treats the beginning of a text otherwise
     for end in range(1, len(token_ids) + 1):
         before, now = (tokenizer.decode(token_ids[start:stop]) for stop in (read, end))
         if now.endswith("\ufffd") and end < len(token_ids):  # inside a character
