@@ -19,7 +19,7 @@ from eepo_fast.rollout.engine import Progress, RolloutEngine, Sampling, make_req
 from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout
 
-EVALUATION_STAGE = 0  # seeds of an evaluation never meet those of a training stage
+EVALUATION_STAGE = 0  # no training stage has this number, and so none has an evaluation's seeds
 COMPLETIONS_AT_ONCE = 2048  # graded and written together: what an interruption may cost
 
 Row = dict[str, Any]
