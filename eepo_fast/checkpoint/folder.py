@@ -99,7 +99,7 @@ def verify(folder: Path) -> str | None:
     what they lead to is not the checkpoint's own."""
     try:
         return _verify(folder)
-    except OSError as error:  # of a bad disk, or another process's
+    except OSError as error:  # a bad disk, or another process at work in the folder
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
 
 

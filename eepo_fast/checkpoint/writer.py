@@ -75,7 +75,7 @@ class CheckpointWriter:
             digests = self._write_files(model, optimizer, content, generators)
             complaint = self._commit(self._final, digests) if self.world.size == 1 else None
             self._progress = digests if complaint is None else complaint
-        except Exception as error:  # said by the main thread
+        except Exception as error:  # the main thread says it
             self._progress = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
     def _write_files(
@@ -83,7 +83,7 @@ class CheckpointWriter:
     ) -> dict[str, str]:
         temporary, rank, size = temporary_of(self._final), self.world.rank, self.world.size
         part = "" if size == 1 else f"-{rank + 1:05d}-of-{size:05d}"
-        own = temporary / f"rank{rank}"  # nobody else's: then its files are moved to where they belong
+        own = temporary / f"rank{rank}"  # this rank's alone, until its files are moved to where they belong
         shutil.rmtree(own, ignore_errors=True)
         (own / "model").mkdir(parents=True)
         written = []
@@ -143,7 +143,7 @@ class CheckpointWriter:
             commit(final, digests)
         except OSError as error:
             return error.strerror or str(error)
-        with suppress(OSError):  # what cannot be removed now is with the next one
+        with suppress(OSError):  # what cannot be removed now is removed with the next one
             prune(self.config.run_dir, self.config.checkpoint.keep, self.config.checkpoint.best)
         return None
 
