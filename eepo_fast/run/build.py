@@ -112,7 +112,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
         display.say(
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
         )
-    # The engine first: a sharded model shows no weights. vLLM's start on all ranks together, and wait for one another:
+    # The engine comes first: a sharded model shows no weights. vLLM's engines start together and wait for one another:
     # where one fails, its process ends, and the launcher ends the others.
     with world.agree() if config.rollout.engine == "hf" else nullcontext():
         longest = max(len(p.token_ids) for p in (*prompts, *evaluation.prompts))
@@ -166,7 +166,7 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
     plain = dict(micro_batch_tokens=train.micro_batch_tokens, packed=train.packing, liger=train.liger)
     sharded = train.engine == "deepspeed"
     with world.agree():
-        check_head(model)  # for both, the reference being its copy, and before either is prepared
+        check_head(model)  # before the policy or its copy, the reference, is prepared
     reference = None
     if config.grpo.kl_coef:
         frozen = frozen_copy(model, device, dtype if sharded else None)

@@ -19,11 +19,11 @@ from eepo_fast.policy.footprint import AUTOCAST, BUCKET_ELEMENTS, KEYS, Shape, k
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
-BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather; made as large, however small the model is
+BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather, however small the model is
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
 GPUS_A_NODE = 8
-KEPT_GIB = 1.0  # never planned for: fragments of the allocator
+KEPT_GIB = 1.0  # left free for the allocator's fragments
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     cut = n if sharded else 1
     parts = {}
     parts["weights"] = itemsize * w
-    if sharded and stage == 3:  # and what two layers and the head need while they are used
+    if sharded and stage == 3:  # two layers and the head are whole while they are used
         held = 0 if train.offload_parameters else w / cut
         parts["weights"] = itemsize * (held + 2 * shape.layer_weights + shape.vocab_size * shape.hidden_size)
     on_host = train.offload_optimizer
@@ -141,7 +141,7 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     parts["gradients"] = 4 * w if not sharded or stage <= 1 else 4 * w / cut
     parts["gradient buckets"] = 2 * BUCKET * itemsize if sharded and stage >= 2 else 0
     parts["activations"], whole = micro_batch(config, shape, machine)
-    parts["head workspace"] = whole - parts["activations"]  # or that of a layer which is done again
+    parts["head workspace"] = whole - parts["activations"]  # or the workspace of a layer that is recomputed
     parts["reference"] = (compute if sharded else 4) * w if config.grpo.kl_coef else 0
     return {name: value / GIB for name, value in parts.items()}
 
@@ -233,7 +233,7 @@ def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         wire = updates * wire_bytes(config, micro_batches) * shape.weights / machine.link_bytes_per_s
         if config.eepo.enabled:  # ∇L goes to its owners at every micro-batch, in fp32; half of the completions
             result["unlearn"] += 4 * shape.weights * -(-updates * micro_batches // 2) / machine.link_bytes_per_s
-    added = extra / completions if config.aepo.mode == "term" else 0.0  # else they replace others
+    added = extra / completions if config.aepo.mode == "term" else 0.0  # else the extra samples replace others
     result["update"] = step * (1 + added) + wire + updates * 20 * shape.weights / n / machine.bytes_per_s
     result["sync"] = 6 * shape.weights / machine.bytes_per_s
     return result
@@ -248,7 +248,7 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"]
     static += 0.0 if machine.measured else CONTEXT_GIB + KEPT_GIB
     gradients, buckets = parts["gradients"], parts["gradient buckets"]
-    if sharded and stage == 3:  # whose buffers for gradients stay between updates
+    if sharded and stage == 3:  # it keeps its buffers for gradients between updates
         static += gradients + buckets
         gradients = buckets = 0.0
     passes = micro_batch(config, shape, machine, buckets * GIB)[1] / GIB

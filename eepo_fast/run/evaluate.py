@@ -36,7 +36,7 @@ from eepo_fast.types import UserError, WeightsVersion
 
 UNLIMITED = 1e9
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
-OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # in their place
+OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # options instead
 MOST_SAMPLES = 100_000
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write says without naming its file
 
@@ -85,7 +85,7 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
     """Returns (config to load and sample with, what was found) for a run's folder, a checkpoint's, or any model.path. A
     run's data and rollout settings are its own; elsewhere the defaults hold, with the prompt of the model's family."""
     folder, values = Path(path).expanduser(), {}
-    found = {"model": str(folder.resolve()) if folder.exists() else path}  # however it is spelt
+    found = {"model": str(folder.resolve()) if folder.exists() else path}  # a folder has one name, however it is spelt
     if (folder / "checkpoints").is_dir():
         newest, complaints = checkpoint.newest_valid(folder)
         if newest is None:
@@ -138,7 +138,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         sets = [load_set(name, spec, config.data) for name, spec in specs.items()]
         if world.is_main:
             check_sets(sets, config.reward)
-        # neither the run's nor given: then that of the model's family, or of the procedural task
+        # a template that no run and no override gives is the model family's, or the procedural task's
         guessed = config.data.train == "unused" and not any(o.startswith("data.template=") for o in options.overrides)
         model, tokenizer, config, device = load_for_sampling(config, options, display)
         if guessed:

@@ -82,7 +82,7 @@ class Loop:
         except Interrupted:
             self._save_and_leave()
         except UserError as error:
-            if error.shared:  # what is written is a checkpoint first
+            if error.shared:  # what is being written becomes a checkpoint first
                 self.meeting.report(self.writer.finish())
             raise
         if self.trainer.world.is_main:
@@ -96,7 +96,7 @@ class Loop:
         if self.evaluation.due(step, self.total):
             try:
                 row |= self._evaluate(show)
-            except Interrupted:  # the resumed run does it
+            except Interrupted:  # the resumed run will evaluate
                 left = True
         if trainer.world.is_main:
             with one_line_errors(config.run_dir):
@@ -153,7 +153,7 @@ class Loop:
             self.writer.save(state)
         owed = self.trainer.world.gather(self.evaluation.is_owed(state.step, self.total))[0]
         if state.step == self.total and not owed:
-            return  # it came as the run ended
+            return  # the signal came as the run ended
         if self.trainer.world.is_main:
             write_ending(self.trainer.config.run_dir, name, step=state.step, total=self.total)
         raise Interrupted(name)

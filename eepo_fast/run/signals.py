@@ -52,7 +52,7 @@ def listening() -> Iterator[Request]:
     """Gives the signals to the request inside, and afterwards to whom they went before. A thread takes them: the main
     one may be waiting for other ranks, where Python calls no handler."""
     request = Request()
-    if threading.current_thread() is not threading.main_thread():  # which alone can listen
+    if threading.current_thread() is not threading.main_thread():  # no other thread can listen
         yield request
         return
     inside, outside = socket.socketpair()

@@ -25,7 +25,7 @@ from eepo_fast.run.signals import leave
 EXIT_CODE = 70  # EX_SOFTWARE
 GRACE_S = 2.5  # for a store to answer, and for the other ranks to look
 NOTE_S = 1.0
-LOCKED_S = 60.0  # beyond timeout_s, without this thread having run at all: something keeps the interpreter
+LOCKED_S = 60.0  # past timeout_s, after which a thread that never ran must be kept from the interpreter
 COMMUNICATION = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 
 
@@ -79,7 +79,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            # in C: where this thread cannot run for long, as a call holds the interpreter, it ends the process
+            # C ends the process where this thread cannot run for long, because a call holds the interpreter
             faulthandler.dump_traceback_later(self.timeout_s + LOCKED_S, exit=True, file=_stderr())
             if self._stop.wait(min(NOTE_S, self.timeout_s / 4)):
                 return
@@ -134,7 +134,7 @@ class Watchdog:
             return True
         try:
             return self.store.add("eepo/said", 1) == 1
-        except RuntimeError:  # no store: whoever asks knows it first
+        except RuntimeError:  # the store is lost: this rank says so itself
             return True
 
     def let_it_end(self) -> None:
