@@ -83,7 +83,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     if (args.model is None) == (args.completions is None):
         raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
-    # a list of options takes all that follows it: what begins with a section of the config is an override
+    # --data takes all that follows it: what begins with a section of the config is an override
     overrides = [text for text in args.data if "=" in text and text.partition(".")[0] in Config.model_fields]
     data, overrides = [text for text in args.data if text not in overrides], overrides + args.overrides
     temperature, seed = 1.0 if args.temperature is None else args.temperature, args.seed or 0

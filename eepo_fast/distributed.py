@@ -90,7 +90,7 @@ class World:
         except Exception as found:
             if kind is None:
                 raise
-            log.warning("process groups: not closed in order: %s", found)  # what ended the block is the news
+            log.warning("process groups: not closed in order: %s", found)  # the block's own error is raised
 
     @contextmanager
     def closing(self, engine: SupportsClose) -> Iterator[None]:
@@ -104,7 +104,7 @@ class World:
                 try:
                     engine.close()
                 except Exception as found:
-                    log.warning("the engine: not closed in order: %s", found)  # what ended the block is the news
+                    log.warning("the engine: not closed in order: %s", found)  # the block's own error is raised
             raise
         engine.close()
 

@@ -86,7 +86,7 @@ def merge(m, s, w, z, scale):
     return top, s * decay + e, (w + s * step) * decay + e * delta
 
 
-# One number a row is read through these: they may begin anywhere, and a kernel is compiled once for all places.
+# A row reads one number through each of these. They may begin anywhere, and one compiled kernel serves all places.
 ANY_ALIGNMENT = ["targets_ptr", "index_ptr"]
 
 
