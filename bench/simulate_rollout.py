@@ -105,13 +105,13 @@ class Setup:
 class Stage:
     seconds: float = 0.0
     ends: list[tuple[float, Answer, float]] = field(default_factory=list)
-    """(when, which, how busy the GPU's multipliers were) of the answers that ended, in order."""
+    """(time, answer, how busy the GPU's multipliers were) of the answers that ended, in order."""
     left: list[tuple[Answer, int]] = field(default_factory=list)
     """(which, tokens so far) of those that were preempted."""
     steps: list[tuple[int, float, float]] = field(default_factory=list)
     """(how many alike, sequences, cached tokens)."""
     running: list[tuple[float, int]] = field(default_factory=list)
-    """(from when, how many answers were being written)."""
+    """(time, how many answers were being written)."""
 
 
 def sample_continuous(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> Stage:

@@ -69,7 +69,7 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 
 def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of every line that is not blank; UserError on all but objects in UTF-8."""
+    """Yields (line number from 1, object) of lines that are not blank; UserError on all but JSON objects in UTF-8."""
     try:
         file = path.open("rb")
     except OSError as error:

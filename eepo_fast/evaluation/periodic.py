@@ -78,7 +78,7 @@ class PeriodicEvaluation:
     def run(
         self, policy: Policy, engine: RolloutEngine, version: int, step: int, *, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Returns metrics of the policy as it is now, all ranks together. progress: told of sampling; may interrupt."""
+        """Returns the policy's metrics now, all ranks together. progress: told of sampling; may raise Interrupted."""
         started, evaluation = time.perf_counter(), self.config.evaluation
         engine.sync(policy.weights(), WeightsVersion(version, False))
         sampler = Sampler(

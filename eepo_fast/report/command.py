@@ -21,7 +21,7 @@ BESIDE = (ASSETS / "page.css", ASSETS / "page.js", ASSETS / "rollouts.js", PLOTL
 
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Path:
-    """Writes the report and returns its page's path; UserError where a folder is no run's, or `out` is taken."""
+    """Writes the report, returns its page's path; UserError if a folder is no run's, or `out` holds something else."""
     folders = list({folder.resolve(): folder for folder in folders}.values())  # no folder is read twice
     if out is None and len(folders) > 1:
         raise UserError("report: expected --out DIR with several runs, found none; it says where the page goes")

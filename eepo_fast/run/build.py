@@ -129,7 +129,7 @@ def _digest(content: object) -> str:
 
 
 def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> str:
-    """Checks that config and data are the same on every rank, and returns the digest of the training data."""
+    """Checks that all ranks have the same config and data; returns training data's digest. others: of evaluation."""
     data, other_data = (_digest([(p.id, p.problem, p.answer) for p in part]) for part in (problems, others))
     mine = _digest(dump_config(config)), data, other_data
     everyone = world.gather(mine)

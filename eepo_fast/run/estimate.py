@@ -162,7 +162,7 @@ def micro_batch(config: Config, shape: Shape, machine: Machine, backward_bytes: 
 
 
 def engine_memory(config: Config, shape: Shape, machine: Machine) -> tuple[float, float]:
-    """Returns GiB of the engine on a rank: (its weights, its cache of keys and values). vLLM takes its share."""
+    """Returns GiB of the engine on a rank: (its weights, its cache of keys and values). vLLM fills its share."""
     rollout = config.rollout
     itemsize = 4 if rollout.dtype == "float32" else 2
     weights = itemsize * shape.weights / rollout.tensor_parallel / GIB

@@ -53,7 +53,7 @@ def fused_multiply_add(weight: Tensor, gradient: Tensor, eta: float) -> Tensor:
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Rounds x [n] fp32 to bf16 or fp16: up in magnitude with the chance that makes it unbiased; bits [n] of 16 bit."""
+    """Rounds x [n] fp32 to bf16 or fp16, up in magnitude with the unbiased probability; bits [n] in [0, 2¹⁶)."""
     raw = x.view(torch.int32)
     bits = bits.to(torch.int32)
     if dtype == torch.bfloat16:
