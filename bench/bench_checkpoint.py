@@ -1,10 +1,10 @@
-"""What a checkpoint costs training, against what a user would write instead: a model of SmolLM2-135M's shape.
+"""Measures what a checkpoint costs training, against what a user would write instead: a model of SmolLM2-135M's shape.
 
     python bench/bench_checkpoint.py --out bench/results/cpu/bench_checkpoint.json
 
-`blocking`: how long training stands still. `whole`: until the checkpoint can be relied on, with nothing else running.
-`plain`: save_pretrained and torch.save of the optimizer's state, neither checked nor synced to disk. `plain, synced`:
-the same and fsync. `verify`: what reading every file again against its sha256 takes.
+`blocking` is how long training stands still; `whole`, the time until the checkpoint can be relied on, with nothing else
+running; `plain`, save_pretrained and torch.save of the optimizer's state, neither checked nor synced to disk; `plain,
+synced`, the same and fsync; `verify`, what reading every file again against its sha256 takes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from eepo_fast.types import Problem
 
 
 def procedural_gold(draw: random.Random) -> tuple[str, list[str]]:
-    """(gold, the same in other spellings)."""
+    """Returns (gold, the same in other spellings)."""
     a, b, c = draw.randint(2, 99), draw.randint(2, 99), draw.randint(1000, 99_999)
     kind = draw.random()
     if kind < 0.7:

@@ -46,7 +46,7 @@ KEPT = ("seconds", "idle", "tokens/per_second", "unlearn/hidden_s")
 
 
 class Grader:
-    """A reward for every second answer, so that no group is all alike and every iteration has a gradient."""
+    """Rewards every second answer, so that no group is all alike and every iteration has a gradient."""
 
     beside_sampling = False
 
@@ -72,7 +72,7 @@ def _(grad, query, key, *rest, **more):
 
 
 def addmm_flops(added, a, b, *rest, **more) -> int:
-    """PyTorch's own formula does not know the product with a dtype of its own, which the head has on a GPU."""
+    """Counts the product with a dtype of its own, which the head has on a GPU and PyTorch's formula does not know."""
     return 2 * a[0] * a[1] * b[1]
 
 
@@ -103,7 +103,7 @@ def make_trainer(config: Config, model, tokenizer, prompts: list[Prompt], *, che
 
 
 def fix_lengths(lengths: list[int], prompts: list[Prompt], group_size: int) -> None:
-    """Every sample of every prompt gets its length, the same in both methods."""
+    """Gives every sample of every prompt its length, the same in both methods."""
     place = {p.id: i for i, p in enumerate(prompts)}
 
     def limited(chosen, stage, indices, *seeds) -> list[SampleRequest]:
@@ -147,7 +147,7 @@ def synchronised_time() -> float:
 
 
 def idle(cpu: float, seconds: float) -> float:
-    """Share of the cores' time in which this process did nothing, since it had used `cpu` seconds."""
+    """Returns the share of the cores' time in which this process did nothing, since it had used `cpu` seconds."""
     return 1 - (cpu_seconds() - cpu) / (seconds * torch.get_num_threads())
 
 
@@ -165,13 +165,13 @@ def flops(trainer: Trainer) -> float:
 
 
 def standing_bytes(model, optimizer, *more: torch.Tensor) -> int:
-    """What is alive all the time: weights, the optimizer's state, and `more`."""
+    """Counts what is alive all the time: weights, the optimizer's state, and `more`."""
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *states, *more))
 
 
 class Rounds:
-    """Iterations in turns: in a round each trainer has one. The first warms up, the last is for memory."""
+    """Runs iterations in turns: in a round each trainer has one. The first warms up, the last is for memory."""
 
     def __init__(self, trainers: dict[str, Trainer], pairs: int):
         self.trainers, self.pairs, self.round = trainers, pairs, 0
@@ -211,7 +211,7 @@ class Rounds:
 
 
 def summary(rounds: Rounds) -> dict:
-    """Medians by trainer; the warm-up left out."""
+    """Returns medians by trainer; the warm-up is left out."""
     found = {}
     for name, part in rounds.rows.items():
         if not part:
@@ -225,7 +225,7 @@ def summary(rounds: Rounds) -> dict:
 
 
 def beyond_two_stages(grpo: dict[str, float], eepo: dict[str, float]) -> dict[str, float]:
-    """Of EEPO: what is neither its two stages nor done by GRPO too, the share of unlearning that was hidden."""
+    """Returns how much of EEPO is neither its two stages nor done by GRPO too, and how much unlearning was hidden."""
     both = sum(grpo.get(f"time/{name}_s", 0.0) for name in ("sync", "reward", "update"))
     stages = sum(eepo[f"time/rollout_stage{s}_s"] for s in (1, 2))
     unlearning = eepo["time/unlearn_s"] + eepo["unlearn/hidden_s"]
@@ -237,7 +237,7 @@ def beyond_two_stages(grpo: dict[str, float], eepo: dict[str, float]) -> dict[st
 
 
 def ratios(rounds: Rounds, name: str, other: str) -> list[float]:
-    """Seconds of one over those of another, round by round."""
+    """Returns the seconds of one over those of another, round by round."""
     pairs = zip(rounds.rows[name][1:], rounds.rows[other][1:], strict=True)
     return [one["seconds"] / two["seconds"] for one, two in pairs]
 

@@ -40,13 +40,13 @@ def make_inputs(n: int, d: int, v: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def weights_of(n: int, f: float) -> torch.Tensor:
-    """1/N for a share f of the tokens, spread over all of them; 0 for the others."""
+    """Returns 1/N for a share f of the tokens, spread over all of them; 0 for the others."""
     kept = (torch.arange(n, device=DEVICE) * 7919) % 100 < 100 * f
     return torch.where(kept, 1 / n, 0.0)
 
 
 def gemm_seconds(n: int, d: int, v: int, repeats: int) -> float:
-    """G: the fastest of plain matmuls of this shape, its output, in the inputs' dtype, in memory that is there."""
+    """Returns G: the fastest of plain matmuls of this shape, its output, in the inputs' dtype, in memory at hand."""
     a, b = torch.randn(n, d, device=DEVICE, dtype=DTYPE), torch.randn(v, d, device=DEVICE, dtype=DTYPE)
     out = torch.empty(n, v, device=DEVICE, dtype=DTYPE)
     times = []
@@ -60,7 +60,7 @@ def gemm_seconds(n: int, d: int, v: int, repeats: int) -> float:
 
 
 def copy_bytes_per_s() -> float:
-    """Bytes read plus bytes written a second by a large copy."""
+    """Returns the bytes that a large copy reads and writes a second."""
     source = torch.empty((4 << 30 if CUDA else 1 << 28) // 4, device=DEVICE)
     source.normal_()
     target = torch.empty_like(source)
@@ -74,8 +74,8 @@ def gradients(loss, inputs, weights) -> list[torch.Tensor]:
 
 
 def truth_of(task: str, inputs, weights) -> list[torch.Tensor]:
-    """In float64, on the numbers that the inputs' dtype holds, through the chunked PyTorch path (which has a gradcheck
-    and is compared with autograd through all the logits in the tests)."""
+    """Computes the truth in float64, on the numbers that the inputs' dtype holds, through the chunked PyTorch path
+    (which has a gradcheck and is compared with autograd through all the logits in the tests)."""
     hidden, weight, targets = inputs
     exact = (hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), targets)
     coef = ENTROPY_COEF if task == "entropy" else 0.0
@@ -95,7 +95,7 @@ def errors(found, truth) -> dict[str, float]:
 
 
 def available(task: str, inputs, weights) -> tuple[dict, dict[str, str]]:
-    """Peers that run on these inputs, and why the others do not."""
+    """Returns the peers that run on these inputs, and why the others do not."""
     running, skipped = {}, {}
     for name, build in TASKS[task].items():
         try:
@@ -141,7 +141,7 @@ def measure(task: str, shape, f: float, repeats: int, g_s: float) -> list[dict]:
 
 
 def scoring(shape, repeats: int, g_s: float) -> dict:
-    """Log-probs and entropy without gradients, against all the logits at once."""
+    """Measures log-probs and entropy without gradients, against all the logits at once."""
     n, d, v = shape
     hidden, weight, targets = make_inputs(*shape)
 
@@ -164,9 +164,9 @@ def scoring(shape, repeats: int, g_s: float) -> dict:
 
 
 def where_time_goes(shape, f: float, g_s: float, copy_rate: float) -> dict:
-    """One call of the fused loss under the profiler, its device time by kind of kernel; beside it what the bytes cost
-    at the rate of a copy: logits written and read in fp32, read again and written as gradients for a share f, which two
-    GEMMs read; and dW read and written at each flush of the packed rows but the first, which only writes."""
+    """Puts one call of the fused loss under the profiler, its device time by kind of kernel; beside it what the bytes
+    cost at the rate of a copy: logits written and read in fp32, read again and written as gradients for a share f,
+    which two GEMMs read; and dW read and written at each flush of the packed rows but the first, which only writes."""
     inputs, weights = make_inputs(*shape), weights_of(shape[0], f)
     loss = TASKS["entropy"]["eepo"]()
     gradients(loss, inputs, weights)

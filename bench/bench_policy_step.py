@@ -33,7 +33,7 @@ MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b") if GPU else ("smollm2-13
 
 
 def make_rollouts(words: int, num_tokens: int) -> list[Rollout]:
-    """As many as have `num_tokens` together."""
+    """Makes as many as have `num_tokens` together."""
     generator, found = torch.Generator().manual_seed(0), []
 
     def ids(n: int) -> list[int]:
@@ -50,7 +50,7 @@ def make_rollouts(words: int, num_tokens: int) -> list[Rollout]:
 
 
 def gemm_flops(name: str, tokens: int) -> float:
-    """Per second, of the largest product of a layer, forward: the rate that an update could have."""
+    """Returns the FLOP/s of a layer's largest product, forward: the rate that an update could have."""
     hidden, intermediate, *_ = SHAPES[name]
     dtype, device = (torch.bfloat16, "cuda") if GPU else (torch.float32, "cpu")
     a = torch.randn(tokens, hidden, dtype=dtype, device=device)
@@ -78,7 +78,7 @@ def our_update(policy: TorchPolicy, rollouts: list[Rollout]) -> None:
 
 
 def plain_update(model, optimizer, rollouts: list[Rollout], micro_batch_tokens: int) -> None:
-    """transformers' logits, log-softmax of all of them, padded; the same loss at a ratio of 1."""
+    """Updates by transformers' logits, padded, and a log-softmax of all of them; the same loss at a ratio of 1."""
     device, total = next(model.parameters()).device, sum(r.num_tokens for r in rollouts)
     for members in plan_micro_batches(rollouts, micro_batch_tokens, 1, False)[0]:
         micro = collate(members, 0, device, False)

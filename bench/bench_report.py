@@ -61,7 +61,7 @@ def completion(rng: random.Random, i: int, step: int, details: bool) -> dict:
 
 
 def in_browser(page: Path) -> dict[str, float]:
-    """Seconds until the first curves are drawn, and until another iteration's first group is there."""
+    """Returns the seconds until the first curves are drawn, and until another iteration's first group is there."""
     from selenium import webdriver
     from selenium.webdriver.support.ui import WebDriverWait
 

@@ -87,7 +87,7 @@ def speed(model, engine, gradient, repeats: int) -> dict:
 
 
 def round_to(values: dict, how: str, gradient: dict, eta: float) -> tuple[dict, float, float]:
-    """(weights in bf16 after the step, retention, noise ratio) of one way to take it, from fp32 masters."""
+    """Returns (weights in bf16 after the step, retention, noise ratio) of one way to take it, from fp32 masters."""
     names = list(values)
     start = {name: w.bfloat16() for name, w in values.items()}
     if how.startswith("in place"):
@@ -109,7 +109,7 @@ def round_to(values: dict, how: str, gradient: dict, eta: float) -> tuple[dict, 
 
 @torch.no_grad()
 def logprobs_under(policy, weights: dict, rollouts) -> list[list[float]]:
-    """Log-probs of the completions' tokens in fp32 arithmetic with other weights."""
+    """Returns the log-probs of the completions' tokens in fp32 arithmetic with other weights."""
     other = policy.with_model(copy.deepcopy(policy.model))
     for name, parameter in other.model.named_parameters():
         parameter.copy_(weights[name])
@@ -117,7 +117,7 @@ def logprobs_under(policy, weights: dict, rollouts) -> list[list[float]]:
 
 
 def gated_change(policy, weights: dict, base: list[list[float]], rollouts) -> float:
-    """Mean change, from `base`, of the log-prob of the tokens whose gate is open."""
+    """Returns the mean change, from `base`, of the log-prob of the tokens whose gate is open."""
     after = logprobs_under(policy, weights, rollouts)
     changes = [
         a - b
@@ -156,7 +156,7 @@ def rounding(policy, gradient: dict, rollouts) -> list[dict]:
 
 
 def change_over_seeds(policy, gradient: dict, rollouts, eta: float, num_seeds: int = 16) -> dict:
-    """Mean change of the gated tokens' log-prob over seeds of in-place stochastic rounding, against exact weights."""
+    """Returns the gated tokens' mean change over seeds of in-place stochastic rounding, against exact weights."""
     names, zeros = list(gradient), [0] * len(gradient)
     start = {name: w.bfloat16() for name, w in policy.named_weights().items()}
     base = logprobs_under(policy, {name: w.float() for name, w in start.items()}, rollouts)
@@ -178,13 +178,13 @@ def change_over_seeds(policy, gradient: dict, rollouts, eta: float, num_seeds: i
 
 
 def ulp_of_bf16(weight: torch.Tensor) -> torch.Tensor:
-    """Spacing of bf16 at each weight, float64."""
+    """Returns the spacing of bf16 at each weight, float64."""
     return 2.0 ** (torch.frexp(weight.float())[1].double() - 8)
 
 
 def over_seeds(policy, gradient: dict, eta: float, num_seeds: int = 64) -> dict:
-    """Retention of in-place stochastic rounding over seeds. sigma: of one draw, √(Σ δ² f (1-f) ulp²) / Σ δ², with δ the
-    step of an element and f = |δ| / ulp mod 1."""
+    """Returns the retention of in-place stochastic rounding over seeds. sigma: of one draw, √(Σ δ² f (1-f) ulp²) / Σ
+    δ², with δ the step of an element and f = |δ| / ulp mod 1."""
     names = list(gradient)
     start = [policy.named_weights()[n].bfloat16() for n in names]
     variance = intended_sq = 0.0

@@ -1,4 +1,4 @@
-"""Does every gold of a data set grade 1 against itself and its rewrites, and 0 against its mutations?
+"""Checks that every gold of a data set grades 1 against itself and its rewrites, and 0 against its mutations.
 
     python bench/check_grading.py --data math500.jsonl minerva_math.jsonl ... [--out FILE] [--limit N]
 
@@ -25,7 +25,7 @@ LIST = re.compile(r"[^()\[\]{},]+(?:,[^()\[\]{},]+)+")
 
 
 def rewrites(gold: str) -> Iterator[tuple[str, str]]:
-    """(rule, the same answer in another spelling)."""
+    """Yields (rule, the same answer in another spelling)."""
     for name, text in (
         ("itself", gold), ("dollars", f"${gold}$"), ("display", f"\\[ {gold} \\]"), ("box", f"\\boxed{{{gold}}}"),
         ("point", f"{gold}."), ("bold", f"**{gold}**"), ("braces", "{" + gold + "}"),
@@ -89,7 +89,7 @@ def rewrites(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def mutations(gold: str) -> Iterator[tuple[str, str]]:
-    """(rule, an answer that is wrong)."""
+    """Yields (rule, an answer that is wrong)."""
     digits = [m.start() for m in re.finditer(r"[0-9]", gold)]
     for i in {digits[0], digits[-1], digits[len(digits) // 2]} if digits else ():
         other = "1" if gold[i] == "0" else str((int(gold[i]) + 1) % 10)

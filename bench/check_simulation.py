@@ -53,7 +53,7 @@ OTHERS = (
 
 
 class Case:
-    """A setting as it is run and as it is simulated."""
+    """Holds a setting as it is run and as it is simulated."""
 
     def __init__(self, setting: Setting, pairs: list[list[int]]):
         changed = {"long tail": lambda n: n, "even": lambda n: 41, "halved": lambda n: -(-n // 2)}[setting.lengths]
@@ -88,7 +88,7 @@ class Case:
 
 
 def non_negative_fit(features: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least squares, a feature left out that would have a negative weight."""
+    """Fits by least squares; a feature that would have a negative weight is left out."""
     kept = list(range(features.shape[1]))
     while True:
         weights, *_ = np.linalg.lstsq(features[:, kept], values, rcond=None)
@@ -100,7 +100,7 @@ def non_negative_fit(features: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def calibrate(case: Case, forget_s: float, repeats: int) -> tuple[Costs, float]:
-    """(costs, seconds of the runs they are from)."""
+    """Returns (costs, seconds of the runs they are from)."""
     rows, ticks = [], []
     for _ in range(repeats):
         rows.append(case.run())

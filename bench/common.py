@@ -1,4 +1,4 @@
-"""Timing and the record of a bench: device, versions, commit, command."""
+"""Times a bench and writes its record: device, versions, commit, command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant, run in turns, so that a noisy machine slows all of them alike."""
+    """Returns the median seconds of each variant, run in turns, so that a noisy machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):  # the first turn warms up
         for name, run in variants.items():
@@ -35,7 +35,7 @@ def interleaved(variants: dict[str, Callable[[], None]], repeats: int) -> dict[s
 
 
 class CpuAllocations:
-    """The memory that is asked for on a CPU while it is entered, allocation by allocation."""
+    """Counts the memory that is asked for on a CPU while it is entered, allocation by allocation."""
 
     peak_bytes: int
     """Most bytes alive at once, beyond what was there before."""
@@ -55,7 +55,7 @@ class CpuAllocations:
 
 
 class CudaAllocations:
-    """The same on a GPU; one at a time."""
+    """Counts the same on a GPU; one at a time."""
 
     peak_bytes: int
 
@@ -98,7 +98,7 @@ def parse_args(description: str) -> argparse.Namespace:
 
 
 def described(values: dict) -> str:
-    """One line, and one more for each dictionary in it."""
+    """Returns one line, and one more for each dictionary in it."""
     flat = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if not isinstance(v, dict)}
     lines = ["  ".join(f"{k} {v}" for k, v in flat.items())]
     lines += [f"  {k}: {described(v)}" for k, v in values.items() if isinstance(v, dict)]
@@ -106,14 +106,14 @@ def described(values: dict) -> str:
 
 
 def record(rows: list[dict], out: Path | None, **top: float | str) -> None:
-    """Print and keep. top: numbers that stand beside the rows."""
+    """Prints and keeps the rows. top: numbers that stand beside them."""
     for row in rows:
         print(described(row))
     keep(rows, out, **top)
 
 
 def keep(rows: list[dict], out: Path | None, **top: float | str) -> None:
-    """What is there so far: a bench that is ended leaves that."""
+    """Keeps what is there so far: a bench that is ended leaves that."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if out is not None:

@@ -53,7 +53,7 @@ class Usage(NamedTuple):
     local_bytes: int
     """Local memory beside the stack: where the compiler spills to."""
     instructions: float | None = None
-    """Of the inner loop, a logit or weight; None for a kernel whose elements are not known here."""
+    """Instructions of the inner loop, a logit or weight; None for a kernel whose elements are not known here."""
     moved_bytes: float | None = None
 
     @property
@@ -65,7 +65,7 @@ class Usage(NamedTuple):
         return f"{self.kernel}, {self.variant}"
 
     def with_loop(self, loop: sass.Loop | None, elements: float) -> Usage:
-        """elements: that a thread takes a turn of its inner loop."""
+        """Adds the loop's cost. elements: that a thread takes a turn of its inner loop."""
         if loop is None or not elements:
             return self
         moved = (loop.loaded_bytes + loop.stored_bytes) / elements
@@ -78,8 +78,8 @@ COEFFICIENTS = ["a_ptr", "b_ptr", "c_ptr"]
 
 
 def triton_variants():
-    """(kernel, name of the variant, signature, constants): what the launchers ask for, aligned as they align it. A V
-    that 16 divides is a version of its own, as it is when launched."""
+    """Yields (kernel, name of the variant, signature, constants): what the launchers ask for, aligned as they align it.
+    A V that 16 divides is a version of its own, as it is when launched."""
     for has_bias, even_v in itertools.product((False, True), (True, False)):
         constants = {"HAS_BIAS": has_bias, "BLOCK_V": row_stats.BLOCK_V, "even_v": even_v}
         name = f"{'bias' if has_bias else 'no bias'}, {'V % 16 = 0' if even_v else 'odd V'}"
@@ -94,7 +94,7 @@ def triton_variants():
 
 
 def all_kernels() -> list[str]:
-    """Names of all Triton kernels of the package."""
+    """Returns the names of all Triton kernels of the package."""
     modules = [importlib.import_module(f"eepo_kernels.{m.name}") for m in pkgutil.iter_modules(eepo_kernels.__path__)
                if not m.name.startswith("_")]  # fmt: skip
     jitted = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
@@ -123,7 +123,7 @@ def compile_triton(kernel, variant: str, types: dict, constants: dict, arch: int
 
 
 def tool(name: str) -> str:
-    """Of a CUDA toolkit, else the one that Triton brings."""
+    """Returns the path of a CUDA toolkit's tool, else of the one that Triton brings."""
     return shutil.which(name) or str(TOOLS / name)
 
 
@@ -144,8 +144,8 @@ MANGLED = re.compile(r"\d((?:[a-z]+_)+kernel)(?:I((?:Li\d+E)+)E)?")
 
 
 def name_csrc(usage: Usage, lines: list[str]) -> Usage:
-    """By its name in the source and what its template was filled with, and with the cost of its inner loop where its
-    elements are known."""
+    """Names a kernel as the source does and by what its template was filled with, and adds the cost of its inner loop
+    where its elements are known."""
     found = MANGLED.search(usage.kernel)
     if not found:
         return usage
@@ -158,7 +158,7 @@ def name_csrc(usage: Usage, lines: list[str]) -> Usage:
 
 
 def compile_csrc(arch: int) -> list[Usage]:
-    """Every csrc/*.cu with nvcc. RuntimeError with the compiler's words if one does not compile."""
+    """Compiles every csrc/*.cu with nvcc. RuntimeError with the compiler's words if one does not compile."""
     usages = []
     for file in sorted(CSRC.glob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def compile_csrc(arch: int) -> list[Usage]:
 
 
 def compilers() -> dict[str, str]:
-    """Which compiler makes the Triton kernels, and which those of csrc/, as compiled.json names them."""
+    """Returns which compiler makes the Triton kernels, and which those of csrc/, as compiled.json names them."""
     found = {"triton": f"triton {triton.__version__}", "csrc": "nvcc not found"}
     if shutil.which("nvcc"):
         said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -189,7 +189,7 @@ compilers_here = compilers()
 
 
 def compare(usages: Iterable[Usage], figures: dict) -> tuple[list[str], list[str]]:
-    """(kernels that have got worse than the committed figures of their compiler, compilers that have none)."""
+    """Returns (kernels that have got worse than the committed figures of their compiler, compilers that have none)."""
     worse, unknown = [], set()
     for u in usages:
         known = figures.get(compiler_of(u), {}).get(f"sm_{u.arch}")
@@ -209,7 +209,7 @@ def compare(usages: Iterable[Usage], figures: dict) -> tuple[list[str], list[str
 
 
 def write_figures(usages: Iterable[Usage], figures: dict) -> None:
-    """Those of the compilers and GPUs of this report, in place of what was there for them."""
+    """Writes the figures of this report's compilers and GPUs in place of what was there for them."""
     found: dict = {}
     for u in usages:
         of_gpu = found.setdefault(compiler_of(u), {}).setdefault(f"sm_{u.arch}", {})
@@ -222,7 +222,7 @@ def write_figures(usages: Iterable[Usage], figures: dict) -> None:
 
 
 def report(arches: list[int]) -> tuple[list[Usage], list[str]]:
-    """What every kernel uses on every architecture, and what went wrong, a line each."""
+    """Returns what every kernel uses on every architecture, and what went wrong, a line each."""
     usages, errors = [], []
     covered = {kernel.__name__ for kernel, *_ in triton_variants()}
     errors += [f"{name} is in no variant of this report" for name in all_kernels() if name not in covered]

@@ -44,10 +44,10 @@ LAST_WORDS_S = 4  # of its limit, for one that is ended
 class Step:
     name: str
     command: list[str]
-    """Without the interpreter; OUT stands for the file of its JSON."""
+    """What follows the interpreter; OUT stands for the file of its JSON."""
     limit_s: float
     rehearsal: list[str]
-    """The same on a CPU, small."""
+    """The command for a CPU, small."""
 
 
 PYTEST = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
@@ -89,7 +89,7 @@ GOALS = [
 
 
 def run_step(step: Step, out: Path, rehearse: bool) -> dict:
-    """Run it, and write OUT/NAME.log and OUT/NAME.result.json: outcome `passed`, `failed` or `timed out`."""
+    """Runs a step, and writes OUT/NAME.log and OUT/NAME.result.json: outcome `passed`, `failed` or `timed out`."""
     file = out / f"{step.name}.json"
     file.unlink(missing_ok=True)
     words = [str(file) + w.removeprefix("OUT") if w.startswith("OUT") else w
@@ -122,12 +122,12 @@ def run_step(step: Step, out: Path, rehearse: bool) -> dict:
 
 
 def listen_to_interrupts() -> None:
-    """A shell has what it starts in the background ignore them, and children of that do, too."""
+    """Makes a child hear interrupts: a shell has what it starts in the background ignore them, and children do, too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:
-    """And all that it has started: what stayed would hold the GPU's memory. Asked first, pytest says what it found."""
+    """Ends a step and all that it has started: what stayed would hold the GPU's memory. Asked first, pytest reports."""
     os.killpg(process.pid, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(LAST_WORDS_S)
@@ -137,7 +137,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def figures(results: list[dict]) -> list[str]:
-    """A line for each goal: what was found, or that nothing was."""
+    """Returns a line for each goal: what was found, or that nothing was."""
     rows = {result["step"]: result["rows"] for result in results}
     lines = []
     for step, key, what, least, goal in GOALS:

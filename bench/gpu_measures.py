@@ -1,4 +1,4 @@
-"""What bench/gpu_check.py measures beside the other benches: the machine, a forget step at 3B, memory against its
+"""Measures for bench/gpu_check.py, beside the other benches: the machine, a forget step at 3B, memory against its
 estimate. `python bench/gpu_measures.py weight_update [--small]`."""
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def machine(small: bool) -> list[dict]:
 
 
 def weight_update(small: bool) -> list[dict]:
-    """sync and forget of bf16 weights from fp32, the kernel alone and the embedded engine's whole step; against a copy
-    of as many bytes (2 + 2 + 4 a weight)."""
+    """Measures sync and forget of bf16 weights from fp32, the kernel alone and the embedded engine's whole step,
+    against a copy of as many bytes (2 + 2 + 4 a weight)."""
     model = make_model("demo" if small else "qwen2.5-3b")
     masters = {name: p.detach() for name, p in model.named_parameters()}
     engine = HfEngine(model, dtype=torch.bfloat16, max_sequences=1, pad_id=0, device=DEVICE)
@@ -94,8 +94,8 @@ def weight_update(small: bool) -> list[dict]:
 
 
 def host_ms(count: int = 434) -> dict[str, float]:
-    """Milliseconds of the host for a forget step, and for checksums, of as many tensors as a model of 3B has, with next
-    to nothing in them."""
+    """Returns milliseconds of the host for a forget step, and for checksums, of as many tensors as a model of 3B has,
+    with next to nothing in them."""
     weights = [torch.zeros(16, dtype=torch.bfloat16, device=DEVICE) for _ in range(count)]
     gradients = [torch.zeros(16, device=DEVICE) for _ in range(count)]
     layout = dict(keys=[tensor_key(f"layers.{i}") for i in range(count)], offsets=[0] * count)
@@ -107,8 +107,8 @@ def host_ms(count: int = 434) -> dict[str, float]:
 
 
 def memory(small: bool) -> list[dict]:
-    """Peaks over their estimates, packed, in bf16 under autocast: of an unlearning pass of one micro-batch, with ∇L; of
-    a later micro-batch of an update, whose gradients are there; and of the first step, which makes the moments."""
+    """Measures peaks over their estimates, packed, in bf16 under autocast: an unlearning pass of one micro-batch, with
+    ∇L; a later micro-batch of an update, whose gradients are there; and the first step, which makes the moments."""
     rows = []
     tokens = 256 if small else 8192
     for checkpointing in (False, True):
@@ -147,7 +147,7 @@ def memory(small: bool) -> list[dict]:
 
 
 def peaks(policy: TorchPolicy, rollouts: list[Rollout]) -> Iterator[tuple[str, int, float]]:
-    """(phase, bytes at its peak beyond what was there before, the estimate of them)."""
+    """Returns (phase, bytes at its peak beyond what was there before, the estimate of them)."""
     config, weights = EepoConfig(gate="always"), sum(p.nbytes for p in policy.model.parameters())
 
     def backward(some: list[Rollout]) -> None:

@@ -1,4 +1,4 @@
-"""What a user would pick instead of the fused head, each behind one call: (hidden, weight, targets, weights) -> loss.
+"""Has the fused head's peers, which users would take instead, as calls: (hidden, weight, targets, weights) -> loss.
 
 Two tasks. `entropy`: log-prob and entropy of every token, any upstream gradient on both; the loss is
 Σ_t w_t (-log p_t - ENTROPY_COEF · H_t). `nll`: cross-entropy only, which more libraries have; Σ_t w_t (-log p_t), w
@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class NotHere(Exception):
-    """This peer cannot run here; the message says why."""
+    """Says why this peer cannot run here."""
 
 
 def _need_gpu(why: str) -> None:
@@ -117,7 +117,7 @@ def verl_entropy() -> Loss:
 
 
 def _marked(targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Left-out tokens marked, and the one weight of all others."""
+    """Marks left-out tokens, and returns the one weight of all others."""
     return torch.where(weights > 0, targets, IGNORE), weights.max()
 
 
@@ -136,7 +136,7 @@ def liger_nll() -> Loss:
 
 
 def liger_grpo_nll() -> Loss:
-    """Liger's chunked GRPO with advantage 1 and no old log-probs: the gradient of the NLL's token mean."""
+    """Runs Liger's chunked GRPO with advantage 1 and no old log-probs: the gradient of the NLL's token mean."""
     _need_gpu("compiled for CUDA")
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 

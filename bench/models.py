@@ -1,4 +1,4 @@
-"""Models with random weights in the shape of known ones: a bench needs their sizes, not what they say."""
+"""Makes models with random weights in the shape of known ones: a bench needs their sizes, not what they say."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ Ratios are of one run, in which both sides had their turns. A machine that is no
 
 
 def first(rows: list[dict], **wanted) -> dict:
-    """The row with these values, or nothing."""
+    """Returns the row with these values, or nothing."""
     return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), {})
 
 
 def head(rows: list[dict], peer: str, f: float, key: str) -> float | None:
-    """Of the largest vocabulary: a peer's number over ours."""
+    """Returns a peer's number over ours, at the largest vocabulary."""
     words = max((row["V"] for row in rows if "V" in row), default=0)
     ours, theirs = (first(rows, task="entropy", V=words, f=f, peer=p).get(key) for p in ("eepo", peer))
     return theirs / ours if ours and theirs else None
@@ -99,7 +99,7 @@ def readings(table: dict[str, tuple[str, Reading]], files: dict[str, dict]) -> d
 
 
 def draw_ratios(path: Path, files: dict[str, dict], device: str) -> bool:
-    """Whether there is anything to draw."""
+    """Draws the ratios, and returns whether there is anything to draw."""
     tables = {"times as fast": readings(FASTER, files), "times less memory": readings(SMALLER, files)}
     tables = {title: values for title, values in tables.items() if values}
     if not tables:
@@ -129,7 +129,7 @@ def draw_ratios(path: Path, files: dict[str, dict], device: str) -> bool:
 
 
 def draw_iteration(path: Path, record: dict) -> None:
-    """Seconds of an iteration by phase; TRL's, which has none of these names, as one."""
+    """Draws the seconds of an iteration by phase; TRL's, which has none of these names, as one."""
     row = record["rows"][0]
     names = [name for name in ("grpo", "eepo", "trl") if name in row]
     figure, axis = plt.subplots(figsize=(8.5, 1.4 + 0.5 * len(names)), layout="constrained")

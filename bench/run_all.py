@@ -40,7 +40,7 @@ ON_A_GPU = {
 
 
 def commands(out: Path | None) -> dict[str, list[str]]:
-    """By name: what to run, with where its JSON goes."""
+    """Returns what to run, by name, with where its JSON goes."""
     runs = {path.stem: [] for path in sorted((ROOT / "bench").glob("bench_*.py"))}
     runs |= ON_A_GPU if torch.cuda.is_available() else SMALL
     found = {}

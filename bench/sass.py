@@ -1,4 +1,4 @@
-"""What is in the inner loop of a compiled kernel: instructions and bytes an element, read from its machine code."""
+"""Reads from a compiled kernel's machine code what is in its inner loop: instructions and bytes an element."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ACCESS = re.compile(r"\b(LD|ST)G?\.(E\S*)")  # by an address known to be global,
 class Loop(NamedTuple):
     instructions: int
     loaded_bytes: int
-    """By a thread, a turn: from global memory."""
+    """Bytes that a thread loads from global memory a turn."""
     stored_bytes: int
     wide: int
     """Accesses of 16 bytes."""
 
 
 def disassemble(cubin: Path, nvdisasm: Path | str) -> dict[str, list[str]]:
-    """Lines of machine code, labels among them, of each function of a cubin."""
+    """Returns the lines of machine code, labels among them, of each function of a cubin."""
     command = [str(nvdisasm), "-c", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions: dict[str, list[str]] = {}
@@ -48,7 +48,7 @@ def _access_bytes(line: str, kind: str) -> int:
 
 
 def innermost_loops(lines: list[str]) -> list[Loop]:
-    """Stretches from a label to the branch back to it that hold no other such stretch."""
+    """Returns stretches from a label to the branch back to it that hold no other such stretch."""
     places = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     spans = []
     for i, line in enumerate(lines):
@@ -66,5 +66,5 @@ def innermost_loops(lines: list[str]) -> list[Loop]:
 
 
 def main_loop(lines: list[str]) -> Loop | None:
-    """The innermost loop with the most 16-byte accesses: where the kernel's time goes. None if no loop has any."""
+    """Returns the innermost loop with the most 16-byte accesses, where the kernel's time goes; None without any."""
     return max((loop for loop in innermost_loops(lines) if loop.wide), key=lambda loop: loop.wide, default=None)

@@ -41,31 +41,31 @@ QUORUMS = (1.0, 0.9, 0.75, 0.5)
 
 class Answer(NamedTuple):
     prompt: int
-    """Which one."""
+    """The number of its prompt."""
     prompt_tokens: int
     tokens: int
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one decoding step."""
+    """Holds what one decoding step takes, in seconds."""
 
     fixed_s: float
     sequence_s: float
-    """Of each sequence: its token is multiplied with the weights."""
+    """Seconds a sequence: its token is multiplied with the weights."""
     cached_token_s: float
-    """Of each token whose keys and values are read."""
+    """Seconds a token whose keys and values are read."""
     weights_s: float = 0.0
-    """To read the weights, beside `fixed_s`."""
+    """Seconds that reading the weights takes beside `fixed_s`."""
     overlapped: bool = False
-    """What is read and what is multiplied go on at once."""
+    """Whether what is read and what is multiplied go on at once."""
 
     def __call__(self, sequences: float, cached: float) -> float:
         reading, multiplying = self.weights_s + self.cached_token_s * cached, self.sequence_s * sequences
         return self.fixed_s + (max(reading, multiplying) if self.overlapped else reading + multiplying)
 
     def busy(self, sequences: float, cached: float) -> float:
-        """Share of a step in which something is multiplied."""
+        """Returns the share of a step in which something is multiplied."""
         return self.sequence_s * sequences / self(sequences, cached)
 
 
@@ -74,19 +74,19 @@ class Costs:
     step: StepTime
     prefill_token_s: float
     forward_token_s: float
-    """Of one token of the batch, all ranks at work."""
+    """Seconds of one token of the batch, all ranks at work."""
     train_token_s: float
-    """Forward and backward, of such a token."""
+    """Seconds of such a token forward and backward."""
     reference_token_s: float = 0.0
-    """Of such a token, by the reference of the KL term."""
+    """Seconds of such a token in the reference of the KL term."""
     update_s: float = 0.0
-    """Beside the tokens: gradients and weights on the wire, the optimizer."""
+    """Seconds an update takes beside the tokens: gradients and weights on the wire, the optimizer."""
     unlearn_s: float = 0.0
     """The same of the unlearning pass."""
     sync_s: float = 0.0
     forget_s: float = 0.0
     first_step_s: float = 0.0
-    """What a stage's beginning costs beside its prefill."""
+    """Seconds that a stage's beginning costs beside its prefill."""
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,24 @@ class Setup:
     max_sequences: int
     stream_tokens: int
     static: bool = False
-    """The embedded engine: a batch begins together, and its rows are dropped when half of them have ended."""
+    """Whether it is the embedded engine: a batch begins together, and rows are dropped when half of them have ended."""
 
 
 @dataclass
 class Stage:
     seconds: float = 0.0
     ends: list[tuple[float, Answer, float]] = field(default_factory=list)
-    """(when, which, how busy the GPU's multipliers were) of the answers that ended, in order."""
+    """(time, answer, how busy the GPU's multipliers were) of the answers that ended, in order."""
     left: list[tuple[Answer, int]] = field(default_factory=list)
     """(which, tokens so far) of those that were preempted."""
     steps: list[tuple[int, float, float]] = field(default_factory=list)
     """(how many alike, sequences, cached tokens)."""
     running: list[tuple[float, int]] = field(default_factory=list)
-    """(from when, how many answers were being written)."""
+    """(time, how many answers were being written)."""
 
 
 def sample_continuous(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> Stage:
-    """An engine whose rows are taken by the next answer as soon as they are free."""
+    """Samples as an engine does whose rows are taken by the next answer as soon as they are free."""
     stage, waiting = Stage(), list(answers)[::-1]
     preemptible, steps_done, cached, seen = num_preemptible(len(answers), quorum), 0, 0.0, set()
     ends: list[tuple[int, int, Answer]] = []  # (step, number, which)
@@ -173,7 +173,7 @@ def sample_static(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum:
 
 
 def one_stage(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> list[Stage]:
-    """Of every engine."""
+    """Samples one stage on every engine."""
     shares: list[list[Answer]] = [[] for _ in range(setup.engines)]
     for answer in answers:
         shares[answer.prompt % setup.engines].append(answer)
@@ -182,7 +182,7 @@ def one_stage(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: flo
 
 
 def streamed_unlearning(stages: Sequence[Stage], costs: Costs, setup: Setup) -> tuple[float, float]:
-    """(seconds that are left of the pass when the last answer has ended, by how much sampling took longer)."""
+    """Returns (seconds left of the pass when the last answer has ended, by how much sampling took longer)."""
     ends = sorted((end for stage in stages for end in stage.ends), key=lambda end: end[0])
     over = max(stage.seconds for stage in stages)
     free = beside = late = tokens = 0.0
@@ -200,9 +200,9 @@ def streamed_unlearning(stages: Sequence[Stage], costs: Costs, setup: Setup) -> 
 
 class Iteration(NamedTuple):
     phases: dict[str, float]
-    """Seconds."""
+    """Seconds by phase."""
     stages: list[list[Stage]]
-    """Of every engine."""
+    """Each stage's engines."""
 
     @property
     def seconds(self) -> float:
@@ -212,7 +212,7 @@ class Iteration(NamedTuple):
 def iteration(
     answers: Sequence[Answer], costs: Costs, setup: Setup, *, eepo: bool, streamed: bool = False, quorum: float = 1.0
 ) -> Iteration:
-    """answers: of the whole batch, a prompt's own side by side."""
+    """Simulates an iteration. answers: of the whole batch, a prompt's own side by side."""
     tokens = sum(a.prompt_tokens + a.tokens for a in answers)
     found = {"sync": costs.sync_s}
     if not eepo:
@@ -245,7 +245,7 @@ def iteration(
 
 
 def gpu_costs(config: Config, shape: Shape, machine: Machine, mean_length: float) -> Costs:
-    """From bytes and multiplications, as eepo_fast/run/estimate.py counts them."""
+    """Counts costs from bytes and multiplications, as eepo_fast/run/estimate.py does."""
     n, tp = machine.ranks, config.rollout.tensor_parallel
     multiplied = 2 * shape.multiplied_weights
     forward = (multiplied + shape.attention_flops(mean_length)) / machine.flops
@@ -270,7 +270,7 @@ def gpu_costs(config: Config, shape: Shape, machine: Machine, mean_length: float
 
 
 def drawn_answers(pairs: Sequence[Sequence[int]], longest: int, prompts: int, group_size: int) -> list[Answer]:
-    """Answers of a batch, drawn from measured ones; each as many times as long as lets the longest be `longest`."""
+    """Draws answers of a batch from measured ones, each as many times as long as lets the longest be `longest`."""
     generator, factor = random.Random(0), longest / max(n for _, n in pairs)
     found = []
     for prompt in range(prompts):
@@ -287,7 +287,7 @@ class Case(NamedTuple):
 
 
 def make_case(model: str, machine_name: str, pairs: Sequence[Sequence[int]], prompts: int | None = None) -> Case:
-    """One of the paper's models with its settings, on a machine with assumed rates."""
+    """Makes one of the paper's models with its settings, on a machine with assumed rates."""
     config = load_config([str(ROOT / f"configs/{model}.yaml")], [])
     shape, machine = find_shape(config), find_machine(machine_name, 1)
     prompts = prompts or config.train.prompts_per_iteration
@@ -304,7 +304,7 @@ def make_case(model: str, machine_name: str, pairs: Sequence[Sequence[int]], pro
 
 
 def compare(case: Case) -> dict:
-    """Seconds of GRPO, and of EEPO in multiples of them."""
+    """Returns seconds of GRPO, and of EEPO in multiples of them."""
     grpo, plain = iteration(*case, eepo=False), iteration(*case, eepo=True)
     free = case._replace(costs=replace(case.costs, train_token_s=0.0, unlearn_s=0.0, forget_s=0.0))
     tails = iteration(*free, eepo=True).phases
@@ -319,7 +319,7 @@ def compare(case: Case) -> dict:
 
 
 def draw(path: Path, case: Case, title: str) -> None:
-    """Answers being written on one engine, over the seconds of an iteration."""
+    """Draws how many answers are being written on one engine, over the seconds of an iteration."""
     import matplotlib
 
     matplotlib.use("Agg")

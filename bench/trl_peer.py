@@ -1,4 +1,4 @@
-"""What a user would pick in place of this trainer: TRL's GRPOTrainer, on the same model, prompts and answers.
+"""Trains as a user would in place of this trainer: by TRL's GRPOTrainer, on the same model, prompts and answers.
 
 TRL's settings: no KL term, two updates an iteration, micro-batches of as many sequences as fit the same number of
 padded tokens, fp32 on a CPU and bf16 autocast on a GPU, transformers' generate. Gradient checkpointing, which TRL turns
@@ -28,7 +28,7 @@ except ImportError:
 
 
 class FixedLengths(LogitsProcessor):
-    """A row ends where its length says, and nowhere else."""
+    """Ends a row where its length says, and nowhere else."""
 
     def __init__(self, lengths: torch.Tensor, eos_ids: list[int]):
         self.lengths, self.eos_ids, self.generated = lengths, eos_ids, 0

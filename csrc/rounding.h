@@ -1,5 +1,5 @@
-// Random bits and rounding, the same on CPU and GPU, bit for bit. kernels/eepo_kernels/weight_update.py has both in
-// PyTorch. Compile without contraction of floating-point expressions: every fused multiply-add is written out.
+// Random bits and rounding, the same on CPU and GPU, bit for bit. kernels/eepo_kernels/weight_update_torch.py has
+// both in PyTorch. Compile without contraction of floating-point expressions: every fused multiply-add is written out.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-"""eepo-fast: GRPO whose rollout forgets, half-way through, what it just said."""
+"""eepo-fast trains language models with GRPO whose rollout forgets, half-way through, what it just said."""
 
 import os
 

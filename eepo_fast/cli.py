@@ -1,4 +1,4 @@
-"""The command line. A user's mistake ends in one line on stderr and exit code 2."""
+"""Runs the command line. A user's mistake ends in one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     if (args.model is None) == (args.completions is None):
         raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
-    # a list of options takes all that follows it: what begins with a section of the config is an override
+    # --data takes all that follows it: what begins with a section of the config is an override
     overrides = [text for text in args.data if "=" in text and text.partition(".")[0] in Config.model_fields]
     data, overrides = [text for text in args.data if text not in overrides], overrides + args.overrides
     temperature, seed = 1.0 if args.temperature is None else args.temperature, args.seed or 0
@@ -299,7 +299,7 @@ def _add_profile(commands) -> None:
 
 
 def _left(name: str) -> int:
-    """A run that was told to leave has saved."""
+    """Says that a run which was told to leave has saved, and returns its exit code."""
     from eepo_fast.run.signals import exit_code
 
     if os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and what the others have. One process alone communicates with nobody.
+"""Tells a process of a run who it is and what the others have. One process alone communicates with nobody.
 
 Values on the CPU go over gloo, whatever the devices: they are few, and a rank that still samples must not run into the
 time limit of a device's collective.
@@ -36,16 +36,16 @@ class World:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """All ranks, for values on the CPU."""
+    """The group of all ranks, for values on the CPU."""
     on_micro_batch: Callable[[], None] = lambda: None
-    """Is called at each micro-batch, of which every rank has as many."""
+    """Called at each micro-batch, of which every rank has as many."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in their order, on every rank. The values are pickled: trusted processes only."""
+        """Returns every rank's value, in the ranks' order, on every rank. It pickles them: trusted processes only."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -53,7 +53,7 @@ class World:
         return values
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks, in float64."""
+        """Returns the sums over the ranks, in float64."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(list(values), dtype=torch.float64)
@@ -61,15 +61,15 @@ class World:
         return sums.tolist()
 
     def check(self, error: UserError | None) -> None:
-        """Raise on all ranks what any of them found, the first rank's first."""
+        """Raises on all ranks what any of them found, the first rank's first."""
         for message in self.gather(str(error) if error else None):
             if message:
                 raise UserError(message, shared=True)
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """What raises a UserError inside on some ranks raises it on all of them, so that none waits for another.
-        Nothing inside may wait for the other ranks."""
+        """Raises on all ranks a UserError that is raised inside on some, so that none waits for another. Nothing inside
+        may wait for the other ranks."""
         error = None
         try:
             yield
@@ -83,19 +83,19 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Whatever ends the block, the process groups are closed: their threads must not meet the interpreter's end,
-        which would turn the exit code into that of an abort."""
+        """Closes the process groups, whatever ends the block: their threads must not meet the interpreter's end, which
+        would turn the exit code into that of an abort."""
         try:
             close_groups(failed=kind is not None)
         except Exception as found:
             if kind is None:
                 raise
-            log.warning("process groups: not closed in order: %s", found)  # what ended the block is the news
+            log.warning("process groups: not closed in order: %s", found)  # the block's own error is raised
 
     @contextmanager
     def closing(self, engine: SupportsClose) -> Iterator[None]:
-        """The engine is closed after the block, however that ends. Where it fails and GPUs are many, it is left to the
-        end of this process: an engine that is spread over them ends its groups in order, and would wait for ranks that
+        """Closes the engine after the block, however that ends. Where it fails and GPUs are many, the engine is left to
+        the end of this process: one that is spread over them ends its groups in order, and would wait for ranks that
         will not come; the world aborts all groups."""
         try:
             yield
@@ -104,7 +104,7 @@ class World:
                 try:
                     engine.close()
                 except Exception as found:
-                    log.warning("the engine: not closed in order: %s", found)  # what ended the block is the news
+                    log.warning("the engine: not closed in order: %s", found)  # the block's own error is raised
             raise
         engine.close()
 
@@ -114,7 +114,7 @@ class World:
 
     @property
     def store(self) -> dist.Store | None:
-        """Common to all ranks; None for one alone."""
+        """Is common to all ranks; None for one alone."""
         return dist.distributed_c10d._get_default_store() if self.size > 1 else None
 
 
@@ -123,12 +123,12 @@ def default_device() -> torch.device:
 
 
 def launched_ranks() -> int:
-    """How many processes torchrun, or another launcher that sets the same variables, has started; 1 without one."""
+    """Returns how many processes torchrun, or a launcher that sets the same variables, has started; 1 without."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_world() -> World:
-    """Join the other processes of torchrun, if there are any, and take this rank's device. As a context manager the
+    """Joins the other processes of torchrun, if there are any, and takes this rank's device. As a context manager the
     world closes its process groups, whichever way it is left."""
     os.environ.setdefault(
         "DS_ACCELERATOR", default_device().type
@@ -150,7 +150,7 @@ def start_world() -> World:
 
 
 def close_groups(*, failed: bool = False) -> None:
-    """End every process group of this process. failed: other ranks may be inside a collective that this one will not
+    """Ends every process group of this process. failed: other ranks may be inside a collective that this one will not
     join; a device's is aborted then, for its orderly end would wait for them."""
     if not dist.is_initialized():  # an engine that shuts down may have ended them
         return
@@ -161,7 +161,7 @@ def close_groups(*, failed: bool = False) -> None:
 
 
 def listen_on_loopback() -> None:
-    """Where all ranks are on this machine, nobody else has to reach their sockets."""
+    """Keeps sockets on the loopback where all ranks are on this machine: nobody else has to reach them."""
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(launched_ranks()):
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
         if sys.platform == "linux":
@@ -169,7 +169,7 @@ def listen_on_loopback() -> None:
 
 
 def lone_group() -> None:
-    """A process group of this process alone, for libraries that want one."""
+    """Makes a process group of this process alone, for libraries that want one."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group(
@@ -178,8 +178,8 @@ def lone_group() -> None:
 
 
 def deal(costs: Sequence[float], num_hands: int) -> list[list[int]]:
-    """Indices of the costs in `num_hands` hands of nearly equal sums: the largest first, each to the smallest hand.
-    Equal input, equal output, on every rank."""
+    """Deals the costs' indices to `num_hands` hands of nearly equal sums: the largest first, each to the smallest hand.
+    Equal input gives equal output, on every rank."""
     hands: list[list[int]] = [[] for _ in range(num_hands)]
     smallest = [(0.0, 0, i) for i in range(num_hands)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -1,4 +1,4 @@
-"""Who may import whom, and the ceilings. Read from the syntax trees; nothing is imported."""
+"""Who may import whom, the ceilings, and how docstrings begin. Read from the syntax trees; nothing is imported."""
 
 import ast
 import re
@@ -23,6 +23,12 @@ LAYERS = (  # bottom up: a module imports from lower layers and from its own roo
     ("cli",),
 )
 ALONE = {"rewards/answers"}  # knows nothing else of ours but types
+PREPOSITION = re.compile(
+    r"\W*(about|above|across|after|against|along|among|around|as|at|before|behind|below|beside|between|beyond|by|during|"
+    r"except|for|from|in|inside|into|like|near|of|off|on|onto|out|outside|over|past|per|since|than|through|to|toward|"
+    r"under|until|up|upon|via|when|where|while|with|within|without)\b", re.IGNORECASE,
+)  # fmt: skip
+FRAGMENTS = {"algorithm", "rollout", "policy", "types.py"}  # rooms whose docstrings are not sentences yet
 FILES = sorted([*(ROOT / "eepo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
@@ -103,6 +109,38 @@ def test_ceilings(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, f"{path}:{node.lineno} {node.name}"
+
+
+def fragments(text):
+    """Lines of docstrings, those of fields and constants too, that begin with a preposition."""
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        for part in body if isinstance(body, list) else ():
+            said = getattr(part, "value", None) if isinstance(part, ast.Expr) else None
+            if isinstance(said, ast.Constant) and isinstance(said.value, str) and PREPOSITION.match(said.value):
+                yield part.lineno
+
+
+def test_docstrings_begin_with_no_preposition():
+    rooms = [path for path in FILES if not FRAGMENTS & set(path.relative_to(ROOT).parts)]
+    assert [f"{path}:{line}" for path in rooms for line in fragments(path.read_text("utf-8"))] == []
+
+
+def test_a_docstring_that_begins_with_a_preposition_is_found():
+    text = '"""Says."""\n"""By name."""\nclass A:\n  """Of b."""\n  c: int\n  """Until."""\n  def d(self): "`With`"\n'
+    assert sorted(fragments(text + 'e = "of no docstring"\nf("by")\n')) == [2, 4, 6, 7]
+
+
+def long_names(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 60:
+            yield node.name
+
+
+def test_a_test_s_name_has_at_most_60_characters():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    assert [name for text in texts for name in long_names(text)] == []
+    assert list(long_names(f"def test_{'a' * 55}(): pass\ndef test_{'b' * 56}(): pass")) == [f"test_{'b' * 56}"]
 
 
 UNSAFE = """\

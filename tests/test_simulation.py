@@ -67,7 +67,7 @@ def test_what_a_step_costs():
     assert limited(1, 10) == 1 + max(3 + 1, 2) and limited(5, 10) == 1 + max(3 + 1, 10)
 
 
-def test_streamed_unlearning_is_slow_beside_sampling_and_fast_behind_it():
+def test_streamed_unlearning_is_slow_beside_sampling_fast_behind():
     costs = replace(SECOND, train_token_s=1.0)
     stage = Stage(10.0, [(9.0, Answer(0, 0, 5), 0.9), (10.0, Answer(0, 0, 2), 0.0)])
     left, slower = streamed_unlearning([stage], costs, SETUP)

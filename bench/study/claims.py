@@ -1,4 +1,4 @@
-"""The claims that were to be tested, and the paper's, each held against the study's runs."""
+"""Holds the claims that were to be tested, and the paper's, against the study's runs."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ RATIO = 0.9  # of stage 2's reward over stage 1's: the least that counts as no l
 
 
 def training_entropy(run: Run) -> float | None:
-    """At the temperature that training samples at; for EEPO with stage 2's tokens among them."""
+    """Returns the entropy at the temperature that training samples at; for EEPO with stage 2's tokens among them."""
     return scaled(ending(run, "entropy/policy"), 1000)
 
 
 def training_unique(run: Run) -> float | None:
-    """Different answers of a training group; for EEPO half of them are sampled after the forget step."""
+    """Returns the different answers of a training group; for EEPO half of them are sampled after the forget step."""
     return scaled(ending(run, "group/unique_fraction"), 100)
 
 
 def over(runs: dict[int, Run], key: str, points: int = 0) -> Triple:
-    """Stage 2's mean over stage 1's."""
+    """Returns stage 2's mean over stage 1's."""
     return interval([mean_of(r, f"{key}/stage2", points) / mean_of(r, f"{key}/stage1", points) for r in runs.values()])
 
 
 def claims(eepo: dict[int, Run], grpo: dict[int, Run]) -> list[str]:
-    """Those that need no large model, each with its figure and whether its whole interval says so."""
+    """Returns the claims that need no large model, each with its figure and whether its whole interval says so."""
     gaps = [1000 * (mean_of(r, "entropy/stage2") - mean_of(r, "entropy/stage1")) for r in eepo.values()]
     gap, quality, end = interval(gaps), over(eepo, "reward"), over(eepo, "reward", LAST)
     length = over(eepo, "length")
@@ -75,7 +75,7 @@ def claims(eepo: dict[int, Run], grpo: dict[int, Run]) -> list[str]:
 
 
 def verdict(low: float, high: float) -> str:
-    """Of a difference that the claim says is above zero."""
+    """Judges a difference that the claim says is above zero."""
     if low > 0:
         return "yes"
     return "no, the opposite" if high < 0 else "not shown: the interval holds zero"
@@ -121,8 +121,8 @@ OURS: list[Row] = [
 
 
 def verdicts(final: Final, rows: list[Row], head: str) -> list[str]:
-    """A table; a claim whose runs are missing is left out. `final` has the base under every seed. What EEPO costs is
-    bench/bench_iteration.py's to say: these runs were not timed side by side."""
+    """Returns a table; a claim whose runs are missing is left out. `final` has the base under every seed. What EEPO
+    costs is bench/bench_iteration.py's to say: these runs were not timed side by side."""
     lines = [f"| where | {head} | found here | pairs | showed |", "| --- | --- | --- | ---: | --- |"]
     for where, claim, better, worse, value in rows:
         found = paired(final.get(better, {}), final.get(worse, {}), value)

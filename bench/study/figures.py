@@ -1,4 +1,4 @@
-"""The study's figures, one function each, after the paper's. `final`: {method: {seed: run}}, the base among them."""
+"""Draws the study's figures, one function each, after the paper's. `final`: {method: {seed: run}} with the base."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _curve(axis, runs: dict[int, Run], key: str, label: str, colour: str, style:
 
 
 def forest(final: Final, path: Path) -> None:
-    """Table 1 as differences to GRPO, paired by seed, with their intervals."""
+    """Draws Table 1 as differences to GRPO, paired by seed, with their intervals."""
     names = [n for n in reversed(final) if n != "grpo"]
     figure, axes = _axes(3, 2, 0.24 * len(names) + 1.1, sharey=True)
     for axis, (title, value) in zip(axes.flat, MEASURES.items(), strict=True):
@@ -78,7 +78,7 @@ def forest(final: Final, path: Path) -> None:
 
 
 def stages(final: Final, path: Path) -> None:
-    """The paper's Figure 6: entropy, reward and length of the two stages of EEPO, and of GRPO."""
+    """Draws the paper's Figure 6: entropy, reward and length of the two stages of EEPO, and of GRPO."""
     figure, axes = _axes(3)
     units = {"entropy": "nats a token", "reward": "mean reward", "length": "tokens (axis does not begin at 0)"}
     for axis, (key, unit) in zip(axes.flat, units.items(), strict=True):
@@ -91,7 +91,7 @@ def stages(final: Final, path: Path) -> None:
 
 
 def watched(final: Final, path: Path) -> None:
-    """Figures 2 and 7a: accuracy against entropy and over training, in and out of distribution, on the first 125
+    """Draws Figures 2 and 7a: accuracy against entropy and over training, in and out of distribution, on the first 125
     held-out problems, which are easier than the rest; the tables' sets share most of them."""
     figure, axes = _axes(3, 2)
     for row, place in enumerate(("in", "more")):
@@ -121,7 +121,7 @@ def watched(final: Final, path: Path) -> None:
 
 
 def pass_at_k(final: Final, ks: Sequence[int], path: Path) -> None:
-    """Figure 7b: pass@k of the last policy, by set."""
+    """Draws Figure 7b: pass@k of the last policy, by set."""
     figure, axes = _axes(len(PLACES), 2)
     for axis, place in zip(axes[1], PLACES, strict=True):
         found = [paired(final["eepo"], final["grpo"], lambda r, k=k, p=place: score(r, p, f"pass@{k}")) for k in ks]
@@ -145,8 +145,8 @@ def pass_at_k(final: Final, ks: Sequence[int], path: Path) -> None:
 
 
 def sweeps(out: Path, path: Path, methods: dict, chosen: dict[str, float]) -> None:
-    """Figure 5: every method's score over its own setting: the tuning seeds as dots, their mean as a line, what was
-    taken as a ring, and EEPO's of these as a line through all."""
+    """Draws Figure 5: every method's score over its own setting: the tuning seeds as dots, their mean as a line, what
+    was taken as a ring, and EEPO's of these as a line through all."""
     tuned = load_runs(out, "tune")
 
     def scores(name: str, value: float) -> list[float]:
@@ -177,13 +177,13 @@ def sweeps(out: Path, path: Path, methods: dict, chosen: dict[str, float]) -> No
 
 
 def sampled(run: Run) -> float:
-    """Tokens an iteration, AEPO's with them."""
+    """Returns the tokens of an iteration, AEPO's with them."""
     curves = run["curves"]
     return float(np.mean(curves["tokens/generated"]) + np.mean(curves.get("tokens/aepo", 0.0)))
 
 
 def costs(final: Final, ratios: dict[str, list[float]], path: Path) -> None:
-    """Figure 8: seconds of an iteration against GRPO's (ratios, by method), tokens sampled, and the completions'
+    """Draws Figure 8: seconds of an iteration against GRPO's (ratios, by method), tokens sampled, and the completions'
     length, each pair or run a dot."""
     names = [n for n in COLOURS if n in final and n != "base"]
     panels = {
@@ -206,7 +206,7 @@ def costs(final: Final, ratios: dict[str, list[float]], path: Path) -> None:
 
 
 def targets(out: Path, path: Path) -> None:
-    """AEPO's Figure 1: the policy's entropy over training, by target (dotted)."""
+    """Draws AEPO's Figure 1: the policy's entropy over training, by target (dotted)."""
     kinds = {"targets": "coefficient as tuned", "targets_strong": "a strong term"}
     figure, axes = _axes(len(kinds), height=4.2)
     grpo = load_runs(out, "final").get("grpo", {})
@@ -225,7 +225,7 @@ def targets(out: Path, path: Path) -> None:
 
 
 def mass(content: dict, path: Path) -> None:
-    """Figure 4: probability of what stage 1 said, before and after the forget step, and where the mass went."""
+    """Draws Figure 4: probability of what stage 1 said, before and after the forget step, and where the mass went."""
     figure, axes = _axes(2, height=3.8)
     scatter, changes = axes.flat
     before, after = (np.array([row[f"stage1_{k}"] for row in content["prompts"]]) for k in ("before", "after"))

@@ -1,4 +1,4 @@
-"""The paper's Figure 4 at this scale: what a forget step does to the answers of stage 1, and where their mass goes.
+"""Measures the paper's Figure 4 at this scale: what a forget step does to stage 1's answers, and where their mass goes.
 
 On the policy that GRPO ends with (the study's first seed), sixteen batches of its training prompts as large as an
 iteration's, 4 answers each, EEPO's chosen η, each batch its own step from the policy: the exact probability of the
@@ -34,7 +34,7 @@ NUM_BATCHES, HALF, FRESH = 16, 4, 128
 
 
 def measure(overrides: dict[str, list[str]]) -> dict:
-    """overrides: of grpo and of eepo."""
+    """Measures a study's forget steps. overrides: of grpo and of eepo."""
     with tempfile.TemporaryDirectory() as root:
         folder = train(run_config("grpo", overrides["grpo"], FIRST_SEED, root), display=Display.silent())
         model, tokenizer = load_model(ModelConfig(path=str(checkpoint.newest_valid(folder)[0] / "model")))
@@ -54,7 +54,7 @@ def measure(overrides: dict[str, list[str]]) -> dict:
 def one_step(
     policy: TorchPolicy, engine: HfEngine, tokenizer, config: Config, prompts: Sequence[Prompt], step: int
 ) -> list[dict]:
-    """Of every prompt: the summed probability of its stage-1 answers, and shares of fresh samples, before and after."""
+    """Returns, before and after, a prompt's summed probability of stage-1 answers and shares of fresh samples."""
     stops = tuple(stop_token_ids(tokenizer, tokenizer.eos_token_id))
     sampling = Sampling(1.0, config.rollout.max_new_tokens, stops)
 
@@ -80,7 +80,7 @@ def one_step(
 
 
 def probabilities(policy: TorchPolicy, said: dict) -> dict[str, float]:
-    """Of each prompt's distinct answers, summed."""
+    """Returns the summed probability of each prompt's distinct answers."""
     answers = list(said.values())
     result: dict[str, float] = {}
     for r, logprobs in zip(answers, policy.score(answers).logprobs, strict=True):
@@ -89,7 +89,7 @@ def probabilities(policy: TorchPolicy, said: dict) -> dict[str, float]:
 
 
 def shares(rollouts: list[Rollout], said: dict, tokenizer, stops: tuple[int, ...]) -> dict[str, list[float]]:
-    """By prompt, in the order of KINDS."""
+    """Returns the shares by prompt, in the order of KINDS."""
     texts = [tokenizer.decode([t for t in r.token_ids if t not in stops]) for r in rollouts]
     grades = ArithmeticGrader().grade([r.prompt.problem for r in rollouts], texts)
     found: dict[str, list[float]] = {}

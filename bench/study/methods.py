@@ -1,4 +1,4 @@
-"""What the study compares: a method's overlay, what it sweeps, and how a run of it is configured.
+"""Says what the study compares: a method's overlay, what it sweeps, and how a run of it is configured.
 
 The base is configs/demo.yaml with the paper's two updates an iteration (with one, every ratio is 1 and nothing is ever
 clipped): enough for GRPO's entropy to fall by more than a third, which is what the methods are there
@@ -29,9 +29,9 @@ FIRST_SEED = 16  # of the final runs; 0 to 15 were seen while the rule for η wa
 @dataclass(frozen=True)
 class Method:
     key: str
-    """Swept, on the tuning seeds."""
+    """The setting that is swept, on the tuning seeds."""
     values: tuple[float, ...]
-    """Four for every method that is swept."""
+    """The values that are tried, four for every method that is swept."""
     num_seeds: int = 5
     fixed: tuple[str, ...] = ()
     follows: str = ""
@@ -62,7 +62,7 @@ STEPS = 2500
 
 
 def study_base() -> Path:
-    """Folder of the model that every run starts from, taught now if it is not cached."""
+    """Returns the folder of the model that every run starts from, taught now if it is not cached."""
     from eepo_fast.data.base_model import SETTINGS, train_base
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

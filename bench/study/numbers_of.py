@@ -1,4 +1,4 @@
-"""The study's finished runs as numbers: what is measured of one, means, paired differences and their intervals."""
+"""Turns the study's finished runs into numbers: what is measured, means, paired differences and their intervals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Triple = tuple[float, float, float]
 
 
 def load_runs(out: Path, phase: str) -> dict[str, dict[int, Run]]:
-    """{method: {seed: run}} of a phase; when tuning, {method-value: …}."""
+    """Returns {method: {seed: run}} of a phase; when tuning, {method-value: …}."""
     found: dict[str, dict[int, Run]] = {}
     for path in sorted((out / "runs" / phase).glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
@@ -31,17 +31,17 @@ def load_runs(out: Path, phase: str) -> dict[str, dict[int, Run]]:
 
 
 def score(run: Run, place: str, metric: str) -> float:
-    """Of a set (in, larger, more), in percent."""
+    """Returns the score of a set (in, larger, more), in percent."""
     return 100 * run["sets"][place]["metrics"][metric]["value"]
 
 
 def average(metric: str) -> Callable[[Run], float]:
-    """Of the three sets, in percent."""
+    """Returns what averages a score over the three sets, in percent."""
     return lambda run: statistics.fmean(score(run, place, metric) for place in PLACES)
 
 
 def ending(run: Run, key: str) -> float | None:
-    """Mean of a curve over its end; None where it has no value there."""
+    """Returns the mean of a curve over its end; None where it has no value there."""
     known = [v for v in run.get("curves", {}).get(key, [])[-LAST:] if v is not None]
     return statistics.fmean(known) if known else None
 
@@ -51,7 +51,7 @@ def scaled(value: float | None, factor: float) -> float | None:
 
 
 def mean_of(run: Run, key: str, points: int = 0) -> float:
-    """Of a curve's points, or of its last ones."""
+    """Returns the mean of a curve's points, or of its last ones."""
     return statistics.fmean(v for v in run["curves"][key][-points:] if v is not None)
 
 
@@ -63,20 +63,20 @@ MEASURES: dict[str, Callable[[Run], float | None]] = {
     "unique of 32": lambda run: score(run, "in", "unique"),
     "reward, stage 1": lambda run: scaled(ending(run, "reward/stage1"), 100),
 }
-"""Of a run's last policy on held-out problems, percent (the mean of three sets) but for the two that say otherwise: the
-entropy of a token at temperature 1, and different completions of 32, both of the kind trained on. None where a run does
-not have it. The last one is training's own, over the last iterations, at the temperature that it samples at."""
+"""Measures of a run's last policy on held-out problems, percent (the mean of three sets) but for the two that say
+otherwise: the entropy of a token at temperature 1, and different completions of 32, both of the kind trained on. None
+where a run does not have it. The last is training's own, over the last iterations, at its sampling temperature."""
 
 
 @cache
 def quantile(freedom: int) -> float:
-    """Student's t of which 95% lie between it and its negative."""
+    """Returns Student's t of which 95% lie between it and its negative."""
     outside = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True)  # noqa: E731
     return float(mpmath.findroot(lambda t: outside(t) - 0.05, (1.9, 13.0), solver="anderson"))
 
 
 def interval(values: list[float]) -> Triple:
-    """Student's 95% interval of the mean over seeds; infinite for one seed."""
+    """Returns Student's 95% interval of the mean over seeds; infinite for one seed."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, -math.inf, math.inf
@@ -87,7 +87,7 @@ def interval(values: list[float]) -> Triple:
 def paired(
     runs: dict[int, Run], others: dict[int, Run], value: Callable[[Run], float | None]
 ) -> tuple[float, float, float, int] | None:
-    """(mean, low, high, seeds) of value(run) minus value(other) over the seeds where both have it; None if none do."""
+    """Returns (mean, low, high, seeds) of value(run) minus value(other), seed by seed; None if no seed has both."""
     pairs = [(value(runs[seed]), value(others[seed])) for seed in sorted(runs.keys() & others.keys())]
     found = [a - b for a, b in pairs if a is not None and b is not None]
     return (*interval(found), len(found)) if found else None
@@ -99,7 +99,7 @@ def text(triple: tuple[float, ...], digits: int = 1) -> str:
 
 
 def by_step(prompts: list[dict], values: list[float]) -> list[float]:
-    """The mean over the prompts of each forget step."""
+    """Returns the mean over the prompts of each forget step."""
     found: dict[int, list[float]] = {}
     for prompt, value in zip(prompts, values, strict=True):
         found.setdefault(prompt["step"], []).append(value)
@@ -107,13 +107,13 @@ def by_step(prompts: list[dict], values: list[float]) -> list[float]:
 
 
 def plain(triple: tuple[float, ...], digits: int = 1) -> str:
-    """Of a value that is no difference."""
+    """Writes a value that is no difference."""
     mean, low, high = triple[:3]
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def mean_curve(runs: dict[int, Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, half width of the 95% interval) over seeds, point by point; NaN where no seed has a value."""
+    """Returns (mean, half width of the 95% interval) over seeds, point by point; NaN where no seed has a value."""
     columns = [run["curves"][key] for run in runs.values() if key in run["curves"]]
     return bands([[v for v in point if v is not None] for point in zip(*columns, strict=True)])
 

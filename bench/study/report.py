@@ -1,4 +1,4 @@
-"""Tables, figures and the page of the study, from the runs that are there.
+"""Writes the tables, figures and the page of the study, from the runs that are there.
 
     python bench/study/report.py [--out bench/results/study]
 
@@ -55,7 +55,7 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def scores(final: Final) -> list[str]:
-    """The paper's Table 1 at this scale."""
+    """Returns the paper's Table 1 at this scale."""
     heads = ["method", "seeds", *(f"{place} {metric}" for place in PLACES for metric in METRICS), "average greedy"]
     rows = []
     for name, runs in final.items():
@@ -71,7 +71,7 @@ def scores(final: Final) -> list[str]:
 
 
 def differences(final: Final, against: str) -> list[str]:
-    """Every method minus one, paired by seed."""
+    """Returns every method minus one, paired by seed."""
     rows = []
     for name, runs in final.items():
         if name != against and len(runs.keys() & final[against].keys()) > 1:
@@ -82,7 +82,7 @@ def differences(final: Final, against: str) -> list[str]:
 
 
 def by_set(final: Final) -> list[str]:
-    """EEPO minus GRPO on every set."""
+    """Returns EEPO minus GRPO on every set."""
     rows = []
     for place in PLACES:
         found = [paired(final["eepo"], final["grpo"], lambda r, m=m, p=place: score(r, p, m)) for m in BY_SET]
@@ -91,7 +91,7 @@ def by_set(final: Final) -> list[str]:
 
 
 def stages(final: Final) -> list[str]:
-    """Numbers of the paper's Figure 6: what the two stages were like over training."""
+    """Returns the numbers of the paper's Figure 6: what the two stages were like over training."""
     rows = []
     for name, runs in final.items():
         if "entropy/stage2" not in next(iter(runs.values())).get("curves", {}):
@@ -109,7 +109,7 @@ def stages(final: Final) -> list[str]:
 
 
 def costs(final: Final, ratios: dict[str, list[float]]) -> list[str]:
-    """Numbers of the paper's Figure 8. ratios: of seconds, by method."""
+    """Returns the numbers of the paper's Figure 8. ratios: of seconds, by method."""
     rows = []
     for name, runs in final.items():
         if name == "base":
@@ -124,7 +124,7 @@ def costs(final: Final, ratios: dict[str, list[float]]) -> list[str]:
 
 
 def choices(out: Path) -> list[str]:
-    """What the sweeps tried, values that are no longer swept too, and what was taken."""
+    """Returns what the sweeps tried, values that are no longer swept too, and what was taken."""
     tuned, rows = load_runs(out, "tune"), []
     for name, best in taken(out).items():
         found = {float(key[len(name) + 1 :]): runs for key, runs in tuned.items() if key.rpartition("-")[0] == name}
@@ -139,7 +139,7 @@ def choices(out: Path) -> list[str]:
 
 
 def taken(out: Path) -> dict[str, float]:
-    """The value that each method's sweep chose, of those whose sweeps are done."""
+    """Returns the value that each method's sweep chose, of those whose sweeps are done."""
     tuned = load_runs(out, "tune")
     done = [
         name
@@ -150,7 +150,7 @@ def taken(out: Path) -> dict[str, float]:
 
 
 def target_table(runs: dict[str, dict[int, Run]]) -> list[str]:
-    """The paper's summary of AEPO's Figure 1 in numbers, and how much of the targets' distance shows in entropy."""
+    """Returns the paper's summary of AEPO's Figure 1 in numbers, and how far entropy follows the targets."""
     rows, names = [], sorted(runs, key=lambda n: float(n.rpartition("-")[2]))
     for name in names:
         part = runs[name].values()
@@ -170,7 +170,7 @@ def target_table(runs: dict[str, dict[int, Run]]) -> list[str]:
 
 
 def mass_table(content: dict) -> list[str]:
-    """Numbers of the paper's Figure 4; intervals over the forget steps, of which all prompts of a batch share one."""
+    """Returns the numbers of the paper's Figure 4; intervals over forget steps, one for all prompts of a batch."""
     prompts, rows = content["prompts"], []
     columns = {"probability of the answers of stage 1": [(p["stage1_before"], p["stage1_after"]) for p in prompts]}
     for k, kind in enumerate(content["kinds"]):
@@ -190,13 +190,13 @@ def mass_table(content: dict) -> list[str]:
 
 
 def pairs_of(out: Path, final: Final, name: str) -> list[Pair]:
-    """(the method's run, GRPO's) of every seed at the η that was taken, those of the exploration too."""
+    """Returns (the method's run, GRPO's) of every seed at the η that was taken, those of the exploration too."""
     every = (load_runs(out, EXPLORED["7e-3"]), final)
     return [(runs[name][s], runs["grpo"][s]) for runs in every for s in runs[name] if s in runs["grpo"]]
 
 
 def explored(out: Path) -> list[str]:
-    """What the seeds before the final ones gave, which the rule for η was changed on."""
+    """Returns what the seeds before the final ones gave, which the rule for η was changed on."""
     parts = []
     grpo = load_runs(out, EXPLORED["7e-3"]).get("grpo")
     if not grpo:
@@ -209,7 +209,7 @@ def explored(out: Path) -> list[str]:
 
 
 def with_base(out: Path, final: Final) -> Final:
-    """The model that all begin with under every seed, first."""
+    """Returns the model that all begin with, under every seed, before the final runs."""
     base = json.loads((out / "base.json").read_text())
     return {"base": {seed: base for runs in final.values() for seed in runs}} | final
 

@@ -1,4 +1,4 @@
-"""The study: every method on the procedural task, tuned on seeds of its own, then run on the study's seeds.
+"""Runs the study: every method on the procedural task, tuned on seeds of its own, then run on the study's seeds.
 
     python bench/study/run.py [--out bench/results/study] [--workers 2] [--methods grpo eepo] [--phase tune final]
 
@@ -50,7 +50,7 @@ STRONG = ["aepo.coef=3", "aepo.temperature_high=1.6"]  # a term that can hold en
 
 
 def choose(out: Path, name: str) -> list[str]:
-    """Overrides of a method: its own key at its best value, and those of whom it follows at theirs."""
+    """Returns a method's overrides: its own key at its best value, and those of whom it follows at theirs."""
     own = [f"{METHODS[name].key}={best_value(out, name)}"] if METHODS[name].values and name != SHARED else []
     return [*inherited(out, name), *own]
 
@@ -61,9 +61,9 @@ def inherited(out: Path, name: str) -> list[str]:
 
 
 def best_value(out: Path, name: str) -> float:
-    """Of a method's own key, from the tuning seeds. A forget step's size: the largest that leaves stage 2's reward at
-    SMALLEST_RATIO of stage 1's (two seeds' scores differ by more than sizes do), or the smallest where none does. Any
-    other key: the best mean score."""
+    """Returns the best value of a method's own key, from the tuning seeds. A forget step's size: the largest that
+    leaves stage 2's reward at SMALLEST_RATIO of stage 1's (two seeds' scores differ by more than sizes do), or the
+    smallest where none does. Any other key: the best mean score."""
     method = METHODS[name]
     runs = {
         value: [json.loads(run_file(out, "tune", name, value, seed).read_text()) for seed in TUNING_SEEDS]
@@ -76,7 +76,7 @@ def best_value(out: Path, name: str) -> float:
 
 
 def stage_ratio(run: dict) -> float:
-    """Stage 2's reward over stage 1's, where anything was forgotten; 1 where nothing was."""
+    """Returns stage 2's reward over stage 1's, where anything was forgotten; 1 where nothing was."""
     first, second, gate = (run["curves"].get(k, []) for k in ("reward/stage1", "reward/stage2", OPEN))
     pairs = [(a, b) for a, b, share in zip(first, second, gate, strict=False) if share]
     return sum(b for _, b in pairs) / sum(a for a, _ in pairs) if pairs else 1.0
@@ -88,7 +88,7 @@ def run_file(out: Path, phase: str, name: str, value: float | None, seed: int) -
 
 
 def plan(out: Path, phase: str, names: list[str]) -> list[tuple[str, float | None, int]]:
-    """(method, value, seed) of the runs of a phase, those that decide most first."""
+    """Returns (method, value, seed) of the runs of a phase, those that decide most first."""
     if phase == "tune":
         return [(n, v, s) for n in names for s in TUNING_SEEDS for v in METHODS[n].values]
     if phase in TARGETS:
@@ -107,7 +107,7 @@ def overrides_of(out: Path, phase: str, name: str, value: float | None) -> list[
 
 
 def one_run(out: Path, phase: str, name: str, value: float | None, seed: int) -> None:
-    """Train and evaluate; writes the run's numbers."""
+    """Trains and evaluates; writes the run's numbers."""
     from eepo_fast import checkpoint
     from eepo_fast.run.build import train
     from eepo_fast.run.display import Display
@@ -175,7 +175,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
 
 
 def mean_entropy(policy, rollouts: list) -> float:
-    """Nats a token, at temperature 1 whatever training sampled at."""
+    """Returns nats a token, at temperature 1 whatever training sampled at."""
     return statistics.fmean(value for values in policy.score(rollouts).entropy for value in values)
 
 
@@ -200,7 +200,7 @@ def rounded(value):
 
 
 def is_done(out: Path, phase: str, name: str, value: float | None, seed: int) -> bool:
-    """Its numbers are there, and of the settings that it would have today."""
+    """Returns whether a run's numbers are there, and of the settings that it would have today."""
     path = run_file(out, phase, name, value, seed)
     return path.exists() and json.loads(path.read_text())["overrides"] == overrides_of(out, phase, name, value)
 

@@ -1,7 +1,7 @@
-"""Seconds of an iteration against GRPO's, in turns and alone on the machine: the study's own runs share theirs, and
-were not all made on the same day.
+"""Measures seconds of an iteration against GRPO's, in turns and alone on the machine: the study's own runs share
+theirs, and were not all made on the same day.
 
-The first iterations from the base, where the gate is less open than later: for EEPO's own cost see
+They are the first iterations from the base, where the gate is less open than later: for EEPO's own cost see
 bench/bench_iteration.py.
 """
 
@@ -20,7 +20,7 @@ FIRST = 2  # iterations before it are left out: they build what the later ones h
 
 
 def seconds(name: str, overrides: list[str], seed: int) -> float:
-    """Median of an iteration of a short run."""
+    """Returns the median of an iteration of a short run."""
     from eepo_fast.run.build import train
     from eepo_fast.run.display import Display
 

@@ -1,4 +1,4 @@
-"""Why the policy's own reward is a little lower with EEPO: what the seeds in which it costs more have in common."""
+"""Asks why the policy's own reward is a little lower with EEPO: what the seeds that lose more have in common."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def greedy(eepo: Run, grpo: Run) -> float:
 
 
 def correlation(xs: list[float], ys: list[float]) -> tuple[float, float, float]:
-    """Pearson's, with the 95% interval of Fisher's z."""
+    """Returns Pearson's correlation, with the 95% interval of Fisher's z."""
     r = float(np.corrcoef(xs, ys)[0, 1])
     half = statistics.NormalDist().inv_cdf(0.975) / math.sqrt(len(xs) - 3)
     return r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
 
 
 def causes(pairs: list[Pair], names: dict[str, str]) -> list[str]:
-    """A row for each of CAUSES in names: {its name there: its name in the table}."""
+    """Returns a row for each of CAUSES in names: {its name there: its name in the table}."""
     effects = [[effect(*pair) for pair in pairs] for effect in (own_reward, greedy)]
     rows = []
     for name, shown in names.items():
@@ -54,13 +54,13 @@ def causes(pairs: list[Pair], names: dict[str, str]) -> list[str]:
 
 
 def lost(pairs: list[Pair], period: slice) -> str:
-    """Stage 1's reward over GRPO's in a part of training, points."""
+    """Returns stage 1's reward over GRPO's in a part of training, points."""
     means = [[statistics.fmean(run["curves"]["reward/stage1"][period]) for run in pair] for pair in pairs]
     return text(interval([100 * (mine - grpo) for mine, grpo in means]))
 
 
 def why(pairs: list[Pair], random_step: list[Pair]) -> list[str]:
-    """Correlations over seeds, and when in training the difference comes; beside it the random step's."""
+    """Correlates over seeds, and says when in training the difference comes; beside it the random step's."""
     lines = ["| of a seed | mean | correlation with stage 1's reward over GRPO's | with greedy over GRPO's, `in` |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     lines += causes(pairs, {name: name for name in CAUSES})

@@ -1,4 +1,4 @@
-"""Checkpoints: the policy as a Hugging Face folder, its optimizer, and all the state that a run needs to go on exactly.
+"""Keeps checkpoints: the policy as a Hugging Face folder, its optimizer, and all that a run needs to go on exactly.
 
     step_000012/model/…                config.json, tokenizer, model.safetensors (several ranks: one shard each, and an
                                        index): loads like any model folder

@@ -1,4 +1,4 @@
-"""`eepo-fast checkpoint list|verify|export`."""
+"""`eepo-fast checkpoint list|verify|export` shows and checks a run's checkpoints, or exports one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eepo_fast.types import UserError
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Of a run's folder, oldest first; or the one that `path` is. UserError where there is none."""
+    """Returns a run's checkpoints, oldest first, or the one that `path` is; UserError where there is none."""
     if checkpoint_root(path).is_dir():
         found = folders(path)
         if not found:
@@ -41,7 +41,7 @@ def list_checkpoints(path: Path, console: Console) -> None:
 
 
 def verify_checkpoints(path: Path, console: Console) -> bool:
-    """One line each; are all of them whole?"""
+    """Prints one line each, and returns whether all of them are whole."""
     complaints = {folder: verify(folder) for folder in find_checkpoints(path)}
     for folder, complaint in complaints.items():
         console.print(f"{folder}: {complaint or 'whole'}", markup=False)
@@ -49,8 +49,8 @@ def verify_checkpoints(path: Path, console: Console) -> bool:
 
 
 def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console) -> None:
-    """A plain Hugging Face folder of a checkpoint, or of a run's newest one. dtype: of the weights; default the one
-    that the run computed in."""
+    """Writes a checkpoint, or a run's newest one, as a plain Hugging Face folder. dtype: the weights'; by default the
+    one that the run computed in."""
     folder = find_checkpoints(path)[-1]
     if checkpoint_root(path).is_dir():
         newest, complaints = newest_valid(path)

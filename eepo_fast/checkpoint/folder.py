@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: their names, their manifests, which are whole, and which are kept."""
+"""Manages the folders of a run's checkpoints: their names, their manifests, which are whole, and which are kept."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def step_of(folder: Path) -> int:
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
+    """Returns the checkpoint folders, oldest first."""
     found = [p for p in checkpoint_root(run_dir).glob("step_*") if p.name.removeprefix("step_").isdecimal()]
     return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=step_of)
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what a killed run had not finished writing."""
+    """Removes what a killed run had not finished writing."""
     for folder in checkpoint_root(run_dir).glob(".step_*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_newer(run_dir: Path, step: int) -> None:
-    """Remove checkpoints after `step`: damaged ones, whose iterations a resumed run does again."""
+    """Removes checkpoints after `step`: damaged ones, whose iterations a resumed run does again."""
     for folder in folders(run_dir):
         if step_of(folder) > step:
             shutil.rmtree(folder)
 
 
 def prune(run_dir: Path, keep: int, best: str) -> None:
-    """Remove all but the newest `keep`, and the best: the one whose iteration has the most of the metric `best`, if
+    """Removes all but the newest `keep`, and the best: the one whose iteration has the most of the metric `best`, if
     that is given; the first among equals."""
     found = folders(run_dir)
     kept = set(found[-keep:])
@@ -65,7 +65,7 @@ def prune(run_dir: Path, keep: int, best: str) -> None:
 
 
 def _scores(run_dir: Path, metric: str) -> dict[int, float]:
-    """By iteration, from metrics.jsonl, which has what an evaluation found later, too."""
+    """Returns the scores by iteration, read from metrics.jsonl, which has what an evaluation found later, too."""
     scores = {}
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -75,8 +75,8 @@ def _scores(run_dir: Path, metric: str) -> dict[int, float]:
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and one line for each newer one that is damaged. (None, []) where
-    there is no checkpoint; UserError where all of them are damaged."""
+    """Returns the newest checkpoint whose manifest holds, and one line for each newer one that is damaged; (None, [])
+    where there is no checkpoint. UserError where all of them are damaged."""
     complaints = []
     for folder in reversed(folders(run_dir)):
         complaint = verify(folder)
@@ -95,11 +95,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> str | None:
-    """None where every file is there with the sha256 of the manifest; else what is wrong. Links are refused: what they
-    lead to is not the checkpoint's own."""
+    """Returns None where every file is there with the sha256 of the manifest, else what is wrong. Links are refused:
+    what they lead to is not the checkpoint's own."""
     try:
         return _verify(folder)
-    except OSError as error:  # of a bad disk, or another process's
+    except OSError as error:  # a bad disk, or another process at work in the folder
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
 
 
@@ -129,7 +129,7 @@ def _verify(folder: Path) -> str | None:
 
 
 def commit(final: Path, digests: Mapping[str, str]) -> None:
-    """Make the temporary folder the checkpoint. digests: sha256 of all its files, which are on disk already. OSError
+    """Makes the temporary folder the checkpoint. digests: sha256 of all its files, which are on disk already. OSError
     where they are not in it."""
     temporary = temporary_of(final)
     absent = sorted(set(digests) - {str(p.relative_to(temporary)) for p in files(temporary)})

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside files: the state that makes a resumed run compute what it would have computed."""
+"""Holds what a checkpoint has beside files: the state that makes a resumed run compute what it would have computed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SAFE_TO_CHANGE = {
 
 
 def changed_keys(saved: dict, config: Config) -> list[str]:
-    """Keys whose values differ from the checkpoint's and would change what the run computes."""
+    """Returns the keys whose values differ from the checkpoint's and would change what the run computes."""
     now = config.model_dump()
     return [
         f"{section}.{key}"
@@ -66,8 +66,8 @@ def make_state(
     state: TrainerState, policy: Policy, config: Config, fingerprint: Mapping[str, str], total: int,
     evaluation: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """What state.json holds. fingerprint: of data, model and tokenizer; total: iterations planned; evaluation: metrics
-    of this step, where there are any."""
+    """Returns what state.json holds. fingerprint: of data, model and tokenizer; total: iterations planned; evaluation:
+    metrics of this step, where there are any."""
     return {
         **asdict(state),
         "total": total,
@@ -80,14 +80,14 @@ def make_state(
 
 
 def changed_inputs(folder: Path, fingerprint: Mapping[str, str]) -> list[str]:
-    """Which of data, model and tokenizer are not what the run began with."""
+    """Returns which of data, model and tokenizer are not what the run began with."""
     saved = read_state(folder).get("fingerprint", {})
     return [name for name, value in fingerprint.items() if saved.get(name, value) != value]
 
 
 def random_state() -> dict[str, Any]:
-    """States of this process's generators, as JSON can hold them. Sampling does not use them (its seeds come from step
-    and prompt): a reward, a model or an engine of the user's may."""
+    """Returns the states of this process's generators, as JSON can hold them. Sampling does not use them (its seeds
+    come from step and prompt): a reward, a model or an engine of the user's may."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -118,7 +118,7 @@ def _unpack(text: str) -> Tensor:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of several safetensors files by name, each read when it is asked for."""
+    """Holds the tensors of several safetensors files by name; each is read when it is asked for."""
 
     def __init__(self, paths: Sequence[Path]):
         self._files = [safe_open(path, framework="pt") for path in paths]
@@ -138,7 +138,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
-    """Load a verified checkpoint into the policy and the random generators, and return the trainer's state."""
+    """Loads a verified checkpoint into the policy and the random generators, and returns the trainer's state."""
     content = read_state(folder)
     weights = Tensors(sorted((folder / "model").glob("*.safetensors")))
     for name, shape in policy.shapes.items():

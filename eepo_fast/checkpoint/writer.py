@@ -1,4 +1,4 @@
-"""Saving while training goes on: a copy on the host, written by a thread of each rank, made a checkpoint by the first.
+"""Saves while training goes on: a thread of each rank writes a copy on the host, which the first makes a checkpoint.
 
 The thread touches files alone. Whether all ranks are done is asked in the main thread, at points where all ranks meet
 (`CheckpointWriter.progress`, `settle`), so that a checkpoint appears at the first such point after its last byte.
@@ -27,16 +27,16 @@ from eepo_fast.policy.module import Policy
 from eepo_fast.types import TrainerState, UserError
 
 Outcome = dict[str, str] | str | None
-"""sha256 of this rank's files once they are on disk; what went wrong; None while it writes. Of one rank alone, the
-checkpoint is made by then."""
+"""sha256 of this rank's files once they are on disk; what went wrong; None while it writes. Where the rank is alone,
+the checkpoint is made by then."""
 INDEX = "model.safetensors.index.json"
 
 
 class CheckpointWriter:
-    """One run's, on every rank. At most one checkpoint is being written at a time."""
+    """Writes one run's checkpoints, on every rank. At most one is being written at a time."""
 
     def __init__(self, config: Config, policy: Policy, tokenizer: Any, fingerprint: Mapping[str, str], total: int):
-        """fingerprint: of data, model and tokenizer; total: iterations planned."""
+        """Takes what every checkpoint notes. fingerprint: of data, model and tokenizer; total: iterations planned."""
         self.config, self.policy, self.world = config, policy, policy.world
         self.tokenizer, self.fingerprint, self.total = tokenizer, fingerprint, total
         self.saved_step: int | None = None
@@ -45,7 +45,7 @@ class CheckpointWriter:
         self._outcome: Outcome = None
 
     def start(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> None:
-        """Begin to save the policy as it is now. All ranks call this."""
+        """Begins to save the policy as it is now. All ranks call this."""
         self.finish()
         self._final = folder_of(self.config.run_dir, state.step)
         model, optimizer = self._my_part()
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def _my_part(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """This rank's share of the weights and of the optimizer's state: whole tensors, copied to the host."""
+        """Returns this rank's share of the weights and of the optimizer's state: whole tensors, copied to the host."""
         names = list(self.policy.shapes)
         hands = deal([self.policy.shapes[n].numel() for n in names], self.world.size)
         mine = {names[i] for i in hands[self.world.rank]}
@@ -74,7 +74,7 @@ class CheckpointWriter:
             digests = self._write_files(model, optimizer, content, generators)
             complaint = self._commit(self._final, digests) if self.world.size == 1 else None
             self._outcome = digests if complaint is None else complaint
-        except Exception as error:  # said by the main thread
+        except Exception as error:  # the main thread says it
             self._outcome = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
     def _write_files(
@@ -82,7 +82,7 @@ class CheckpointWriter:
     ) -> dict[str, str]:
         temporary, rank, size = temporary_of(self._final), self.world.rank, self.world.size
         part = "" if size == 1 else f"-{rank + 1:05d}-of-{size:05d}"
-        own = temporary / f"rank{rank}"  # nobody else's: then its files are moved to where they belong
+        own = temporary / f"rank{rank}"  # this rank's alone, until its files are moved to where they belong
         shutil.rmtree(own, ignore_errors=True)
         (own / "model").mkdir(parents=True)
         written = []
@@ -107,12 +107,12 @@ class CheckpointWriter:
 
     @property
     def outcome(self) -> Outcome:
-        """To be shown to all ranks, and what they show given to `settle`."""
+        """Is shown to all ranks, and what they show is given to `settle`."""
         return self._outcome
 
     def settle(self, everyone: Sequence[Outcome]) -> str | None:
-        """What to do about what the ranks have shown: nothing while one still writes; else the checkpoint is made. A
-        line that says what went wrong, if anything did: then there is none, and the older ones are as they were."""
+        """Makes the checkpoint of what the ranks have shown, once none of them writes any more. Returns a line that
+        says what went wrong, if anything did: then there is none, and the older ones are as they were."""
         if self._final is None or any(p is None for p in everyone):
             return None
         final, step, self._final = self._final, int(self._final.name.removeprefix("step_")), None
@@ -142,24 +142,24 @@ class CheckpointWriter:
             commit(final, digests)
         except OSError as error:
             return error.strerror or str(error)
-        with suppress(OSError):  # what cannot be removed now is with the next one
+        with suppress(OSError):  # what cannot be removed now is removed with the next one
             prune(self.config.run_dir, self.config.checkpoint.keep, self.config.checkpoint.best)
         return None
 
     def finish(self) -> str | None:
-        """Wait until the checkpoint that is being written is one. All ranks call this."""
+        """Waits until the checkpoint that is being written is one. All ranks call this."""
         if self._final is None:
             return None
         self._thread.join()
         return self.settle(self.world.gather(self._outcome))
 
     def close(self) -> None:
-        """Let the thread finish, whatever has happened."""
+        """Lets the thread finish, whatever has happened."""
         if self._thread is not None:
             self._thread.join()
 
     def save(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> Path:
-        """`start` and `finish`; UserError, on all ranks, where that fails."""
+        """Starts and finishes a checkpoint, and returns its folder; UserError, on all ranks, where that fails."""
         self.start(state, evaluation)
         complaint = self.finish()
         if complaint is not None:
@@ -168,7 +168,7 @@ class CheckpointWriter:
 
 
 def _weight_map(shards: Sequence[Path]) -> dict[str, Any]:
-    """transformers' index of sharded weights."""
+    """Returns transformers' index of sharded weights."""
     places, total = {}, 0
     for path in shards:
         with safe_open(path, framework="pt") as file:

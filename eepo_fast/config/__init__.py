@@ -1,4 +1,4 @@
-"""The configuration. A leaf: imports nothing of ours but `types`."""
+"""Holds the configuration. It is a leaf: it imports nothing of ours but `types`."""
 
 from eepo_fast.config.files import dump_config, load_config, make_config
 from eepo_fast.config.schema import (

@@ -1,4 +1,4 @@
-"""How a configuration is read: YAML files, later ones win, then `key.sub=value` overrides; and written."""
+"""Reads a configuration from YAML files, of which later ones win, and `key.sub=value` overrides; and writes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eepo_fast.types import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+    """Reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), and refuses a key given twice."""
 
     def construct_mapping(self, node, deep=False):
         self.flatten_mapping(node)
@@ -73,7 +73,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """Both, section by section; `update` wins."""
+    """Returns both, section by section; `update` wins."""
     merged = dict(base)
     for key, value in update.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -82,7 +82,7 @@ def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_override(text: str) -> dict[str, Any]:
-    """`key.sub=value` as nested sections."""
+    """Returns `key.sub=value` as nested sections."""
     key, _, raw = text.partition("=")
     parts = key.split(".")
     if len(parts) < 2 or not all(parts):
@@ -129,7 +129,7 @@ def _siblings(key: str) -> list[str]:
 
 
 def load_config(files: list[str], overrides: list[str]) -> Config:
-    """Read and validate. UserError with one line that names the file or key, what was expected and what was found."""
+    """Reads and validates a config; UserError with one line that names the file or key, what was expected and found."""
     values: dict[str, Any] = {}
     for path in files:
         values = merge(values, _read_file(path))

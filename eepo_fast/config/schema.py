@@ -1,4 +1,4 @@
-"""Every key of the configuration, its default and what it may be. Each is read somewhere; a test holds that."""
+"""Defines every key of the configuration, its default and what it may be. Each is read somewhere; a test holds that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 def _whole(value: Any) -> Any:
-    """1e3 is a float to YAML; where an int is expected, whoever wrote it means the int."""
+    """Makes an int of 1e3, which is a float to YAML: where an int is expected, whoever wrote it means the int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -47,7 +47,7 @@ class ModelConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """Where a hub row keeps them; dots reach into records."""
+    """Names the columns of a hub row that hold them; dots reach into records."""
 
     problem: str = Field("problem", description="column of a hub row; dots reach into records")
     answer: str = Field("answer", description="column of a hub row")
@@ -157,7 +157,7 @@ class AepoConfig(Section):
     )
 
     def num_extra(self, num_prompts: int, group_size: int) -> int:
-        """Completions an iteration beside the batch's own."""
+        """Returns the completions an iteration beside the batch's own."""
         if not self.enabled:
             return 0
         return self.num_samples if self.mode == "term" else max(1, num_prompts // SHARE_OF_PROMPTS) * group_size
@@ -199,7 +199,7 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """While training, of the policy."""
+    """The policy is evaluated while it trains."""
 
     every: NonNegative = Field(0, description="iterations between evaluations, and after the last; 0: none")
     data: dict[str, str] = Field(
@@ -210,7 +210,7 @@ class EvaluationConfig(Section):
 
     @property
     def samples(self) -> int:
-        """Beside the greedy completion."""
+        """Is the number of samples a problem beside the greedy completion."""
         return self.num_samples or (max(self.k) if max(self.k) > 1 else 0)
 
 

@@ -1,1 +1,1 @@
-"""Problems from files, the hub or a task of our own; prompts; the base model of the demo."""
+"""Loads problems from files, the hub or a task of our own, makes prompts of them, and teaches the demo's base model."""

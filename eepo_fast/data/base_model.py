@@ -1,6 +1,6 @@
-"""The demo's base model: a tiny transformer taught the procedural task by supervision, built once and cached.
+"""Makes the demo's base model: a tiny transformer taught the procedural task by supervision, built once and cached.
 
-Built from random right answers, so that it knows many ways to solve a problem and prefers none: what RL then narrows.
+It learns from random right answers, so that it knows many ways to a solution and prefers none: what RL then narrows.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ IGNORED = -100  # label of tokens without loss, as transformers' models expect i
 
 
 def base_folder(data: DataConfig) -> Path:
-    """Where the base for this task lives: one folder for each set of task and training settings."""
+    """Returns where the base for this task lives: one folder for each set of task and training settings."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     content = json.dumps([SETTINGS, data.numbers, data.max_number])
     return cache / "eepo-fast" / f"{BASE}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | None = None) -> Path:
-    """Folder of the base model, trained now if it is not cached. `progress`: (step, steps, loss)."""
+    """Returns the base model's folder; it is trained now if it is not cached. `progress`: (step, steps, loss)."""
     folder = base_folder(data)
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         model, tokenizer = train_base(data, progress)
-        disable_progress_bar()  # of writing one small file
+        disable_progress_bar()  # it would be there for one small file
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if (folder / "config.json").is_file():  # another process was faster
@@ -66,7 +66,7 @@ def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | 
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Returns a tokenizer with one token a character."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -81,8 +81,8 @@ def train_base(
     tasks: Sequence[tuple[int, int]] = (),
     **overrides,
 ):
-    """(model, tokenizer) after `steps` AdamW steps on random problems of the training split with random answers. tasks:
-    (numbers, max_number) that problems are drawn from in equal parts; without them the one of `data`."""
+    """Returns (model, tokenizer) after `steps` AdamW steps on random problems of the training split with random
+    answers. tasks: (numbers, max_number) that problems are drawn from in equal parts; by default the one of `data`."""
     settings = {**SETTINGS, **overrides}
     tasks = tasks or [(data.numbers, data.max_number)]
     tokenizer = make_tokenizer()
@@ -121,7 +121,7 @@ def train_base(
 def _batch(
     rng: random.Random, tasks: Sequence[tuple[int, int]], tokenizer, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
+    """Returns input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
     inputs, labels = [], []
     while len(inputs) < size:
         numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]

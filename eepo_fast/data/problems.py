@@ -1,4 +1,4 @@
-"""Problems (files, hub data sets, the procedural task), prompt templates, and the order they are trained on."""
+"""Loads problems (files, hub data sets, the procedural task), makes prompts of them, and orders them for training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
 THOUSANDS = re.compile(r"[-+]?\$?[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
-# Some chat templates write the day, and a run that is resumed on another one would read other prompts than it began
-# with. It is the day that Llama 3's template has where it is told none.
+# Some chat templates write today's date, and a run that is resumed on another day would read other prompts than it
+# began with. So all days are this one, which Llama 3's template has where it is told none.
 TODAY = datetime(2024, 7, 26)
 # Names under which model families keep their end-of-turn token.
 STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
 def load_problems(config: DataConfig, seed: int) -> list[Problem]:
-    """Problems of `data.train`; UserError naming file, line or column where they cannot be used."""
+    """Returns the problems of `data.train`; UserError naming file, line or column where they cannot be used."""
     if config.train == ARITHMETIC:
         return arithmetic_problems(config.num_rows or 10_000, config.numbers, config.max_number, seed)
     path = Path(config.train)
@@ -42,7 +42,7 @@ def load_problems(config: DataConfig, seed: int) -> list[Problem]:
 
 
 def read_jsonl(path: Path) -> list[Problem]:
-    """JSON Lines with id, problem, answer; further fields are allowed. Lines are counted from 1 in errors."""
+    """Reads JSON Lines with id, problem, answer; further fields are allowed. Lines are counted from 1 in errors."""
     problems: list[Problem] = []
     lines: dict[str, int] = {}
     for number, row in iter_jsonl(path):
@@ -69,14 +69,14 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 
 def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank; UserError on what is not a JSON object in UTF-8."""
+    """Yields (line number from 1, object) of lines that are not blank; UserError on all but JSON objects in UTF-8."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     with file:
         for number, raw in enumerate(file, 1):
-            # where the first line is none, the file is likely of another kind
+            # a first line that is no JSON says that the file is likely of another kind
             hint = "; expected JSON Lines; `eepo-fast data prepare` converts others" if number == 1 else ""
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -104,7 +104,7 @@ def read_hub(
     split: str = "train",
     asked_by: str = "data.train",
 ) -> list[Problem]:
-    """Problems of `data.train`, a hub data set or a folder. asked_by: what errors begin with."""
+    """Returns the problems of `data.train`, a hub data set or a folder. asked_by: what errors begin with."""
     from datasets import load_dataset
 
     try:
@@ -133,7 +133,7 @@ def read_hub(
 
 
 def _column(row: dict[str, Any], column: str, where: str) -> str:
-    """As text: strings and numbers, and lists of them. where: data set and row."""
+    """Returns a column as text: strings and numbers, and lists of them. where: data set and row."""
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -155,7 +155,7 @@ def _column(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, int, int]:
-    """(text, value, precedence) of a random tree over `numbers` with + - *; parentheses only where they are needed."""
+    """Returns (text, value, precedence) of a random tree over `numbers` with + - *; it has the fewest parentheses."""
     if len(numbers) == 1:
         return str(numbers[0]), numbers[0], 3
     cut = rng.randint(1, len(numbers) - 1)
@@ -170,7 +170,7 @@ def random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, int,
 
 
 def arithmetic_problem(rng: random.Random, count: int, max_number: int, max_target: int = 99) -> tuple[str, str]:
-    """(problem, one right answer): "2,3,7=42:" and "2*3*7"; the target is in [0, max_target]."""
+    """Returns (problem, one right answer), such as "2,3,7=42:" and "2*3*7"; the target is in [0, max_target]."""
     while True:
         numbers = [rng.randint(1, max_number) for _ in range(count)]
         answer, target, _ = random_expression(rng, numbers)
@@ -180,14 +180,14 @@ def arithmetic_problem(rng: random.Random, count: int, max_number: int, max_targ
 
 
 def arithmetic_split(problem: str) -> str:
-    """`train` or `test`: every fifth problem, by its text, is held out, whatever the seed."""
+    """Returns `train` or `test`: every fifth problem, by its text, is held out, whatever the seed."""
     return "test" if random.Random(problem).randrange(5) == 0 else "train"
 
 
 def arithmetic_problems(
     size: int, count: int, max_number: int, seed: int, split: str = "train", *, asked_by: str = "data.num_rows"
 ) -> list[Problem]:
-    """`size` different problems of one split. UserError, beginning with `asked_by`, where it has not that many."""
+    """Returns `size` different problems of one split; UserError, beginning with `asked_by`, where there are fewer."""
     rng = random.Random(f"{split}/{seed}")
     problems: dict[str, Problem] = {}
     for _ in range(200 * size + 10_000):
@@ -207,7 +207,7 @@ def arithmetic_problems(
 
 
 def render(template: str, problem: str, tokenizer: Any) -> str:
-    """The prompt's text. Templates as in the SimpleRL-Zoo recipe that the paper follows."""
+    """Returns the prompt's text; the templates are those of the SimpleRL-Zoo recipe, which the paper follows."""
     if template == "chatml":
         return (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -232,7 +232,7 @@ def render(template: str, problem: str, tokenizer: Any) -> str:
 
 
 def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
-    """Prompts, and how many problems were left out for their length."""
+    """Returns the prompts, and how many problems were left out for their length."""
     if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "data.template: `chat` needs a tokenizer with a chat template, and this one has none; use another"
@@ -260,7 +260,7 @@ def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) ->
 
 
 def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[int]:
-    """Ids that end a completion: the tokenizer's, the model's, and the known end-of-turn tokens in the vocabulary."""
+    """Returns the ids that end a completion: the tokenizer's, the model's, and end-of-turn tokens that are known."""
     vocabulary = tokenizer.get_vocab()
     ids = {vocabulary[name] for name in STOP_TOKENS if name in vocabulary}
     ids.update(model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos])
@@ -276,9 +276,9 @@ def completion_text(tokenizer: Any, token_ids: list[int], stop_token_ids: Collec
 
 
 def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
-    """The text that each token adds, special tokens included; a character cut over several tokens is the last one's."""
+    """Returns the text that each token adds, special tokens too; a character cut over several is the last one's."""
     texts = []
-    start = read = 0  # decoded together, so that what a tokenizer does at the beginning of a text is not seen here
+    start = read = 0  # a token is decoded behind the one before: a tokenizer treats the beginning of a text otherwise
     for end in range(1, len(token_ids) + 1):
         before, now = (tokenizer.decode(token_ids[start:stop]) for stop in (read, end))
         if now.endswith("\ufffd") and end < len(token_ids):  # inside a character
@@ -290,9 +290,9 @@ def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
 
 
 def prompt_indices(iteration: int, num_prompts: int, prompts_per_iteration: int, seed: int) -> list[int]:
-    """Which prompts iteration `iteration` (from 0) trains on: a fresh permutation an epoch, last partial batch dropped.
+    """Returns the prompts of iteration `iteration` (from 0): a permutation an epoch, its last partial batch dropped.
 
-    A function of its arguments alone, so that a resumed run needs no sampler state.
+    The result depends on the arguments alone, so that a resumed run needs no sampler state.
     """
     per_epoch = num_prompts // prompts_per_iteration
     epoch, position = divmod(iteration, per_epoch)

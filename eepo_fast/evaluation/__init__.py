@@ -1,1 +1,1 @@
-"""Evaluation: greedy accuracy and unbiased pass@k."""
+"""Measures greedy accuracy and unbiased pass@k."""

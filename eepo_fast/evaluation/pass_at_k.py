@@ -1,4 +1,4 @@
-"""Scores of an evaluation: unbiased pass@k, and intervals by resampling the problems.
+"""Scores an evaluation: unbiased pass@k, and intervals by resampling the problems.
 
 Greedy pass@1, sampled pass@1 (the mean of n samples) and pass@k are kept apart.
 """
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one."""
+    """Returns 1 - C(n - c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@k: expected k in [1, {num_samples}], found {k}")
     if num_samples - num_correct < k:
@@ -28,9 +28,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[float]]:
-    """For each metric its value on every problem, in the order of the problems: `greedy` where it was sampled, `pass@k`
-    where there are samples, `unique` (different completions, as a share) where there are several. A missing reward is
-    not right.
+    """Returns each metric's value on every problem, in the order of the problems: `greedy` where it was sampled,
+    `pass@k` where there are samples, `unique` (different completions, as a share) where there are several. A missing
+    reward is not right.
 
     rows: of one set, as `samples.sample_set` gives them; `sample` is None for the greedy one.
     """
@@ -54,8 +54,8 @@ def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[
 
 
 def interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of the unweighted average, over sets, of the means over their problems. Problems are drawn
-    anew inside each set."""
+    """Returns the 95% bootstrap interval of the unweighted average, over sets, of the means over their problems.
+    Problems are drawn anew inside each set."""
     rng = np.random.default_rng(seed)
     means = np.zeros(NUM_RESAMPLES)
     for column in values:
@@ -69,8 +69,8 @@ def interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, f
 
 
 def summarise(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
-    """One set's `metrics` (value, low, high), mean `length`, `truncated_fraction` and counts of `status`, the latter
-    over all completions."""
+    """Returns one set's `metrics` (value, low, high), mean `length`, `truncated_fraction` and counts of `status`, the
+    latter over all completions."""
     metrics = {}
     for name, values in scores(rows, ks).items():
         low, high = interval([values])
@@ -87,7 +87,7 @@ def summarise(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
 
 
 def average(sets: dict[str, Sequence[dict[str, Any]]], ks: Sequence[int]) -> dict[str, dict[str, float]]:
-    """The unweighted average over sets of every metric that all of them have."""
+    """Returns the unweighted average over sets of every metric that all of them have."""
     found = [scores(rows, ks) for rows in sets.values()]
     result = {}
     for name in found[0]:

@@ -1,4 +1,4 @@
-"""Evaluation while training: of the policy, every `evaluation.every` iterations and after the last.
+"""Evaluates the policy while it trains, every `evaluation.every` iterations and after the last.
 
     RUN/evaluations/step_000050/NAME.jsonl     every completion
     RUN/evaluations/step_000050/results.*      the tables
@@ -30,20 +30,20 @@ from eepo_fast.types import Prompt, UserError, WeightsVersion
 
 
 def load_sets(config: Config) -> list[EvalSet]:
-    """UserError, before anything is sampled, where one of them cannot be used."""
+    """Returns the sets; UserError, before anything is sampled, where one of them cannot be used."""
     return [load_set(name, spec, config.data) for name, spec in config.evaluation.data.items()]
 
 
 def check_sets(sets: Sequence[EvalSet], reward: RewardConfig) -> None:
-    """UserError where an answer of theirs cannot be read."""
+    """Raises a UserError where an answer of the sets cannot be read."""
     for eval_set in sets:
         with closing(make_answer_grader(eval_set.task, reward)) as grader:
             check_golds(grader, eval_set.problems, f"evaluation data {eval_set.name}")
 
 
 def make_eval_prompts(eval_set: EvalSet, config: Config, tokenizer: Any, longest: int | None) -> list[Prompt]:
-    """Every problem as a prompt; none is left out for its length. longest: tokens that the model can read, prompt and
-    completion together."""
+    """Returns every problem as a prompt; none is left out for its length. longest: tokens that the model can read,
+    prompt and completion together."""
     whole = config.data.model_copy(update={"max_prompt_tokens": sys.maxsize})
     prompts, _ = make_prompts(eval_set.problems, whole, tokenizer)
     room = None if longest is None else longest - config.rollout.max_new_tokens
@@ -58,7 +58,7 @@ def make_eval_prompts(eval_set: EvalSet, config: Config, tokenizer: Any, longest
 
 class PeriodicEvaluation:
     def __init__(self, config: Config, sets: Sequence[EvalSet], tokenizer: Any, stops: Sequence[int], longest):
-        """longest: see `make_eval_prompts`."""
+        """Makes the prompts of all sets. longest: see `make_eval_prompts`."""
         self.config, self.tokenizer = config, tokenizer
         self.sampling = Sampling(1.0, config.rollout.max_new_tokens, tuple(stops))
         self.sets = [(s, make_eval_prompts(s, config, tokenizer, longest)) for s in sets]
@@ -72,13 +72,13 @@ class PeriodicEvaluation:
         return bool(every) and (step % every == 0 or step == total)
 
     def is_owed(self, step: int, total: int) -> bool:
-        """Was it due after `step`, which is done, and is not there?"""
+        """Returns whether an evaluation was due after `step`, which is done, and is not there."""
         return step > 0 and self.due(step, total) and not is_done(self.config.run_dir, step)
 
     def run(
         self, policy: Policy, engine: RolloutEngine, version: int, step: int, *, progress: OnProgress | None = None
     ) -> dict[str, float]:
-        """Metrics of the policy as it is now, all ranks together. progress: of sampling; may raise Interrupted."""
+        """Returns the policy's metrics now, all ranks together. progress: told of sampling; may raise Interrupted."""
         started, evaluation = time.perf_counter(), self.config.evaluation
         engine.sync(policy.weights(), WeightsVersion(version, False))
         sampler = Sampler(
@@ -113,7 +113,7 @@ def evaluation_folder(run_dir: Path, step: int) -> Path:
 
 
 def begin(folder: Path, digests: dict[str, str]) -> None:
-    """Make the folder; of an interrupted evaluation, keep the completions to what is still the same set."""
+    """Makes the folder, and keeps of an interrupted evaluation the completions to what is still the same set."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sets.json"
     try:
@@ -131,7 +131,7 @@ def is_done(run_dir: Path, step: int) -> bool:
 
 
 def remove_newer(run_dir: Path, step: int) -> None:
-    """Remove evaluations after `step`, whose iterations a resumed run does again."""
+    """Removes evaluations after `step`, whose iterations a resumed run does again."""
     for folder in (run_dir / "evaluations").glob("step_*"):
         number = folder.name.removeprefix("step_")
         if number.isdecimal() and int(number) > step:

@@ -1,4 +1,4 @@
-"""`eepo-fast data prepare`: a hub data set as JSON Lines, pinned to a revision, with its licence and checksum.
+"""`eepo-fast data prepare` writes a hub data set as JSON Lines, pinned to a revision, with its licence and checksum.
 
     data/NAME.jsonl            id, problem, answer, source
     data/NAME.manifest.json    where it came from, at which revision, under which licence, rows, sha256
@@ -25,11 +25,11 @@ FOLDER = Path("data")
 class Manifest:
     name: str
     source: str
-    """Hub name, or a folder."""
+    """The hub name, or a folder."""
     revision: str
-    """Commit of the hub; `local` for a folder."""
+    """The hub's commit; `local` for a folder."""
     licence: str
-    """As its card states it."""
+    """The licence as the data set's card states it."""
     files: str | None
     subset: str | None
     split: str
@@ -51,8 +51,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def find_prepared(name: str, source: str, folder: Path = FOLDER) -> Path | None:
-    """The file that was prepared from a hub name, under this name where there are several (splits, subsets). UserError
-    where it is no longer what its manifest says, or cannot be told which one is meant."""
+    """Returns the file that was prepared from a hub name, under this name where there are several (splits, subsets).
+    UserError where it is no longer what its manifest says, or it cannot be told which one is meant."""
     found = []
     for path in sorted(folder.glob("*.manifest.json")):
         try:
@@ -87,8 +87,8 @@ def check(file: Path, manifest: Manifest) -> None:
 
 def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revision: str | None, subset: str | None,
             split: str) -> Manifest:  # fmt: skip
-    """Fetch, write and pin one data set. config: columns, files and answer marker. revision: a commit; else the pinned
-    one, else the newest. UserError where the hub cannot be reached, or gives other bytes than it gave before."""
+    """Fetches, writes and pins one data set. config: columns, files and answer marker. revision: a commit; else the
+    pinned one, else the newest. UserError where the hub cannot be reached, or gives other bytes than it gave before."""
     if revision and Path(source).is_dir():
         raise UserError(f"--revision: expected none for the folder {source}, found {revision}")
     path, file = manifest_file(folder, name), folder / f"{name}.jsonl"
@@ -122,12 +122,12 @@ def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revisio
 
 
 def _request(manifest: Manifest) -> Manifest:
-    """What was asked for, without what came."""
+    """Returns what was asked for, without what came."""
     return replace(manifest, rows=0, sha256="", licence="")
 
 
 def describe(source: str, revision: str | None) -> tuple[str, str]:
-    """(revision, licence) of a hub data set, or of a folder with a card."""
+    """Returns (revision, licence) of a hub data set, or of a folder with a card."""
     from huggingface_hub import DatasetCard, HfApi
 
     if Path(source).is_dir():

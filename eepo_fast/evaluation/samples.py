@@ -1,6 +1,6 @@
-"""Sampling and grading a set: every completion is kept, and an interrupted evaluation goes on where it stopped.
+"""Samples and grades a set: every completion is kept, and an interrupted evaluation goes on where it stopped.
 
-A completion's row: id, sample (None: greedy), completion, num_tokens, finished, reward (None: missing), status.
+A completion's row has id, sample (None: greedy), completion, num_tokens, finished, reward (None: missing), status.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eepo_fast.rollout.engine import OnProgress, RolloutEngine, Sampling, make_r
 from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.types import Prompt, Rollout
 
-EVALUATION_STAGE = 0  # seeds of an evaluation never meet those of a training stage
+EVALUATION_STAGE = 0  # no training stage has this number, and so none has an evaluation's seeds
 COMPLETIONS_AT_ONCE = 2048  # graded and written together: what an interruption may cost
 
 Row = dict[str, Any]
@@ -31,18 +31,18 @@ class Sampler:
     engine: RolloutEngine
     tokenizer: Any
     sampling: Sampling
-    """Of the samples; the greedy completion differs in its temperature, 0."""
+    """How samples are drawn; the greedy completion differs in its temperature, 0."""
     seed: int
     world: World = field(default_factory=World)
     ranks_per_engine: int = 1
     progress: OnProgress | None = None
-    """Of an engine's sampling; may raise Interrupted."""
+    """Called with the engine's progress while it samples; may raise Interrupted."""
 
     def decode(self, rollout: Rollout) -> str:
         return completion_text(self.tokenizer, rollout.token_ids, self.sampling.stop_token_ids)
 
     def sample(self, prompts: Sequence[Prompt], num_samples: int, greedy: bool) -> list[Rollout]:
-        """num_samples of each prompt, or its greedy completion; the same on every rank."""
+        """Returns num_samples of each prompt, or its greedy completion; the same on every rank."""
         assert not self.engine.weights_version.forgotten, "an evaluation must never see forgetful weights"
         return generate_everywhere(
             self.engine,
@@ -65,8 +65,8 @@ def sample_set(
     file: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """A greedy completion and `num_samples` samples of every prompt, graded; on every rank. With a `file`, rows that it
-    holds are kept, and the rest is added to it, some prompts at a time."""
+    """Returns a greedy completion and `num_samples` samples of every prompt, graded; on every rank. With a `file`, rows
+    that it holds are kept, and the rest is added to it, some prompts at a time."""
     rows = _resume(file, prompts, num_samples) if file and sampler.world.is_main else []
     rows = sampler.world.gather(rows)[0]
     done = {row["id"] for row in rows}
@@ -110,7 +110,7 @@ def _graded(sampler: Sampler, grader: Grader, prompts: Sequence[Prompt], num_sam
 
 
 def _resume(file: Path, prompts: Sequence[Prompt], num_samples: int) -> list[Row]:
-    """Rows of the prompts that `file` holds in full; it is rewritten without the others."""
+    """Returns the rows of the prompts that `file` holds in full, and rewrites it without the others."""
     if not file.is_file():
         return []
     rows = []

@@ -1,4 +1,4 @@
-"""What is evaluated on: problems of files, of prepared hub data, or of the procedural task's held-out split."""
+"""Loads what is evaluated on: problems of files, of prepared hub data, or of the procedural task's held-out split."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class EvalSet:
     """`arithmetic` or `math`: which grader it takes."""
     problems: list[Problem]
     sha256: str
-    """Of its problems and answers, so that an evaluation goes on with the ones it began with."""
+    """Checksum of its problems and answers, so that an evaluation goes on with the ones it began with."""
 
 
 def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
-    """spec: a JSON Lines file, the hub name of data that `eepo-fast data prepare` has fetched, or
+    """Loads a set. spec: a JSON Lines file, the hub name of data that `eepo-fast data prepare` has fetched, or
     arithmetic[:NUMBERS:MAX_NUMBER[:ROWS]], by default as in `data`, 200 rows."""
     task, _, shape = spec.partition(":")
     if task == ARITHMETIC:
@@ -38,7 +38,7 @@ def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Of problems as the model reads them: another template or tokenizer is another evaluation."""
+    """Returns a digest of the problems as the model reads them: another template or tokenizer is another evaluation."""
     content = repr([(p.id, p.problem.problem, p.problem.answer, p.token_ids) for p in prompts])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -1,5 +1,5 @@
-"""The results of an evaluation as JSON, CSV and Markdown: a column a benchmark, an unweighted average, percent; and
-several evaluations side by side, a row each."""
+"""Writes an evaluation's results as JSON, CSV and Markdown, a column a benchmark and an unweighted average in percent,
+and several evaluations side by side, a row each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {"greedy": "greedy pass@1", "unique": "different completions"}
 
 
 def make_results(model: str, settings: dict[str, Any], sets: dict[str, list[Row]], ks: list[int]) -> dict[str, Any]:
-    """model: how the tables call it; settings: all else that the numbers depend on."""
+    """Returns the content of results.json. model: its name in tables; settings: all else that numbers depend on."""
     return {
         "model": model,
         "settings": settings,
@@ -28,7 +28,7 @@ def make_results(model: str, settings: dict[str, Any], sets: dict[str, list[Row]
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """results.csv, results.md and, once they are there, results.json: with it an evaluation is done."""
+    """Writes results.csv, results.md and, once they are there, results.json: with it an evaluation is done."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(to_csv(results), encoding="utf-8")
     (folder / "results.md").write_text(to_markdown(results), encoding="utf-8")
@@ -38,18 +38,18 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 
 def cells(results: dict[str, Any], metric: str) -> list[dict[str, float] | None]:
-    """A metric on every set, then their average; None where a set has it not."""
+    """Returns a metric on every set, then their average; None where a set has it not."""
     columns = [part["metrics"].get(metric) for part in results["sets"].values()]
     return [*columns, results["average"].get(metric)]
 
 
 def metrics_of(results: dict[str, Any]) -> list[str]:
-    """Every metric that some set has, in their order."""
+    """Returns every metric that some set has, in their order."""
     return list(dict.fromkeys(name for part in results["sets"].values() for name in part["metrics"]))
 
 
 def to_csv(results: dict[str, Any]) -> str:
-    """A line for each metric of each set and of the average, as fractions."""
+    """Returns a line for each metric of each set and of the average, as fractions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["model", "set", "metric", "value", "low", "high"])
@@ -65,7 +65,7 @@ def to_csv(results: dict[str, Any]) -> str:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """Percent with one decimal and its 95% interval."""
+    """Returns a table of percents with one decimal, each with its 95% interval."""
     names = list(results["sets"])
     lines = [
         f"| {results['model']} | " + " | ".join([*names, "average"]) + " |",
@@ -95,9 +95,9 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 
 def join(folders: Sequence[Path], metric: str, form: str = "markdown") -> str:
-    """A table of one metric: a row an evaluation, a column a set, and the average; percent in Markdown, fractions in
-    csv and json. UserError where they are not of the same sets, graded in the same mode, sampled at the same
-    temperature."""
+    """Returns a table of one metric: a row an evaluation, a column a set, and the average; percent in Markdown,
+    fractions in csv and json. UserError where they are not of the same sets, graded in the same mode, sampled at the
+    same temperature."""
     found = [_read_results(folder) for folder in folders]
     for folder, results in zip(folders, found, strict=True):
         for key in ("data", "grading", "temperature"):
@@ -144,7 +144,7 @@ FORMS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
 
 
 def _of_sets(results: dict[str, Any], key: str) -> Any:
-    """Names and the beginnings of checksums are enough to say what differs."""
+    """Returns a setting; of the sets, names and the beginnings of checksums, enough to say what differs."""
     value = results["settings"].get(key)
     return {name: value[name][:12] for name in sorted(value)} if key == "data" else value
 

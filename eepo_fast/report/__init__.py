@@ -1,1 +1,1 @@
-"""Figures and pages about finished runs."""
+"""Draws figures and pages about finished runs."""

@@ -1,4 +1,4 @@
-"""`eepo-fast report RUN…`: DIR/index.html, its scripts and its pictures."""
+"""`eepo-fast report RUN…` writes DIR/index.html, its scripts and its pictures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BESIDE = (ASSETS / "page.css", ASSETS / "page.js", ASSETS / "rollouts.js", PLOTL
 
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Path:
-    """The page's path. UserError where a folder is no run's, or `out` holds something else."""
-    folders = list({folder.resolve(): folder for folder in folders}.values())  # each once
+    """Writes the report, returns its page's path; UserError if a folder is no run's, or `out` holds something else."""
+    folders = list({folder.resolve(): folder for folder in folders}.values())  # no folder is read twice
     if out is None and len(folders) > 1:
         raise UserError("report: expected --out DIR with several runs, found none; it says where the page goes")
     try:
@@ -34,7 +34,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     out = out or folders[0] / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "index.html").exists():  # whose folder this is, should what follows be interrupted
+        if not (out / "index.html").exists():  # marks the folder as ours, should we be interrupted
             (out / "index.html").write_text(MARK, encoding="utf-8")
         groups = group_runs(runs)
         panels = panels_of(groups)
@@ -51,7 +51,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
 
 
 def _check_place(out: Path) -> None:
-    """A new folder, an empty one, or an earlier report: nothing else is written over."""
+    """Refuses all but a new folder, an empty one or an earlier report, so that nothing else is written over."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, found the file {out}; choose another")
     page = out / "index.html"

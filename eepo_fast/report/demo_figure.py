@@ -1,4 +1,4 @@
-"""The demo's figure: entropy and reward over the iterations, and what the three models can do at the end."""
+"""Draws the demo's figure: entropy and reward over the iterations, and what the three models can do at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMOOTHING = 9  # iterations of the running mean
 
 
 def _smooth(values: list[float | None]) -> np.ndarray:
-    """Centred running mean, over what is there at the ends; None is a gap."""
+    """Returns the centred running mean, which takes what is there at the ends; None is a gap."""
     series = np.array([np.nan if v is None else v for v in values], dtype=float)
     half = SMOOTHING // 2
     windows = [series[max(0, i - half) : i + half + 1] for i in range(len(series))]

@@ -1,4 +1,4 @@
-"""index.html: the numbers as tables in the page, the curves as data that page.js draws.
+"""Writes index.html: the numbers are tables in the page, the curves are data that page.js draws.
 
 Everything that comes from a run goes through `escape` or, as JSON, through `script`: a completion, a name or a setting
 is shown as text, whatever is written in it.
@@ -52,7 +52,7 @@ def write_page(
         "data": script({"charts": charts(groups, panels), "runs": [summaries(run) for run in runs]}),
     }
     text = (ASSETS / "template.html").read_text(encoding="utf-8")
-    for name, part in parts.items():  # the data last: what is in it is not looked at again
+    for name, part in parts.items():  # the data last: no mark inside it is replaced
         text = text.replace(f"<!--{name}-->", part)
     path = out / "index.html"
     path.write_text(text, encoding="utf-8")
@@ -60,13 +60,13 @@ def write_page(
 
 
 def title(groups: Sequence[Group]) -> str:
-    """The groups' names, or how many they are where that is too long for a heading."""
+    """Returns the groups' names, or how many runs there are where the names are too long for a heading."""
     names = ", ".join(group.label for group in groups)
     return names if len(names) <= 60 else f"{sum(len(group.runs) for group in groups)} runs"
 
 
 def colour_key(groups: Sequence[Group]) -> str:
-    """Which colour is whose; of one group the lines are told apart, and each chart says how."""
+    """Returns the key to the groups' colours; nothing for one group, whose charts tell its lines apart themselves."""
     if len(groups) == 1:
         return ""
     items = []
@@ -76,12 +76,12 @@ def colour_key(groups: Sequence[Group]) -> str:
 
 
 def script(value: Any) -> str:
-    """JSON that no text in it can break out of."""
+    """Returns a value as JSON that no text in it can break out of."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are text; the first column names its row."""
+    """Returns an HTML table. Cells are text; the first column names its row."""
     lines = ["".join(f"<th scope=col>{escape(cell)}</th>" for cell in header)]
     for first, *rest in rows:
         lines.append(f"<th scope=row>{escape(first)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in rest))
@@ -125,13 +125,13 @@ def summary(groups: Sequence[Group]) -> str:
 
 
 def trouble(runs: Sequence[Run]) -> str:
-    """What was left out or went wrong, counted over the whole run; nothing where nothing did."""
+    """Returns a table of what was left out or went wrong over the whole run, or a line that says that nothing did."""
     rows = []
     for key, text in TROUBLE.items():
         counts = [sum(v for v in run.values(key) if v is not None) for run in runs]
         if any(counts):
             rows.append([f"{text} ({key})", *(f"{count:.0f}" for count in counts)])
-    # a count so far, not of the iteration
+    # counted from the run's start, not iteration by iteration
     failures = [max((v for v in run.values("checkpoint/failures") if v is not None), default=0) for run in runs]
     if any(failures):
         rows.append(["checkpoints that could not be written (checkpoint/failures)", *(f"{n:.0f}" for n in failures)])
@@ -191,7 +191,7 @@ def settings(runs: Sequence[Run]) -> str:
 
 
 def charts(groups: Sequence[Group], panels: Sequence[Panel]) -> list[dict[str, Any]]:
-    """What page.js draws: curves smoothed there, over a window that the reader sets."""
+    """Returns what page.js draws; it smooths the curves itself, over a window that the reader sets."""
     found = []
     for panel in panels:
         curves = []

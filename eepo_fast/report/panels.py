@@ -1,4 +1,4 @@
-"""What a report draws, said once for the page and for its pictures: panels of curves, over the iterations."""
+"""Says once, for the page and for its pictures, what a report draws: panels of curves, over the iterations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = (("stage1", "stage 1", SOLID), ("stage2", "stage 2", DASHED))
 @dataclass(frozen=True)
 class Line:
     key: str
-    """Of the metric."""
+    """The metric's key in metrics.jsonl."""
     label: str
     style: str = SOLID
 
@@ -29,9 +29,9 @@ class Panel:
     unit: str
     lines: tuple[Line, ...]
     text: str
-    """What it says, for somebody who has not read the manual."""
+    """An explanation for somebody who has not read the manual."""
     level: str = ""
-    """A setting drawn as a horizontal line."""
+    """The key of a setting, drawn as a horizontal line."""
 
 
 def _stages(prefix: str) -> tuple[Line, ...]:
@@ -88,7 +88,7 @@ TROUBLE = {
 
 
 def panels_of(groups: Sequence[Group]) -> list[Panel]:
-    """The panels that have something to show, and one for each set of evaluation."""
+    """Returns the panels that have something to show, and one for each evaluation set."""
     known = {
         key
         for group in groups
@@ -119,7 +119,7 @@ def _evaluations(known: set[str]) -> list[Panel]:
 
 
 def levels_of(panel: Panel, groups: Sequence[Group]) -> list[float]:
-    """Where the panel's horizontal lines are: the setting of those runs that use it."""
+    """Returns the values of the panel's horizontal lines: the setting in those runs that use it."""
     used = {
         run.settings.get(panel.level)
         for group in groups
@@ -135,13 +135,13 @@ def _natural(key: str) -> tuple[int, int]:
 
 
 def late_mean(group: Group, key: str) -> float | None:
-    """Mean over the last fifth of the iterations, over all seeds."""
+    """Returns a metric's mean over the last fifth of the iterations, over all seeds."""
     values = [v for run in group.runs for v in run.values(key)[-max(1, len(run.rows) // 5) :] if v is not None]
     return sum(values) / len(values) if values else None
 
 
 def phases(group: Group) -> dict[str, float]:
-    """Mean seconds an iteration of each phase, the longest first; `other` is what no phase measured."""
+    """Returns the mean seconds an iteration of each phase, the longest first; `other` is what no phase measured."""
     keys = list(dict.fromkeys(key for run in group.runs for row in run.rows for key in row if key.startswith("time/")))
     rows = [row for run in group.runs for row in (run.rows[1:] or run.rows)]  # the first iteration warms up
     # an evaluation comes between iterations; all other phases are part of one

@@ -1,4 +1,4 @@
-"""The report's PNGs: every panel of curves, pass@k, and time by phase."""
+"""Draws the report's PNGs: every panel of curves, pass@k, and time by phase."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_all(groups: Sequence[Group], panels: Sequence[Panel], folder: Path) -> 
 
 
 def smooth(values: Values, window: int) -> np.ndarray:
-    """Centred running mean over what is there."""
+    """Returns the centred running mean over what is there."""
     series = np.array([np.nan if v is None else v for v in values], dtype=float)
     known, filled = np.isfinite(series), np.nan_to_num(series)
     kernel = np.ones(2 * (window // 2) + 1)
@@ -49,12 +49,12 @@ def smooth(values: Values, window: int) -> np.ndarray:
 
 
 def window_for(num_iterations: int) -> int:
-    """Odd: as many iterations before as after."""
+    """Returns the running mean's width, which is odd: it takes as many iterations before as after."""
     return 2 * (num_iterations // 40) + 1
 
 
 def colour(groups: Sequence[Group], group: int, line: int) -> str:
-    """Of one run its lines are told apart; of several the runs are, and lines by their dashes."""
+    """Returns a line's colour where there is one group, else its group's: then the dashes tell the lines apart."""
     return COLOURS[(line if len(groups) == 1 else group) % len(COLOURS)]
 
 
@@ -72,7 +72,7 @@ def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) ->
                 window, shade = window_for(len(steps)), colour(groups, g, i)
                 label = line.label if len(groups) == 1 else (line.label if g == 0 and len(panel.lines) > 1 else None)
                 known = [k for k, v in enumerate(mean) if v is not None]
-                if len(known) < len(steps):  # evaluated now and then
+                if len(known) < len(steps):  # a metric that only some iterations have
                     at, points = [steps[k] for k in known], [mean[k] for k in known]
                     axis.plot(at, points, DASHES[line.style], marker="o", markersize=3, color=shade, label=label)
                     continue
@@ -116,7 +116,7 @@ def draw_phases(groups: Sequence[Group], path: Path) -> None:
 
 
 def evaluated(groups: Sequence[Group]) -> list[str]:
-    """Sets of evaluation that some run's last evaluation has pass@k of."""
+    """Returns the evaluation sets that some run's last evaluation has pass@k of."""
     names = {}
     for group in groups:
         for run in group.runs:
@@ -131,7 +131,7 @@ def last_evaluation(run) -> dict[str, dict]:
 
 
 def pass_at_k(group: Group, name: str) -> dict[int, tuple[float, float, float]]:
-    """k to (mean, low, high): over seeds, or of one run its interval over problems."""
+    """Returns k to (mean, low, high): the range over several seeds, or one run's interval over problems."""
     cells: dict[int, list[dict]] = {}
     for run in group.runs:
         for metric, cell in last_evaluation(run).get(name, {"metrics": {}})["metrics"].items():

@@ -1,4 +1,4 @@
-"""The rollout browser's data: one script an iteration, which the page loads when it is asked for.
+"""Writes the rollout browser's data: one script an iteration, which the page loads when it is asked for.
 
 A page opened from disk may not fetch the files beside it, but may load them as scripts: each calls
 `rollouts(run, step, groups)`. Per-token numbers are thousandths as 16-bit integers, little-endian, in base64.
@@ -23,13 +23,13 @@ LIMIT = 32_000  # thousandths: log-probs below -32 are as good as -32
 
 
 def key_of(run: Run) -> str:
-    """The folder of a run's scripts: the same in every report."""
+    """Returns the name of the folder of a run's scripts, which is the same in every report."""
     return f"{run.name}-{zlib.crc32(str(run.folder.resolve()).encode()):08x}"
 
 
 def write_rollouts(runs: list[Run], folder: Path) -> None:
-    """folder/KEY/step_000012.js and so on; what an earlier report has left of other runs is removed, and what is newer
-    than its log is kept."""
+    """Writes folder/KEY/step_000012.js and so on. What an earlier report has left of other runs is removed, and a
+    script that is newer than its log is kept."""
     keys = [key_of(run) for run in runs]
     for old in folder.glob("*"):
         if old.name not in keys:
@@ -51,7 +51,7 @@ def write_rollouts(runs: list[Run], folder: Path) -> None:
 
 
 def read_groups(log: Path) -> list[dict[str, Any]]:
-    """A rollout log's groups, in the order of their prompts; AEPO's extra samples are with their prompt's group."""
+    """Returns a rollout log's groups, in the order of their prompts; a group has its prompt's AEPO samples, too."""
     groups: dict[str, dict[str, Any]] = {}
     with log.open(encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(file, 1):
@@ -77,8 +77,8 @@ def read_groups(log: Path) -> list[dict[str, Any]]:
 
 
 def rollout(row: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a completion; `change` is what the forget step did to its tokens' log-probs: measured in
-    the engine for stage 1, and for stage 2 how far the weights that sampled it were from the policy's."""
+    """Returns what the page shows of a completion. `change` is what the forget step did to its tokens' log-probs:
+    measured in the engine for stage 1, and for stage 2 how far the weights that sampled it were from the policy's."""
     found = {
         "stage": row["stage"],
         "reward": row["reward"],
@@ -115,7 +115,7 @@ def pack(values: list[float | None]) -> str:
 
 
 def summaries(run: Run) -> dict[str, Any]:
-    """What the page needs to list a run's iterations without loading them."""
+    """Returns what the page needs to list a run's iterations without loading them."""
     known = dict(zip(run.steps, run.values("reward/mean"), strict=True))
     return {
         "key": key_of(run),

@@ -1,4 +1,4 @@
-"""A run's folder, read: its settings, its metrics, its evaluations, and where its rollouts lie."""
+"""Reads a run's folder: its settings, its metrics, its evaluations, and where its rollouts lie."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from eepo_fast.types import UserError
 
 Values = list[float | None]
-"""One an iteration; None where there is none."""
+"""One value an iteration; None where there is none."""
 NOT_SETTINGS = ("run.name", "run.root", "run.seed")  # runs that differ in these alone are seeds of one setting
 
 
@@ -24,11 +24,11 @@ class Run:
     folder: Path
     name: str
     settings: dict[str, Any]
-    """Flat: `eepo.alpha` to its value."""
+    """The value of each key, such as `eepo.alpha`."""
     rows: list[dict[str, Any]]
-    """metrics.jsonl."""
+    """The rows of metrics.jsonl."""
     evaluations: dict[int, dict[str, Any]]
-    """results.json by iteration."""
+    """The content of results.json by iteration."""
     rollouts: dict[int, Path]
     """Rollout logs by iteration."""
     ending: dict[str, Any] | None
@@ -43,10 +43,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Holds runs that differ in their seed alone."""
 
     name: str
-    """What the runs' names have in common."""
+    """The part that the runs' names have in common."""
     runs: list[Run]
 
     @property
@@ -54,7 +54,7 @@ class Group:
         return self.name if len(self.runs) == 1 else f"{self.name}, {len(self.runs)} seeds"
 
     def band(self, key: str) -> tuple[list[int], Values, Values, Values]:
-        """(steps, mean, lowest, highest) over the seeds that have a value."""
+        """Returns (steps, mean, lowest, highest) over the seeds that have a value."""
         found: dict[int, list[float]] = {}
         for run in self.runs:
             for step, value in zip(run.steps, run.values(key), strict=True):
@@ -70,7 +70,7 @@ def number(value: Any) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """UserError where it is no run's folder, or nothing has been logged yet."""
+    """Reads a run; UserError where the folder is no run's, or nothing has been logged yet."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"report: expected a run's folder with a config.yaml in it, found {folder}; give runs/NAME")
     try:
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     if not rows:
         raise UserError(f"report: no iteration is logged in {folder / 'metrics.jsonl'} yet; try again after the first")
-    last = rows[-1]["step"]  # later ones belong to an iteration that is still being logged
+    last = rows[-1]["step"]  # later files belong to an iteration that is still being logged
     return Run(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
@@ -107,7 +107,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_ending(path: Path) -> dict[str, Any] | None:
-    """Why the run ended; None where it goes on, was killed, or is just writing it."""
+    """Returns why the run ended; None where it goes on, was killed, or is just writing it."""
     try:
         ending = json.loads(path.read_text(encoding="utf-8"))
         return {"message": "", "total": None, **ending} if "reason" in ending else None
@@ -116,7 +116,7 @@ def read_ending(path: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows in their order; a last line that is still being written is left for the next time."""
+    """Returns the rows in their order; a last line that is still being written is left for the next time."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -135,7 +135,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def by_step(folder: Path, suffix: str) -> dict[int, Path]:
-    """step_000012 and the like, in order."""
+    """Returns the paths named step_000012 and the like, by step and in order."""
     found = {}
     for path in folder.glob(f"step_*{suffix}"):
         digits = path.name.removeprefix("step_").removesuffix(suffix)
@@ -155,7 +155,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Settings in which the runs are not all alike, names apart."""
+    """Returns the settings in which the runs are not all alike, names apart."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return [
         key
@@ -165,7 +165,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Seeds of one setting together, labelled by the run's name, or by the part of their names that they share."""
+    """Puts the seeds of one setting together, labelled by the run's name, or by what their names share."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = sorted((key, repr(value)) for key, value in run.settings.items() if key not in NOT_SETTINGS)

@@ -1,4 +1,4 @@
-"""Rewards: is the completion right? One grader a task, one status a completion."""
+"""Says whether a completion is right: a task has one grader, and a completion gets one status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Grader(Protocol):
     """Whether it may be called from another thread than the main one, while completions are still being sampled."""
 
     def start(self) -> None:
-        """Be ready, or raise a UserError: called before a run's folder is made."""
+        """Gets ready, or raises a UserError; called before a run's folder is made."""
 
     def grade(
         self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
@@ -28,25 +28,25 @@ class Grader(Protocol):
         works in this very thread may let it pass."""
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        """Indices of the golds that no answer could be compared with."""
+        """Returns the indices of the golds that no answer could be compared with."""
 
     def close(self) -> None: ...
 
 
 def make_grader(task: str, settings: RewardConfig) -> Grader:
-    """What training rewards: `reward.function`, or right answers. UserError where it cannot be imported."""
+    """Returns the grader of training: `reward.function`, or right answers. UserError where that cannot be imported."""
     return FunctionGrader(settings.function) if settings.function else make_answer_grader(task, settings)
 
 
 def make_answer_grader(task: str, settings: RewardConfig) -> Grader:
-    """Is the answer right? The procedural task has its own verifier, all else an exact mathematical answer."""
+    """Returns the grader of right answers: the procedural task has its own, all else is exact mathematics."""
     if task == "arithmetic":
         return ArithmeticGrader()
     return MathGrader(settings.mode, step_seconds=settings.step_seconds)
 
 
 def check_golds(grader: Grader, problems: Sequence[Problem], where: str) -> None:
-    """UserError naming the first problem whose answer cannot be read, before anything is sampled."""
+    """Raises a UserError naming the first problem whose answer cannot be read, before anything is sampled."""
     found = grader.unreadable([p.answer for p in problems])
     if found:
         first = problems[found[0]]

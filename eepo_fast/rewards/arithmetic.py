@@ -1,4 +1,4 @@
-"""Verifier of the procedural task. Reads the expression with a parser of its own: no text is ever evaluated."""
+"""Verifies the procedural task. A parser of its own reads the expression: no text is ever evaluated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOKEN = re.compile(r"\d{1,9}|[-+*()]")
 
 
 def evaluate(text: str) -> tuple[int, list[int]] | None:
-    """(value, numbers used) of an expression over + - * and parentheses; None where it is not one."""
+    """Returns (value, numbers used) of an expression over + - * and parentheses; None where it is not one."""
     tokens = TOKEN.findall(text)
     if "".join(tokens) != text.replace(" ", "") or not tokens:
         return None
@@ -59,9 +59,9 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
 
 
 class ArithmeticGrader:
-    """Right if the completion is an expression that uses each given number exactly once and reaches the target."""
+    """Rewards a completion that is an expression which uses each given number exactly once and reaches the target."""
 
-    beside_sampling = False  # it is done in no time
+    beside_sampling = False  # it takes too little time to be worth a thread
 
     def start(self) -> None:
         pass
@@ -87,7 +87,7 @@ class ArithmeticGrader:
         return Grade(reward, status, time.perf_counter() - start)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        return []  # its problems carry all that is graded
+        return []  # all that is graded is in the problem's own text
 
     def close(self) -> None:
         pass

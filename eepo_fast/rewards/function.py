@@ -1,4 +1,4 @@
-"""A reward of one's own: `reward.function: module:name`, a function of (problem: Problem, completion: str) -> float.
+"""Grades by a function of one's own, `reward.function: module:name`: (problem: Problem, completion: str) -> float.
 
 It is called in the training process, one completion after the other; with several ranks each grades its share. What it
 raises, or returns that is no finite number, is a missing reward, counted; the first of them is shown.
@@ -23,7 +23,7 @@ class FunctionGrader:
     beside_sampling = False  # it may use signals, as math-verify's own time limit does, which the main thread alone can
 
     def __init__(self, name: str):
-        """name: module:function, looked for in the working directory, too."""
+        """Finds the function that `name` says, module:function; the working directory is searched, too."""
         self.name = name
         self.function = find_function(name)
         self._complained = False
@@ -48,7 +48,7 @@ class FunctionGrader:
         return Grade(0.0 if complaint else reward, "error" if complaint else "ok", time.perf_counter() - started)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        """What an answer has to look like is the function's own affair."""
+        """Returns none: what an answer has to look like is the function's own affair."""
         return []
 
     def close(self) -> None: ...
@@ -62,7 +62,7 @@ def find_function(name: str) -> Callable[[Problem, str], float]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does when it is read
+    except Exception as error:  # a module that is imported may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"reward.function: {name} cannot be imported ({reason}); start in the folder of {module}.py, or put it on "

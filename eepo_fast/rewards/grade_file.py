@@ -1,4 +1,4 @@
-"""`eepo-fast grade`: JSON Lines in, the same rows with their grades out."""
+"""`eepo-fast grade` reads rows of answers from JSON Lines, and writes their grades as such."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from eepo_fast.types import UserError
 
 
 def grade_file(source: Path, target: Path, mode: str = "strict") -> Counter[str]:
-    """Grade every line of `source` in order; a row that cannot be graded gets reward 0.0 and status `error`.
+    """Grades every line of `source` in order; a row that cannot be graded gets reward 0.0 and status `error`.
 
-    Written beside `target` and renamed at the end, so that a target with that name is whole.
+    The file is written beside `target` and renamed at the end, so that a target with that name is whole.
     """
     try:
         lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -44,8 +44,8 @@ def _grade_lines(lines: list[bytes], file, mode: str) -> Counter[str]:
 
 
 def _read(line: bytes, number: int, grader: MathGrader) -> tuple[object, str, str | None]:
-    """(id, gold, answer) of a line. A row that cannot be graded has an empty gold, which grades as `error`; one without
-    a readable id is called after its line. An answer of None is a response that holds none."""
+    """Returns (id, gold, answer) of a line. A row that cannot be graded has an empty gold, which grades as `error`; one
+    without a readable id is called after its line. An answer of None is a response that holds none."""
     row_id: object = f"line {number}"
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
@@ -57,7 +57,7 @@ def _read(line: bytes, number: int, grader: MathGrader) -> tuple[object, str, st
 
 
 def _text(value: object) -> str:
-    """A string, or a finite number as one; TypeError on anything else."""
+    """Returns a string, or a finite number as one; TypeError on anything else."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError
     if isinstance(value, float) and not math.isfinite(value):

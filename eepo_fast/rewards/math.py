@@ -1,4 +1,4 @@
-"""Exact mathematical answers. What strings and exact numbers can settle is settled here; the rest in worker processes.
+"""Grades exact mathematical answers: what strings and exact numbers can settle here, the rest in worker processes.
 
 `strict` mode decides as compare.py and numbers.py say; `paper` mode as the recipe did (paper.py). Statuses: `ok`,
 graded; `no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep, an expression
@@ -26,12 +26,12 @@ MAX_NESTING = 50
 MAX_EXPRESSION, MAX_DEEPER = 300, 12  # characters and brackets that an expression may have beyond the gold's
 PROBES = ("\\sqrt{7919}\\zeta", "7919")  # answers that are never right, so that the gold has to be read
 UNIT_BEHIND = re.compile(r"\\text\s*\{[^{}]*\}\s*$")
-NAME_BEFORE = re.compile(r"^[a-z](?=[(\[][^()\[\]]*,[^()\[\]]*[)\]]$)")  # of an interval whose "in" was lost
+NAME_BEFORE = re.compile(r"^[a-z](?=[(\[][^()\[\]]*,[^()\[\]]*[)\]]$)")  # x(0,1), whose "in" was lost
 MODES = ("strict", "paper")
 
 
 class MathGrader:
-    """Grades final answers. Workers start at the first answer that needs one, and stay. One call at a time."""
+    """Grades final answers, one call at a time. Workers start at the first answer that needs one, and stay."""
 
     beside_sampling = True
 
@@ -43,13 +43,13 @@ class MathGrader:
         answer_seconds: float = ANSWER_SECONDS,
         **pool_options,
     ):
-        """`step_seconds`: what one call of `grade` may take; answers not graded by then are `timeout`."""
+        """Takes `step_seconds`, which one call of `grade` may take; answers not graded by then are `timeout`."""
         assert mode in MODES, mode
         self.mode, self.step_seconds = mode, step_seconds
         self.pool = Pool(num_workers, answer_seconds, **pool_options)
 
     def start(self) -> None:
-        """Start a worker and see its self-test pass; UserError where it does not."""
+        """Starts a worker and sees its self-test pass; UserError where it does not."""
         job = Job(0, self.mode, "2\\sqrt{3}", "\\sqrt{12}")
         grade = self.pool.run([job])[0]
         if grade.reward != 1.0:
@@ -58,7 +58,7 @@ class MathGrader:
     def grade(
         self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
     ) -> list[Grade]:
-        """Extract each completion's final answer and compare it with the problem's; the problem's text is not read."""
+        """Extracts each completion's final answer and compares it with the problem's; the problem's text is unused."""
         return self.grade_answers([p.answer for p in problems], [self.extract(c) for c in completions], seconds)
 
     def extract(self, completion: str) -> str | None:
@@ -67,7 +67,7 @@ class MathGrader:
     def grade_answers(
         self, golds: Sequence[str], answers: Sequence[str | None], seconds: float | None = None
     ) -> list[Grade]:
-        """One grade for each pair, in order. The same pair is graded once."""
+        """Returns one grade for each pair, in order. The same pair is graded once."""
         limits = [limit for limit in (self.step_seconds, seconds) if limit is not None]
         deadline = time.monotonic() + min(limits) if limits else None
         pairs = list(zip(golds, answers, strict=True))
@@ -87,7 +87,7 @@ class MathGrader:
         return [graded[pair] for pair in pairs]
 
     def _settle(self, gold: str, answer: str | None) -> tuple[float, str] | Job:
-        """(reward, status) where comparing strings and numbers is enough; a job where mathematics is needed."""
+        """Returns (reward, status) where comparing strings and numbers is enough, a job where mathematics is needed."""
         if not gold.strip() or len(gold) > MAX_CHARACTERS:
             return 0.0, "error"
         if answer is None or not answer.strip():
@@ -121,9 +121,9 @@ class MathGrader:
         return Job(0, self.mode, gold, answer)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        """Indices of the golds that are neither numbers nor words nor mathematics: nothing but the same text could ever
-        be right."""
-        if self.mode != "strict":  # which reads more than the recipe did
+        """Returns the indices of the golds that are neither numbers nor words nor mathematics: nothing but the same
+        text could ever be right."""
+        if self.mode != "strict":  # strict mode reads more golds than the recipe did
             with closing(MathGrader()) as strict:
                 return strict.unreadable(golds)
         left = list(range(len(golds)))

@@ -1,7 +1,7 @@
-"""Grading as the recipe did it (SimpleRL-Zoo, in training): the answer that Qwen2.5-Math's evaluation would take, put
-into a box, and math-verify's `parse` and `verify` on that box and the gold's, with their defaults. Re-implemented from
-what it does; with its errors (see tests/eepo_fast/rewards/grading/paper.jsonl): e-notation is 4.5·E·33, 2.9e-19 equals
-2.8e-19, `5=7` is 7, a list of three answers may be a set, an empty box is nothing.
+"""Grades as the recipe did (SimpleRL-Zoo, in training): the answer that Qwen2.5-Math's evaluation would take is put
+into a box, and math-verify's `parse` and `verify` get that box and the gold's, with their defaults. It is
+re-implemented from what that does, errors included (see tests/eepo_fast/rewards/grading/paper.jsonl): e-notation is
+4.5·E·33, 2.9e-19 equals 2.8e-19, `5=7` is 7, a list of three answers may be a set, an empty box is nothing.
 
 Known differences:
 - math-verify's parser of plain expressions, which hands text to Python's `eval`, is not used: what only it could read
@@ -27,7 +27,7 @@ TEXT_AT_END = re.compile(r"\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?[23]\}?)?$")
 
 
 def extract_paper_answer(completion: str) -> str | None:
-    """The last box; else what follows the last "he answer is"; else the last number. Cleaned up."""
+    """Returns the last box, else what follows the last "he answer is", else the last number, cleaned up."""
     if "boxed" in completion:
         answer = extract_answer(completion[completion.rfind("boxed") - 1 :]) if "\\boxed" in completion else None
     elif "he answer is" in completion:
@@ -56,7 +56,7 @@ def clean(answer: str) -> str | None:
 
 
 def verify_answer(gold: str, answer: str) -> bool:
-    """math-verify on both boxes. For a worker process: neither call has a time-out here."""
+    """Returns what math-verify says of both boxes, in a worker process: neither call has a time-out here."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     from eepo_fast.rewards.answers.symbolic import NotMathematicsError

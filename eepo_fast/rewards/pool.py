@@ -1,4 +1,4 @@
-"""Worker processes that can be killed: an answer at a time, a wall clock for it, a budget for a call, recycling."""
+"""Grades in worker processes that can be killed: one answer at a time, with limits for an answer and for a call."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Worker:
     def send(self, job: Job) -> None:
         job.started = time.monotonic()
         self.job = job
-        with suppress(BrokenPipeError):  # it just died: its end of file says so to the loop
+        with suppress(BrokenPipeError):  # the worker just died: the loop finds its end of file
             self.process.stdin.write(json.dumps([job.mode, job.gold, job.answer]) + "\n")
             self.process.stdin.flush()
 
@@ -61,8 +61,8 @@ class Worker:
 
 
 class Pool:
-    """Workers start when they are needed, and stay. One that has answered RECYCLE_AFTER times is replaced: it goes on
-    until the one that takes its place has passed its self-test, so that nobody waits."""
+    """Keeps workers, which start when they are needed, and stay. One that has answered RECYCLE_AFTER times is replaced:
+    it goes on until the one that takes its place has passed its self-test, so that nobody waits."""
 
     def __init__(
         self, num_workers: int | None, answer_seconds: float, memory_bytes: int = MEMORY_BYTES,
@@ -73,8 +73,8 @@ class Pool:
         self.workers: list[Worker] = []
 
     def run(self, jobs: Sequence[Job], deadline: float | None = None) -> dict[int, Grade]:
-        """A grade for each job's index. Past `deadline` (of time.monotonic) what is not done is a `timeout`. UserError
-        where a worker cannot start or fails its self-test."""
+        """Returns a grade for each job's index. What is not done by `deadline` (of time.monotonic) is a `timeout`.
+        UserError where a worker cannot start or fails its self-test."""
         waiting, grades = deque(jobs), {}
         while len(grades) < len(jobs):
             if deadline is not None and time.monotonic() > deadline:
@@ -91,7 +91,7 @@ class Pool:
         return grades
 
     def _keep_up(self, remaining: int) -> None:
-        """Enough workers, none of them dead or worn out."""
+        """Sees that there are enough workers, none of them dead or worn out."""
         for worker in [w for w in self.workers if w.ready and w.job is None and w.process.poll() is not None]:
             self._remove(worker)  # died between two jobs, so no answer is to blame
         worn = [w for w in self.workers if w.answered >= self.recycle_after]
@@ -120,7 +120,7 @@ class Pool:
             worker.answered += 1
 
     def _wait(self) -> list[tuple[Worker, str | None]]:
-        """(worker, its line, or None at its end) of all workers with something to say within a tenth of a second."""
+        """Returns (worker, its line, or None at its end) of all workers that have something to say within 0.1 s."""
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 if worker.job is not None or not worker.ready:

@@ -1,4 +1,4 @@
-"""What a grading process can no longer do: run text as Python, take all memory, write files, start processes, connect.
+"""Keeps a grading process from running text, taking all memory, writing files, starting processes and connecting.
 
 sympy turns strings into expressions with Python's `eval`, and math-verify's LaTeX parser reaches it through
 `sympy.Number("42")`. Here that road takes digits and nothing else; and should there be another one, an audit hook of
@@ -25,7 +25,7 @@ NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 
 def read_digits(text: str, *_args: object, **_options: object) -> Integer | Float:
-    """In place of sympy's `parse_expr`, which evaluates Python. ValueError on all but a plain number."""
+    """Stands in for sympy's `parse_expr`, which evaluates Python; ValueError on all but a plain number."""
     match = NUMBER.fullmatch(text)
     if match is None:
         raise ValueError("not a number")
@@ -39,7 +39,7 @@ def close_parsers() -> None:
 
 
 def refuse(event: str, arguments: tuple) -> None:
-    """The audit hook: no text becomes code, no process starts, no connection opens, no file changes."""
+    """Refuses, as the audit hook, to make code of text, start a process, open a connection or change a file."""
     if event.startswith(REFUSED):
         raise PermissionError(event)
     if event == "open" and arguments[2] & WRITING:
@@ -49,7 +49,7 @@ def refuse(event: str, arguments: tuple) -> None:
 
 
 def enter(memory_bytes: int) -> None:
-    """From here on, for the rest of the process."""
+    """Shuts the sandbox for the rest of the process."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

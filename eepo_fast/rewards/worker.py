@@ -1,7 +1,7 @@
-"""One grading process: reads [mode, gold, answer] as JSON lines, writes {"reward", "status"} lines. Its parent kills it
-when an answer takes too long, so math-verify's own alarms, which hostile input can outlast, are off.
+"""One grading process reads [mode, gold, answer] as JSON lines and writes {"reward", "status"} lines. Its parent kills
+it when an answer takes too long, so math-verify's own alarms, which hostile input can outlast, are off.
 
-Never imported by the program; run as `python -m eepo_fast.rewards.worker MEMORY_BYTES`.
+The program never imports it; it is run as `python -m eepo_fast.rewards.worker MEMORY_BYTES`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def verify_answer(mode: str, gold: str, answer: str) -> dict[str, object]:
 
     try:
         right = paper.verify_answer(gold, answer) if mode == "paper" else compare(gold, answer, symbolic.ask)
-    except symbolic.NotMathematicsError:  # the gold is none
+    except symbolic.NotMathematicsError:  # the gold is no mathematics
         return {"reward": 0.0, "status": "error"}
     return {"reward": float(bool(right)), "status": "ok"}
 
 
 def self_test() -> None:
-    """Right is right and wrong is wrong, in both modes, with everything shut that the sandbox shuts."""
+    """Checks that right is right and wrong is wrong, in both modes; it must hold outside the sandbox and inside."""
     for gold, answer, reward in (
         ("\\frac{1}{2}", "\\frac{2}{4}\\cdot 1", 1.0), ("2\\sqrt{3}", "\\sqrt{12}", 1.0), ("x+1", "x+2", 0.0),
         ("(x+1)^2", "x^2+2x+1", 1.0), ("\\sin(2x)", "2\\sin(x)\\cos(x)", 1.0), ("1+2i", "1-2i", 0.0),
@@ -44,7 +44,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     out = sys.stdout
     sys.stdout = sys.stderr  # nothing a library prints may look like an answer
-    self_test()  # also brings in what sympy imports late
+    self_test()  # also makes sympy import what it imports late
     sandbox.close_parsers()
     sandbox.enter(int(sys.argv[1]))
     self_test()

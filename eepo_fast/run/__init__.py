@@ -1,1 +1,1 @@
-"""A run from its config to its folder: build, loop, what survives, what people see."""
+"""Takes a run from its config to its folder: builds it, loops, survives, and shows people what happens."""

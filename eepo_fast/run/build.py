@@ -1,4 +1,4 @@
-"""A run from its config to its folder: put the parts together, train, log, save, resume."""
+"""Takes a run from its config to its folder: puts the parts together, trains, logs, saves, resumes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what
 
 @dataclass
 class Parts:
-    """Everything a run is made of, loaded and checked."""
+    """Holds everything a run is made of, loaded and checked."""
 
     policy: Policy
     reference: Policy | None
@@ -60,10 +60,10 @@ class Parts:
     stop_token_ids: list[int]
     evaluation: PeriodicEvaluation
     fingerprint: dict[str, str]
-    """Of data, model and tokenizer, which a resumed run must have again."""
+    """Digests of data, model and tokenizer, which a resumed run must have again."""
 
     def trainer(self, config: Config, grader: Grader, **more: Any) -> Trainer:
-        """more: of `Trainer`."""
+        """Returns a trainer with these parts. more: further arguments of `Trainer`."""
         return Trainer(
             config,
             policy=self.policy,
@@ -79,7 +79,7 @@ class Parts:
 
 @contextmanager
 def loaded_parts(config: Config, grader: Grader, world: World, display: Display) -> Iterator[Parts]:
-    """Load data and models; UserError, on all ranks, before anything is written. The engine is closed afterwards."""
+    """Loads data and models; UserError, on all ranks, before anything is written. The engine is closed afterwards."""
     with world.agree():
         if config.rollout.engine == "vllm":
             import_vllm(deterministic=config.rollout.deterministic)
@@ -112,7 +112,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
         display.say(
             f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
         )
-    # The engine first: a sharded model shows no weights. vLLM's start on all ranks together, and wait for one another:
+    # The engine comes first: a sharded model shows no weights. vLLM's engines start together and wait for one another:
     # where one fails, its process ends, and the launcher ends the others.
     with world.agree() if config.rollout.engine == "hf" else nullcontext():
         longest = max(len(p.token_ids) for p in (*prompts, *evaluation.prompts))
@@ -129,7 +129,7 @@ def _digest(content: object) -> str:
 
 
 def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> str:
-    """Config and data are the same on every rank; the digest of the training data. others: of evaluation."""
+    """Checks that all ranks have the same config and data; returns training data's digest. others: of evaluation."""
     data, other_data = (_digest([(p.id, p.problem, p.answer) for p in part]) for part in (problems, others))
     mine = _digest(dump_config(config)), data, other_data
     everyone = world.gather(mine)
@@ -144,7 +144,7 @@ def _check_same_everywhere(config: Config, problems: list[Problem], others: list
 
 
 def _check_same_model(model: PreTrainedModel, tokenizer, prompts: list[Prompt], world: World) -> dict[str, str]:
-    """Weights and prompts, as tokens, are the same on every rank; their digests."""
+    """Checks that weights and prompts, as tokens, are the same on every rank, and returns their digests."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
     mine = {
         "model": _digest((list(weights), checksums(list(weights.values())).tolist())),
@@ -160,13 +160,13 @@ def _check_same_model(model: PreTrainedModel, tokenizer, prompts: list[Prompt], 
 
 
 def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: World) -> tuple[Policy, Policy | None]:
-    """(policy, reference). The reference is whole on every rank; beside a sharded policy in the dtype computed with."""
+    """Returns (policy, reference). The reference is whole on every rank, beside a sharded policy in model.dtype."""
     train, dtype, device = config.train, getattr(torch, config.model.dtype), default_device()
     shared = dict(compute_dtype=dtype, temperature=config.rollout.temperature, pad_id=tokenizer.pad_token_id)
     plain = dict(micro_batch_tokens=train.micro_batch_tokens, packed=train.packing, liger=train.liger)
     sharded = train.engine == "deepspeed"
     with world.agree():
-        check_head(model)  # for both, the reference being its copy, and before either is prepared
+        check_head(model)  # before the policy or its copy, the reference, is prepared
     reference = None
     if config.grpo.kl_coef:
         frozen = frozen_copy(model, device, dtype if sharded else None)
@@ -183,8 +183,8 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
 
 
 def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-    """On the device and in the dtype weight by weight: the host, where every rank of it does so at once, never holds a
-    second model. Buffers such as rotary frequencies keep their dtype."""
+    """Copies a model to the device and the dtype weight by weight: the host, where every rank of it does so at once,
+    never holds a second model. Buffers such as rotary frequencies keep their dtype."""
     there = {p: p.detach().to(device, dtype, copy=True) for p in model.parameters()}
     # a copy that is being made knows what is copied already by its id()
     known = {id(p): torch.nn.Parameter(weight, requires_grad=False) for p, weight in there.items()}
@@ -192,8 +192,7 @@ def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 
 
 def _check_engine(parts: Parts, temperature: float) -> None:
-    """Every engine and the policy must give the same text the same probability: once, on a few tokens, before
-    training."""
+    """Checks once, before training, that every engine and the policy give the same few tokens the same probability."""
     parts.engine.sync(parts.policy.weights(), WeightsVersion(0, False))
     prompt = min(parts.prompts, key=lambda p: len(p.token_ids))
     mine = parts.engine.generate([SampleRequest(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
@@ -222,8 +221,8 @@ def _check_length(model, prompts: list[Prompt], config: Config) -> None:
 
 
 def train(config: Config, *, resume: bool = False, display: Display | None = None, world: World | None = None) -> Path:
-    """Train as `config` says and return the run's folder. All processes of `world` call this. Interrupted, with the
-    signal's name, where SIGTERM or SIGUSR1 asked it to leave: all it had done is saved."""
+    """Trains as `config` says and returns the run's folder. All processes of `world` call this. Raises Interrupted,
+    with the signal's name, where SIGTERM or SIGUSR1 asked it to leave: all it had done is saved."""
     world = world or World()
     display = display or (Display() if world.is_main else Display.silent())
     with world.agree():
@@ -259,7 +258,7 @@ def _note_hang(run_dir: Path, complaint: str) -> None:
 
 
 def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
-    """(checkpoint to go on from, is the run finished); UserError where the run's folder cannot be used."""
+    """Returns (checkpoint to go on from, is the run finished); UserError where the run's folder cannot be used."""
     run_dir = config.run_dir
     for folder in (run_dir, *run_dir.parents):
         if folder.exists() and not folder.is_dir():
@@ -274,7 +273,7 @@ def _run(
     config: Config, grader: Grader, folder: Path | None, resume: bool, display: Display, world: World,
     watchdog: Watchdog,
 ) -> None:  # fmt: skip
-    """Load everything, then write the run's folder, then train, from checkpoint `folder` where there is one."""
+    """Loads everything, then writes the run's folder, then trains, from checkpoint `folder` where there is one."""
     run_dir = config.run_dir
     watchdog.enter("loading")
     with loaded_parts(config, grader, world, display) as parts:
@@ -324,7 +323,7 @@ def _run(
 
 
 def _write_folder(config: Config, state: TrainerState) -> None:
-    """The run's folder as it is after `state.step` iterations."""
+    """Writes the run's folder as it is after `state.step` iterations."""
     run_dir = config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -350,7 +349,7 @@ def _check_same_inputs(folder: Path, fingerprint: dict[str, str], config: Config
 
 
 def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
-    """The newest valid checkpoint, None where there is none yet; UserError where the config is not the run's own."""
+    """Returns the newest valid checkpoint, None where there is none yet; UserError where the config is another."""
     folder, complaints = checkpoint.newest_valid(config.run_dir)
     for line in complaints:
         display.warn(line)
@@ -365,7 +364,7 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
 
 
 def _is_finished(state: dict, config: Config) -> bool:
-    """Did the run reach its planned end, and is the plan the same? Answered without loading the model."""
+    """Returns, without loading the model, whether the run reached its planned end and the plan is the same."""
     same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
     evaluation = config.evaluation
     owed = evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always

@@ -1,4 +1,4 @@
-"""`eepo-fast demo`: GRPO and EEPO from the same tiny base, on the same prompts, samples and updates, side by side.
+"""`eepo-fast demo` trains with GRPO and EEPO from the same tiny base, on the same prompts, samples and updates.
 
 It prints what comes out, also where EEPO does not win.
 """
@@ -40,7 +40,7 @@ def demo_config(method: str, seed: int, root: str) -> Config:
 
 
 def find_config(name: str) -> Path:
-    """A file of configs/, beside the source tree or installed with the package."""
+    """Returns the path of a file of configs/, beside the source tree or installed with the package."""
     for folder in (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"):
         if (folder / name).is_file():
             return folder / name
@@ -48,7 +48,7 @@ def find_config(name: str) -> Path:
 
 
 def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
-    """Greedy accuracy and pass@k of a model folder on the held-out problems; the same problems and seeds every time."""
+    """Returns greedy accuracy and pass@k of a model folder on the held-out problems, with the same seeds every time."""
     model, tokenizer = load_model(ModelConfig(path=str(folder)))
     data = config.data
     prompts, _ = make_prompts(load_set("held out", data.train, data).problems, data, tokenizer)
@@ -60,7 +60,7 @@ def evaluate_folder(folder: Path, config: Config) -> dict[str, float]:
 
 
 def run_method(method: str, seed: int, root: str, display: Display) -> tuple[Path, dict[str, float]]:
-    """Train one method and evaluate its last checkpoint. An earlier run of the demo in the same place is replaced."""
+    """Trains one method and evaluates its last checkpoint. An earlier run of the demo in the same place is replaced."""
     config = demo_config(method, seed, root)
     if (config.run_dir / "config.yaml").is_file():
         display.say(f"replacing {config.run_dir}, left by an earlier demo")
@@ -100,7 +100,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
 
 
 def late_mean(curve: list[dict[str, float | None]], key: str) -> float | None:
-    """Mean over the last fifth of the iterations; None where the metric does not exist."""
+    """Returns the mean over the last fifth of the iterations; None where the metric does not exist."""
     values = [row[key] for row in curve[-max(1, len(curve) // 5) :] if row[key] is not None]
     return sum(values) / len(values) if values else None
 

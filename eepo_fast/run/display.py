@@ -1,4 +1,4 @@
-"""What a run shows while it goes: one live panel on a terminal, one line an iteration elsewhere."""
+"""Shows what a run does while it goes: one live panel on a terminal, one line an iteration elsewhere."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SPARKS = 32  # points of a sparkline; each is the mean of its share of the itera
 PHASE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 NUM_PHASES = len(PHASE_COLOURS)
 NARROW = 66  # columns, below which there is no room for sparklines and times
-SPEED_PERIOD_S = 24 * 3600.0  # over which iterations, which take minutes, are averaged for the time left
+SPEED_PERIOD_S = 24 * 3600.0  # of iterations, which take minutes, that the time left is estimated from
 
 Row = dict[str, float]
 
 
 def known(row: Row, key: str) -> bool:
-    """Neither missing nor NaN."""
+    """Returns whether a value is neither missing nor NaN."""
     value = row.get(key)
     return value is not None and value == value
 
 
 def summary(row: Row) -> str:
-    """The iteration in one line."""
+    """Returns the iteration in one line."""
     parts = [
         f"reward {row['reward/mean']:.3f}",
         f"entropy {row['entropy/policy']:.3f}",
@@ -46,7 +46,7 @@ def summary(row: Row) -> str:
 
 
 def sparkline(values: list[float], width: int = SPARKS) -> str:
-    """The values, from lowest to highest block; means of neighbours where there are more than `width`."""
+    """Draws the values, from lowest to highest block; means of neighbours where there are more than `width`."""
     num = min(width, len(values))
     means = []
     for i in range(num):
@@ -59,16 +59,16 @@ def sparkline(values: list[float], width: int = SPARKS) -> str:
 
 
 class Training:
-    """What a run tells as it goes."""
+    """Tells, line by line, how a run goes."""
 
     def __init__(self, display: Display, name: str, done: int, total: int):
         self.display, self.name, self.total = display, name, total
 
     def phase(self, name: str) -> None:
-        """A phase of an iteration begins."""
+        """Hears that a phase of an iteration begins."""
 
     def completions(self, done: int, asked: int) -> None:
-        """Of the stage that is being sampled."""
+        """Hears how many completions of the stage that is being sampled are finished."""
 
     def iteration(self, row: Row) -> None:
         if row["step"] == 1 or row["step"] % max(1, self.total // 20) == 0 or row["time/iteration_s"] > 5:
@@ -76,7 +76,7 @@ class Training:
 
 
 class LivePanel(Training):
-    """Progress, both stages with sparklines, the forget step, speed, and where the last iteration's time went."""
+    """Shows progress, both stages with sparklines, the forget step, speed, and where the last iteration's time went."""
 
     def __init__(self, display: Display, name: str, done: int, total: int):
         super().__init__(display, name, done, total)
@@ -140,7 +140,7 @@ class LivePanel(Training):
         return Columns([Text(fact, no_wrap=True) for fact in facts], padding=(0, 2))
 
     def _times(self) -> Text:
-        """The last iteration's phases, the longest first, as shares of a bar."""
+        """Draws the last iteration's phases, the longest first, as shares of a bar."""
         row = self.rows[-1]
         whole = row["time/iteration_s"]
         phases = {k[5:-2]: v for k, v in row.items() if k.startswith("time/") and k not in NOT_PHASES and v}
@@ -162,12 +162,12 @@ class Display:
 
     @classmethod
     def silent(cls) -> Display:
-        """For every rank but the first."""
+        """Returns the display of every rank but the first."""
         return cls(Console(quiet=True))
 
     @property
     def is_live(self) -> bool:
-        """On a terminal that can move its cursor. A quiet console is none: what it redirects would be lost."""
+        """Is true on a terminal that can move its cursor. A quiet console is none: what it redirects would be lost."""
         return self.console.is_interactive and self.console.file.isatty() and not self.console.quiet
 
     def say(self, text: str) -> None:
@@ -187,7 +187,7 @@ class Display:
 
     @contextmanager
     def task(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Progress of one long step: the function it yields takes (done, total, text)."""
+        """Shows the progress of one long step: the function it yields takes (done, total, text)."""
         if not self.is_live:
             self.say(name)
             yield lambda done, total, text: self.say(f"{name}: {text}") if done == total else None

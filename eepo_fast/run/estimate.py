@@ -1,4 +1,4 @@
-"""What a config needs of a machine: memory of a rank and seconds of a phase, estimated without loading anything.
+"""Estimates what a config needs of a machine, memory of a rank and seconds of a phase, without loading anything.
 
 Everything is counted from the model's dimensions, by the formulas beside each function. Rates of GPUs are assumptions
 (`MACHINES`), marked as such where they are printed; those of a CPU are measured on the spot. An estimate is at full
@@ -19,11 +19,11 @@ from eepo_fast.policy.footprint import AUTOCAST, BUCKET_ELEMENTS, KEYS, Shape, k
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
-BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather; made as large, however small the model is
+BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce and gather, however small the model is
 MEAN_LENGTH = 0.35  # of max_new_tokens: what reasoning answers come to under these limits
 CONTEXT_GIB = 2.0  # CUDA context, NCCL, allocator
 GPUS_A_NODE = 8
-KEPT_GIB = 1.0  # never planned for: fragments of the allocator
+KEPT_GIB = 1.0  # left free for the allocator's fragments
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class Machine:
     name: str
     ranks: int
     memory_gib: float
-    """Of one rank's device."""
+    """Memory of one rank's device."""
     flops: float
-    """Dense 16-bit GEMM rate that a training step reaches."""
+    """The dense 16-bit GEMM rate that a training step reaches."""
     bytes_per_s: float
     link_bytes_per_s: float
-    """Of a collective, a rank."""
+    """The rate of a collective, a rank."""
     measured: bool = False
 
     @property
     def device(self) -> str:
-        """What is measured on the spot is a CPU."""
+        """Is `cpu` for rates measured on the spot, which are a CPU's."""
         return "cpu" if self.measured else "cuda"
 
     @property
     def neighbours(self) -> int:
-        """Ranks of one node."""
+        """Is the number of ranks on one node."""
         return min(self.ranks, GPUS_A_NODE)
 
 
@@ -59,7 +59,7 @@ MACHINES = {  # GiB a device, GEMM FLOP/s reached, copy bandwidth reached, colle
 
 
 def find_machine(name: str | None, ranks: int) -> Machine:
-    """The machine named as `8xA100-80GB`, or the one this runs on with `ranks` processes. UserError on other names."""
+    """Returns the machine of a name such as `8xA100-80GB`, or this one with `ranks` processes; UserError on others."""
     if name is None:
         return this_machine(ranks)
     match = re.fullmatch(r"(\d+)x(.+)", name)
@@ -87,7 +87,7 @@ def this_machine(ranks: int) -> Machine:
 
 
 def device_memory_gib(ranks: int) -> float:
-    """Of this rank's GPU, or its share of the host's memory where there is none."""
+    """Returns the memory of this rank's GPU, or its share of the host's where there is none."""
     import torch
 
     if torch.cuda.is_available():
@@ -105,8 +105,8 @@ def _best_seconds(run, repeats: int = 5) -> float:
 
 
 def find_shape(config: Config) -> Shape:
-    """From model.dimensions, completed from the folder's config.json where there is one. UserError where they do not
-    say enough."""
+    """Returns the shape from model.dimensions, completed from the folder's config.json where there is one. UserError
+    where they do not say enough."""
     known = dict(config.model.dimensions)
     path = Path(config.model.path).expanduser() / "config.json"
     if path.is_file():
@@ -123,7 +123,7 @@ def find_shape(config: Config) -> Shape:
 
 
 def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
-    """GiB of a rank while the policy is updated, by what it is for."""
+    """Returns the GiB of a rank while the policy is updated, by what they are for."""
     train, n, w = config.train, machine.ranks, shape.weights
     sharded, stage = train.engine == "deepspeed", train.zero_stage
     itemsize = 4 if config.model.dtype == "float32" or not sharded or stage == 0 else 2
@@ -131,7 +131,7 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     cut = n if sharded else 1
     parts = {}
     parts["weights"] = itemsize * w
-    if sharded and stage == 3:  # and what two layers and the head need while they are used
+    if sharded and stage == 3:  # two layers and the head are whole while they are used
         held = 0 if train.offload_parameters else w / cut
         parts["weights"] = itemsize * (held + 2 * shape.layer_weights + shape.vocab_size * shape.hidden_size)
     on_host = train.offload_optimizer
@@ -141,13 +141,13 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     parts["gradients"] = 4 * w if not sharded or stage <= 1 else 4 * w / cut
     parts["gradient buckets"] = 2 * BUCKET * itemsize if sharded and stage >= 2 else 0
     parts["activations"], whole = micro_batch(config, shape, machine)
-    parts["head workspace"] = whole - parts["activations"]  # or that of a layer which is done again
+    parts["head workspace"] = whole - parts["activations"]  # or the workspace of a layer that is recomputed
     parts["reference"] = (compute if sharded else 4) * w if config.grpo.kl_coef else 0
     return {name: value / GIB for name, value in parts.items()}
 
 
 def batch_of(config: Config) -> tuple[int, int]:
-    """(tokens of a full micro-batch, itemsize as the formulas of footprint.py take it)."""
+    """Returns (tokens of a full micro-batch, itemsize as the formulas of footprint.py take it)."""
     train = config.train
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     below = AUTOCAST if train.engine != "deepspeed" or train.zero_stage == 0 else 2
@@ -155,14 +155,14 @@ def batch_of(config: Config) -> tuple[int, int]:
 
 
 def micro_batch(config: Config, shape: Shape, machine: Machine, backward_bytes: float = 0.0) -> tuple[float, float]:
-    """Bytes of a full one: (what is kept between its passes, all at its peak)."""
+    """Returns the bytes of a full micro-batch: (what is kept between its passes, all at its peak)."""
     where, again = (shape, *batch_of(config)), config.train.gradient_checkpointing
     whole = pass_bytes(*where, machine.device, checkpointing=again, backward_bytes=backward_bytes)
     return kept_bytes(*where, again), whole
 
 
 def engine_memory(config: Config, shape: Shape, machine: Machine) -> tuple[float, float]:
-    """GiB of the engine on a rank: (its weights, its cache of keys and values). vLLM takes the share it is told to."""
+    """Returns GiB of the engine on a rank: (its weights, its cache of keys and values). vLLM fills its share."""
     rollout = config.rollout
     itemsize = 4 if rollout.dtype == "float32" else 2
     weights = itemsize * shape.weights / rollout.tensor_parallel / GIB
@@ -173,17 +173,17 @@ def engine_memory(config: Config, shape: Shape, machine: Machine) -> tuple[float
 
 
 def samples(config: Config, machine: Machine) -> int:
-    """Completions of one stage on one engine."""
+    """Returns how many completions of one stage one engine samples."""
     halves = 2 if config.eepo.enabled else 1
     engines = max(1, machine.ranks // config.rollout.tensor_parallel)
     return -(-config.train.prompts_per_iteration * config.rollout.group_size // halves // engines)
 
 
 def wire_bytes(config: Config, micro_batches: float) -> float:
-    """A weight's, over a rank's link, in one update. DeepSpeed sums gradients by an all-reduce (twice their size): once
-    an update in stages 0 and 1, at every micro-batch in stage 2, which waits for it with `overlap_comm`, too. Stage 3
-    scatters them at every micro-batch, and gathers the weights for each pass forward and backward. Stages 1 and 2
-    gather the weights once an update. In the dtype computed with; stage 0 in fp32."""
+    """Returns the bytes a weight that cross a rank's link in one update. DeepSpeed sums gradients by an all-reduce
+    (twice their size): once an update in stages 0 and 1, at every micro-batch in stage 2, which waits for it with
+    `overlap_comm`, too. Stage 3 scatters them at every micro-batch, and gathers the weights for each pass forward and
+    backward. Stages 1 and 2 gather the weights once an update. All is in the dtype computed with; stage 0 in fp32."""
     stage, itemsize = config.train.zero_stage, 4 if config.model.dtype == "float32" else 2
     if stage == 0:
         return 2 * 4
@@ -193,10 +193,10 @@ def wire_bytes(config: Config, micro_batches: float) -> float:
 
 
 def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
-    """Of an iteration's phases. Rollout: a step reads the weights and the cache once and multiplies a token a sequence;
-    the stage lasts as long as its longest answer. Passes: 2 FLOP a weight and token forward, 4 backward, 2 again where
-    activations are recomputed. AEPO's extra samples are a stage of their own; each is counted as right, and so has a
-    gradient: once for the term's norm, and again in the update it is added to."""
+    """Returns the seconds of an iteration's phases. Rollout: a step reads the weights and the cache once and multiplies
+    a token a sequence; the stage lasts as long as its longest answer. Passes: 2 FLOP a weight and token forward, 4
+    backward, 2 again where activations are recomputed. AEPO's extra samples are a stage of their own; each is counted
+    as right, and so has a gradient: once for the term's norm, and again in the update it is added to."""
     rollout, train, n = config.rollout, config.train, machine.ranks
     mean = MEAN_LENGTH * rollout.max_new_tokens
     prompt = config.data.max_prompt_tokens * 0.2
@@ -233,22 +233,22 @@ def seconds(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         wire = updates * wire_bytes(config, micro_batches) * shape.weights / machine.link_bytes_per_s
         if config.eepo.enabled:  # ∇L goes to its owners at every micro-batch, in fp32; half of the completions
             result["unlearn"] += 4 * shape.weights * -(-updates * micro_batches // 2) / machine.link_bytes_per_s
-    added = extra / completions if config.aepo.mode == "term" else 0.0  # else they replace others
+    added = extra / completions if config.aepo.mode == "term" else 0.0  # else the extra samples replace others
     result["update"] = step * (1 + added) + wire + updates * 20 * shape.weights / n / machine.bytes_per_s
     result["sync"] = 6 * shape.weights / machine.bytes_per_s
     return result
 
 
 def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
-    """GiB at an iteration's peaks: the policy's update and the optimizer's step in it, the unlearning pass, and the
-    rollout with ∇L at hand. The engine sleeps, if it is told to, in all but the last."""
+    """Returns GiB at an iteration's peaks: the policy's update and the optimizer's step in it, the unlearning pass, and
+    the rollout with ∇L at hand. The engine sleeps, if it is told to, in all but the last."""
     parts, (weights, cache) = memory(config, shape, machine), engine_memory(config, shape, machine)
     sharded, stage = config.train.engine == "deepspeed", config.train.zero_stage
     engine, awake = weights + cache, 0.0 if config.rollout.sleep else weights + cache
     static = parts["weights"] + parts["masters"] + parts["optimizer"] + parts["reference"]
     static += 0.0 if machine.measured else CONTEXT_GIB + KEPT_GIB
     gradients, buckets = parts["gradients"], parts["gradient buckets"]
-    if sharded and stage == 3:  # whose buffers for gradients stay between updates
+    if sharded and stage == 3:  # it keeps its buffers for gradients between updates
         static += gradients + buckets
         gradients = buckets = 0.0
     passes = micro_batch(config, shape, machine, buckets * GIB)[1] / GIB
@@ -271,22 +271,22 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
 
 
 def streamed_peak(config: Config, peaks: dict[str, float], engine: float) -> float | None:
-    """GiB while ∇L is made beside an engine that samples; None where that is never done."""
+    """Returns GiB while ∇L is made beside an engine that samples; None where that is never done."""
     if not config.eepo.enabled or config.train.engine == "deepspeed":
         return None
     return peaks["unlearning pass"] + (engine if config.rollout.sleep else 0.0)
 
 
 def start_on_host(config: Config, shape: Shape, machine: Machine) -> float:
-    """GiB of a node's memory that its ranks take together while they start: each loads the model in fp32; DeepSpeed's
-    is rounded there, beside the fp32 weights, which become the masters. Arithmetic."""
+    """Returns GiB of a node's memory that its ranks take together while they start: each loads the model in fp32;
+    DeepSpeed's is rounded there, beside the fp32 weights, which become the masters. This is arithmetic."""
     rounded = 2 if config.train.engine == "deepspeed" and config.model.dtype != "float32" else 0
     return machine.neighbours * (4 + rounded) * shape.weights / GIB
 
 
 def check_engine_memory(config: Config, memory_gib: float, *, on_gpu: bool) -> None:
-    """UserError where an engine cannot hold the whole model in the memory of a rank, or in the share it may take.
-    Silent where the model's shape is not known without a download."""
+    """Raises a UserError where an engine cannot hold the whole model in a rank's memory, or in the share it may take.
+    Nothing is said where the model's shape is not known without a download."""
     try:
         shape = find_shape(config)
     except UserError:
@@ -306,7 +306,7 @@ def check_engine_memory(config: Config, memory_gib: float, *, on_gpu: bool) -> N
 
 
 def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None:
-    """The least change of one or more settings, tried in this order, that fits; None where none of them does."""
+    """Returns the least change of settings, one or more, tried in this order, that fits; None where none does."""
     sharded = config.train.engine == "deepspeed"
     steps: list[tuple[str, str, object]] = []
     if config.rollout.engine == "vllm" and not machine.measured:
@@ -329,7 +329,7 @@ def what_would_fit(config: Config, shape: Shape, machine: Machine) -> str | None
 
 
 def how_known(config: Config, machine: Machine) -> list[str]:
-    """Lines that say which figures were held against traces (tests/rehearsal), and which are arithmetic alone."""
+    """Returns lines that say which figures were held against traces (tests/rehearsal), and which were not."""
     train = config.train
     sharded = train.engine == "deepspeed"
     untraced = [f"train.zero_stage={train.zero_stage}"] if sharded and train.zero_stage != 2 else []
@@ -347,7 +347,7 @@ def how_known(config: Config, machine: Machine) -> list[str]:
 
 
 def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None) -> list[str]:
-    """On one GPU: beside sampling, or after it."""
+    """Returns lines that say, for one GPU, whether unlearning runs beside sampling or after it."""
     if not config.eepo.enabled or machine.measured or machine.ranks > 1:
         return []
     if beside is None:
@@ -358,7 +358,7 @@ def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None
 
 
 def estimate(config: Config, machine: Machine) -> list[str]:
-    """Lines to print: memory of a rank by part, whether it fits, seconds of a phase."""
+    """Returns the lines to print: memory of a rank by part, whether it fits, seconds of a phase."""
     try:
         shape = find_shape(config)
     except UserError as error:

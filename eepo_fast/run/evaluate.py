@@ -1,4 +1,4 @@
-"""`eepo-fast eval`: a model, checkpoint or run on sets of problems, or completions made elsewhere.
+"""`eepo-fast eval` evaluates a model, checkpoint or run on sets of problems, or completions made elsewhere.
 
 OUT/evaluation.json        what is evaluated: the same command goes on where it stopped, another one is refused
 OUT/completions/NAME.jsonl every completion
@@ -36,7 +36,7 @@ from eepo_fast.types import UserError, WeightsVersion
 
 UNLIMITED = 1e9
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
-OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # in their place
+OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # options instead
 MOST_SAMPLES = 100_000
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write says without naming its file
 
@@ -44,7 +44,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a write says
 @dataclass(frozen=True)
 class EvalOptions:
     data: list[str]
-    """NAME=SPEC."""
+    """Each is NAME=SPEC."""
     out: Path
     ks: list[int]
     num_samples: int | None
@@ -69,7 +69,7 @@ def parse_data(specs: list[str]) -> dict[str, str]:
 
 
 def number_of_samples(options: EvalOptions) -> int:
-    """Beside the greedy completion; UserError where some k is larger."""
+    """Returns the samples a problem beside the greedy completion; UserError where some k is larger."""
     if options.num_samples is not None and not 0 <= options.num_samples <= MOST_SAMPLES:
         raise UserError(f"--n: expected 0 to {MOST_SAMPLES} samples, found {options.num_samples}")
     if not 0 < options.temperature < math.inf:
@@ -82,10 +82,10 @@ def number_of_samples(options: EvalOptions) -> int:
 
 
 def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
-    """(config to load and sample with, what was found) for a run's folder, a checkpoint's, or any model.path. A run's
-    data and rollout settings are its own; elsewhere the defaults, with the prompt of the model's family."""
+    """Returns (config to load and sample with, what was found) for a run's folder, a checkpoint's, or any model.path. A
+    run's data and rollout settings are its own; elsewhere the defaults hold, with the prompt of the model's family."""
     folder, values = Path(path).expanduser(), {}
-    found = {"model": str(folder.resolve()) if folder.exists() else path}  # however it is spelt
+    found = {"model": str(folder.resolve()) if folder.exists() else path}  # a folder has one name, however it is spelt
     if (folder / "checkpoints").is_dir():
         newest, complaints = checkpoint.newest_valid(folder)
         if newest is None:
@@ -122,15 +122,15 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
 
 
 def family_template(model, tokenizer) -> str:
-    """The prompt of the model's family, as the recipe has them: ChatML for Qwen (not for what was distilled into one
-    with another tokenizer), the tokenizer's own chat template where it has one, else question and answer."""
+    """Returns the prompt of the model's family, as the recipe has them: ChatML for Qwen (not for what was distilled
+    into one with another tokenizer), the tokenizer's own chat template where it has one, else question and answer."""
     if "qwen" in model.config.model_type and CHATML in tokenizer.get_vocab():
         return "chatml"
     return "chat" if getattr(tokenizer, "chat_template", None) else "question_answer"
 
 
 def evaluate_model(path: str, options: EvalOptions, world: World, display: Display) -> dict[str, Any] | None:
-    """Evaluate and write the tables; the results on the first rank."""
+    """Evaluates a model and writes the tables; returns the results on the first rank."""
     num_samples = number_of_samples(options)
     specs = parse_data(options.data)
     with world.agree():
@@ -138,7 +138,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         sets = [load_set(name, spec, config.data) for name, spec in specs.items()]
         if world.is_main:
             check_sets(sets, config.reward)
-        # neither the run's nor given: then that of the model's family, or of the procedural task
+        # a template that no run and no override gives is the model family's, or the procedural task's
         guessed = config.data.train == "unused" and not any(o.startswith("data.template=") for o in options.overrides)
         model, tokenizer, config, device = load_for_sampling(config, options, display)
         if guessed:
@@ -189,7 +189,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
 
 @contextmanager
 def showing(display: Display, eval_set: EvalSet) -> Iterator[tuple[OnProgress, OnProgress]]:
-    """What takes (done, total) of a set's problems, and of the completions that are being sampled, here."""
+    """Yields two functions of (done, total): one for a set's problems, one for completions sampled on this rank."""
     with display.task(eval_set.name) as update:
         done = [0, len(eval_set.problems)]
 
@@ -202,8 +202,8 @@ def showing(display: Display, eval_set: EvalSet) -> Iterator[tuple[OnProgress, O
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """A full disk, or a folder in a file's place, once the evaluation has begun: one line. What else the system
-    refuses, to an engine or a grader, is no mistake in --out."""
+    """Turns a full disk, or a folder in a file's place, into one line once the evaluation has begun. What else the
+    system refuses, to an engine or a grader, is no mistake in --out."""
     try:
         yield
     except OSError as error:
@@ -221,7 +221,7 @@ def with_template(config: Config, template: str) -> Config:
 
 
 def load_for_sampling(config: Config, options: EvalOptions, display: Display):
-    """(model, tokenizer, config with a dtype for this device, device)."""
+    """Returns (model, tokenizer, config with a dtype for this device, device)."""
     from eepo_fast.data.base_model import ensure_base
     from eepo_fast.distributed import default_device
     from eepo_fast.policy.loading import load_model
@@ -237,7 +237,7 @@ def load_for_sampling(config: Config, options: EvalOptions, display: Display):
 
 
 def fingerprint(model) -> str:
-    """Of a sample of every weight: another model under the same path is another evaluation."""
+    """Returns a digest of a sample of every weight: another model under the same path is another evaluation."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         values = weight.detach().flatten()
@@ -246,8 +246,8 @@ def fingerprint(model) -> str:
 
 
 def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: Display) -> dict[str, Any]:
-    """Grade completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They
-    are reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
+    """Grades completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They are
+    reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
     from eepo_fast.config import DataConfig, RewardConfig
 
     sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
@@ -292,7 +292,7 @@ Responses = dict[str, list[tuple[int | None, str]]]
 
 
 def read_responses(file: Path) -> Responses:
-    """Of lines with `response`, or, as an evaluation writes them, `completion` and `sample`."""
+    """Reads lines with `response`, or, as an evaluation writes them, with `completion` and `sample`."""
     responses: Responses = {}
     for number, row in iter_jsonl(file):
         ours = "completion" in row and "response" not in row
@@ -311,7 +311,7 @@ def read_responses(file: Path) -> Responses:
 
 
 def _check_responses(eval_set: EvalSet, responses: Responses, file: Path, ks: list[int]) -> None:
-    """UserError where problems have different numbers of responses, or too few for k."""
+    """Raises a UserError where problems have different numbers of responses, or too few for k."""
     first = [k for k, _ in responses.get(eval_set.problems[0].id, [])]
     for problem in eval_set.problems:
         found = [k for k, _ in responses.get(problem.id, [])]
@@ -328,7 +328,7 @@ def _check_responses(eval_set: EvalSet, responses: Responses, file: Path, ks: li
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder this evaluation's; UserError where it is another's."""
+    """Makes the folder this evaluation's; UserError where it is another's."""
     if (out / "config.yaml").is_file() and (out / "checkpoints").is_dir():
         raise UserError(f"--out: {out} is the folder of a run; choose another folder, such as {out}-eval")
     path = out / "evaluation.json"
@@ -366,7 +366,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _finish(
     name: str, options: EvalOptions, settings: dict[str, Any], rows: dict[str, list[Row]], display: Display
 ) -> dict:
-    """name: how the tables call what was evaluated."""
+    """Writes and shows the tables. name: how they call what was evaluated."""
     results = make_results(name, settings, rows, options.ks)
     with writing(options.out):
         write_results(options.out, results)

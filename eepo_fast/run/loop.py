@@ -1,4 +1,4 @@
-"""Iteration after iteration, until the run ends or is told to leave: logging, evaluation, checkpoints, signals."""
+"""Runs iteration after iteration, until the end or a signal to leave: logging, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ENDING = "ended.json"
 def write_ending(
     run_dir: Path, reason: str, message: str = "", *, step: int | None = None, total: int | None = None
 ) -> None:
-    """Why the run is not going on: `finished`, the name of a signal after a clean save, `hung`, or `error`. Of several
-    ranks' the first stays; a run that was killed leaves none, nor one whose disk is full."""
+    """Notes why the run is not going on: `finished`, the name of a signal after a clean save, `hung`, or `error`. Of
+    several ranks' notes the first stays; a run that was killed leaves none, nor one whose disk is full."""
     content = {"reason": reason, "step": step, "total": total, "message": message, "time": time.time()}
     with suppress(OSError), (run_dir / ENDING).open("x", encoding="utf-8") as file:
         file.write(json.dumps(content) + "\n")
@@ -35,17 +35,17 @@ def write_ending(
 
 @dataclass
 class Meeting:
-    """Where all ranks learn whether any was told to leave, and whether a checkpoint is on disk."""
+    """Tells all ranks whether any was told to leave, and whether a checkpoint is on disk."""
 
     world: World
     writer: CheckpointWriter
     request: LeaveRequest
     display: Display
     failures: int = field(default=0, init=False)
-    """Checkpoints that could not be written."""
+    """How many checkpoints could not be written."""
 
     def __call__(self) -> None:
-        """All ranks call this at the same points; Interrupted, on all of them, where one was told to leave."""
+        """Meets: all ranks call this at the same points; Interrupted, on all of them, where one was told to leave."""
         everyone = self.world.gather((self.request.name, self.writer.outcome))
         self.report(self.writer.settle([outcome for _, outcome in everyone]))
         if any(name for name, _ in everyone):
@@ -71,8 +71,8 @@ class Loop:
     total: int
 
     def run(self, show: Training) -> None:
-        """Until `total` iterations are done. Interrupted(signal's name) where the run was told to leave; the state it
-        had is saved then."""
+        """Runs until `total` iterations are done. Raises Interrupted(signal's name) where it was told to leave; the
+        state it had is saved then."""
         state, run_dir = self.trainer.state, self.trainer.config.run_dir
         try:
             self._evaluate_late(show)
@@ -82,7 +82,7 @@ class Loop:
         except Interrupted:
             self._save_and_leave()
         except UserError as error:
-            if error.shared:  # what is written is a checkpoint first
+            if error.shared:  # what is being written becomes a checkpoint first
                 self.meeting.report(self.writer.finish())
             raise
         if self.trainer.world.is_main:
@@ -96,7 +96,7 @@ class Loop:
         if self.evaluation.due(step, self.total):
             try:
                 row |= self._evaluate(show)
-            except Interrupted:  # the resumed run does it
+            except Interrupted:  # the resumed run will evaluate
                 left = True
         if trainer.world.is_main:
             with one_line_errors(config.run_dir):
@@ -116,7 +116,7 @@ class Loop:
             self.writer.start(trainer.state, row)
 
     def _progress(self, show: Training, done: int, asked: int) -> None:
-        """While an engine samples."""
+        """Hears from an engine while it samples."""
         self.watchdog.alive()
         if self.trainer.config.rollout.tensor_parallel == 1:  # else ranks of one engine wait for one another in it
             self.meeting.request.raise_if_asked()
@@ -137,7 +137,7 @@ class Loop:
         )
 
     def _evaluate_late(self, show: Training) -> None:
-        """The evaluation that an interrupted run still owes."""
+        """Does the evaluation that an interrupted run still owes."""
         state, world = self.trainer.state, self.trainer.world
         if world.gather(self.evaluation.is_owed(state.step, self.total))[0]:
             values = self._evaluate(show)
@@ -153,7 +153,7 @@ class Loop:
             self.writer.save(state)
         owed = self.trainer.world.gather(self.evaluation.is_owed(state.step, self.total))[0]
         if state.step == self.total and not owed:
-            return  # it came as the run ended
+            return  # the signal came as the run ended
         if self.trainer.world.is_main:
             write_ending(self.trainer.config.run_dir, name, step=state.step, total=self.total)
         raise Interrupted(name)
@@ -161,7 +161,7 @@ class Loop:
 
 @contextmanager
 def one_line_errors(run_dir: Path) -> Iterator[None]:
-    """A full or broken disk is the user's."""
+    """Makes a user's mistake, in one line, of a full or broken disk."""
     try:
         yield
     except OSError as error:
@@ -171,5 +171,5 @@ def one_line_errors(run_dir: Path) -> Iterator[None]:
 
 
 def ending_of(error: BaseException) -> tuple[str, str]:
-    """(reason, message) for the marker of a run that an error has ended."""
+    """Returns (reason, message) for the marker of a run that an error has ended."""
     return "error", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

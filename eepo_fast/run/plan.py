@@ -1,4 +1,4 @@
-"""How much a config asks for: its iterations, and the batch plan that `--dry-run` prints without opening a hub."""
+"""Counts what a config asks for: its iterations, and the batch plan that `--dry-run` prints without opening a hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eepo_fast.types import UserError
 
 
 def num_iterations(config: Config, num_prompts: int) -> int:
-    """Iterations of the whole run: whole batches an epoch, times epochs, capped by train.iterations."""
+    """Returns the iterations of the whole run: whole batches an epoch, times epochs, capped by train.iterations."""
     per_epoch = num_prompts // config.train.prompts_per_iteration
     if per_epoch == 0:
         raise UserError(
@@ -24,7 +24,7 @@ def num_iterations(config: Config, num_prompts: int) -> int:
 
 
 def check_world(config: Config, size: int, neighbours: int) -> None:
-    """UserError where the config asks for another number of processes. neighbours: of them on one node."""
+    """Raises a UserError where the config asks for other numbers of processes. neighbours: of them on one node."""
     tensor_parallel = config.rollout.tensor_parallel
     if config.train.engine == "torch" and size > 1:
         raise UserError(
@@ -45,7 +45,7 @@ def check_world(config: Config, size: int, neighbours: int) -> None:
 
 
 def count_rows(config: Config) -> int:
-    """Rows of the training set: counted where they are at hand, else as the config states them."""
+    """Returns the rows of the training set: counted where they are at hand, else as the config states them."""
     data = config.data
     if data.train == ARITHMETIC or Path(data.train).is_file():
         return len(load_problems(data, config.run.seed))
@@ -55,7 +55,7 @@ def count_rows(config: Config) -> int:
 
 
 def batch_plan(config: Config) -> dict[str, int | str]:
-    """What an iteration consists of. Sizes that depend on sampled lengths are given at full length."""
+    """Returns what an iteration consists of. Sizes that depend on sampled lengths are given at full length."""
     if config.model.path != BASE:
         find_model(config.model.path)
     rows, train, rollout = count_rows(config), config.train, config.rollout

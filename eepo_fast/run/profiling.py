@@ -1,4 +1,4 @@
-"""`eepo-fast profile`: a few iterations under torch's profiler, or marked for Nsight Systems, and where they went.
+"""`eepo-fast profile` puts a few iterations under torch's profiler, or marks them for Nsight Systems, and sums them up.
 
 Nothing is written but the trace: no run folder, no checkpoint, no evaluation. The first iterations are left out: they
 pay for compilation, allocation and caches.
@@ -33,7 +33,7 @@ NUM_OPS = 15
 
 @dataclass
 class Peaks:
-    """Most memory that each phase had: of the GPU's allocator, or of the process on a CPU."""
+    """Keeps the most memory that each phase had: of the GPU's allocator, or of the process on a CPU."""
 
     phase: str = ""
     bytes: dict[str, int] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Peaks:
 
 
 def take_peak() -> int:
-    """Peak since the last call, in bytes; on a CPU since the process began, where its kernel lets nobody reset it."""
+    """Returns the peak in bytes since the last call; on a CPU since its process began, where the kernel resets none."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -62,16 +62,16 @@ def take_peak() -> int:
 class Capture:
     iterations: int
     skip: int
-    """Iterations before them, which warm up."""
+    """Iterations that come before those, to warm up."""
     out: Path
     nsys: bool
-    """Mark the window for Nsight Systems in place of tracing it."""
+    """Whether the window is marked for Nsight Systems in place of being traced."""
     command: list[str]
     """The command line, for the one that starts Nsight Systems."""
 
 
 def profile(config: Config, capture: Capture, world: World, display: Display) -> None:
-    """All ranks call this; each writes a trace."""
+    """Profiles a few iterations. All ranks call this; each writes a trace."""
     out, nsys = capture.out, capture.nsys
     if nsys and not torch.cuda.is_available():
         raise UserError("--nsys: expected a CUDA device, found none; without --nsys torch's profiler traces a CPU, too")
@@ -119,7 +119,7 @@ def make_tracer() -> torch.profiler.profile:
 
 @contextmanager
 def window(nsys: bool) -> Iterator[None]:
-    """What Nsight Systems captures."""
+    """Marks what Nsight Systems captures."""
     if not nsys:
         yield
         return

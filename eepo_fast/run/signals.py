@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a run is asked to save and to leave. The main thread alone may listen."""
+"""SIGTERM and SIGUSR1 ask a run to save and to leave. The main thread alone may listen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE_REQUEST_S = 2.0  # launchers pass on to a process what its whole group was s
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: nothing is saved or cleaned up, but the cursor that a live panel hides is shown."""
+    """Ends this process at once: nothing is saved or cleaned up, but the cursor that a live panel hides is shown."""
     with suppress(OSError, ValueError, AttributeError):
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")
@@ -28,7 +28,7 @@ def leave(code: int) -> NoReturn:
 
 
 class LeaveRequest:
-    """Whether this process was asked to leave, and by which signal."""
+    """Knows whether this process was asked to leave, and by which signal."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -49,10 +49,10 @@ class LeaveRequest:
 
 @contextmanager
 def listening() -> Iterator[LeaveRequest]:
-    """The signals go to the request inside; afterwards to whom they went before. A thread takes them: the main one may
-    be waiting for other ranks, where Python calls no handler."""
+    """Gives the signals to the request inside, and afterwards to whom they went before. A thread takes them: the main
+    one may be waiting for other ranks, where Python calls no handler."""
     request = LeaveRequest()
-    if threading.current_thread() is not threading.main_thread():  # which alone can listen
+    if threading.current_thread() is not threading.main_thread():  # no other thread can listen
         yield request
         return
     inside, outside = socket.socketpair()
@@ -79,5 +79,5 @@ def listening() -> Iterator[LeaveRequest]:
 
 
 def exit_code(name: str) -> int:
-    """As shells have it for a process that a signal has ended."""
+    """Returns the exit code that shells have for a process that a signal has ended."""
     return 128 + signal.Signals[name]

@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and trackio, when asked for. metrics.jsonl is written whatever becomes of them.
+"""Sends metrics to TensorBoard, W&B and trackio, when asked to. metrics.jsonl is written whatever becomes of them.
 
 Each tracker is spoken to by a thread of its own: one that fails or hangs is reported once and left behind; the
 run never waits for it. A package that is asked for and not installed is the user's mistake, named at the start.
@@ -48,7 +48,7 @@ class TensorBoard:
 
 
 class Hosted:
-    """W&B, or trackio, which has the same functions."""
+    """Logs to W&B, or to trackio, which has the same functions."""
 
     def __init__(self, config: Config, step: int, *, module: str, project: str):
         self.module = importlib.import_module(module)
@@ -68,7 +68,7 @@ class Hosted:
 
 
 def _run_id(run_dir: Path) -> str:
-    """Drawn once for a run's folder."""
+    """Returns the id that was drawn once for a run's folder."""
     import secrets
 
     path = run_dir / "wandb_id"
@@ -78,8 +78,8 @@ def _run_id(run_dir: Path) -> str:
 
 
 def chosen(config: Config) -> dict[str, Callable[[int], Tracker]]:
-    """What the config asks for: a name, and how it is started for a run after `step` iterations. UserError where a
-    package is missing."""
+    """Returns what the config asks for: a name, and how it is started for a run after `step` iterations. UserError
+    where a package is missing."""
     log = config.log
     found: dict[str, Callable[[int], Tracker]] = {}
     if log.tensorboard:
@@ -95,10 +95,10 @@ def chosen(config: Config) -> dict[str, Callable[[int], Tracker]]:
 
 
 class Trackers:
-    """All that are chosen; used as a context, which gives them `LAST_WORDS_S` to end."""
+    """Speaks to all trackers that are chosen; used as a context, which gives them `LAST_WORDS_S` to end."""
 
     def __init__(self, trackers: dict[str, Callable[[int], Tracker]], step: int, warn: Callable[[str], None]):
-        """trackers: what `chosen` has found; none on any rank but the first. step: iterations done."""
+        """Starts them. trackers: what `chosen` has found; none on any rank but the first. step: iterations done."""
         self._threads = [_Thread(name, partial(start, step), warn) for name, start in trackers.items()]
 
     def log(self, row: dict[str, Any], step: int) -> None:

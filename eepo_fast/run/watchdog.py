@@ -1,4 +1,4 @@
-"""A run in which nothing moves is ended, with the name of what hangs.
+"""Ends a run in which nothing moves, and names what hangs.
 
 A thread of each rank notes in the ranks' common store, once a second: how many phases (and micro-batches) its rank has
 entered, in which it is, whether it waits for the others, and how long ago it last showed life. A rank that has shown
@@ -25,7 +25,7 @@ from eepo_fast.run.signals import leave
 EXIT_CODE = 70  # EX_SOFTWARE
 GRACE_S = 2.5  # for a store to answer, and for the other ranks to look
 NOTE_S = 1.0
-LOCKED_S = 60.0  # beyond timeout_s, without this thread having run at all: something keeps the interpreter
+LOCKED_S = 60.0  # past timeout_s, after which a thread that never ran must be kept from the interpreter
 COMMUNICATION = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 
 
@@ -36,13 +36,13 @@ class Note(NamedTuple):
     age: float
     """Seconds since the rank last showed life."""
     beat: int
-    """Notes it has written: one that stands still is of a process that is stopped or lost."""
+    """How many notes it has written: where this stands still, its process is stopped or lost."""
 
 
 class Watchdog:
     def __init__(self, rank: int, size: int, store: Store | None, timeout_s: float, end: Callable[[str | None], None]):
-        """store: common to all ranks; None for one alone. end: called in the watchdog's thread with the complaint, or
-        None where another rank says it."""
+        """Begins to watch. store: common to all ranks; None for one alone. end: called in the watchdog's thread with
+        the complaint, or None where another rank says it."""
         self.rank, self.size, self.store = rank, size, store
         self.timeout_s, self._end = timeout_s, end
         self._phase, self._since, self._count = "starting", time.monotonic(), 0
@@ -56,17 +56,17 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, phase: str) -> None:
-        """The main thread begins a phase, such as `rollout_stage1 of iteration 3`."""
+        """Hears that the main thread begins a phase, such as `rollout_stage1 of iteration 3`."""
         self._phase = phase
         self.advance()
         self._write_note()
 
     def advance(self) -> None:
-        """It begins another part of the phase, of which every rank has as many, such as a micro-batch."""
+        """Hears that it begins another part of the phase, of which every rank has as many, such as a micro-batch."""
         self._since, self._count = time.monotonic(), self._count + 1
 
     def alive(self) -> None:
-        """The phase goes on, and may be long."""
+        """Hears that the phase goes on, and may be long."""
         self._since = time.monotonic()
 
     def _write_note(self) -> None:
@@ -79,7 +79,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            # in C: where this thread cannot run for long, as a call holds the interpreter, it ends the process
+            # C ends the process where this thread cannot run for long, because a call holds the interpreter
             faulthandler.dump_traceback_later(self.timeout_s + LOCKED_S, exit=True, file=_stderr())
             if self._stop.wait(min(NOTE_S, self.timeout_s / 4)):
                 return
@@ -91,7 +91,7 @@ class Watchdog:
                 return
 
     def _complaint(self) -> str | None:
-        """What hangs; None while something moves."""
+        """Returns what hangs; None while something moves."""
         limit = f"(run.timeout_s={self.timeout_s:g})"
         if self.store is None:
             return f"{self._phase} hangs: nothing has moved {limit}"
@@ -113,7 +113,7 @@ class Watchdog:
         return f"rank {which} hangs in {notes[hanging[0]].phase} {limit}; {rest} of {self.size} ranks wait for it"
 
     def _read(self) -> list[Note] | None:
-        """Of every rank; None where the store, which is on rank 0's node, does not answer."""
+        """Returns every rank's note; None where the store, which is on rank 0's node, does not answer."""
         found: list[Note] = []
 
         def read() -> None:
@@ -129,16 +129,16 @@ class Watchdog:
         return found if len(found) == self.size else None
 
     def _may_speak(self) -> bool:
-        """Is this rank the first to say it?"""
+        """Returns whether this rank is the first to say it."""
         if self.store is None:
             return True
         try:
             return self.store.add("eepo/said", 1) == 1
-        except RuntimeError:  # no store: whoever asks knows it first
+        except RuntimeError:  # the store is lost: this rank says so itself
             return True
 
     def let_it_end(self) -> None:
-        """Where the process is being ended, wait for it."""
+        """Waits for the end where the process is being ended."""
         if self.fired.is_set():
             time.sleep(10 * GRACE_S)
 
@@ -149,13 +149,13 @@ class Watchdog:
 
 
 def _fewest(ranks: list[int], notes: list[Note]) -> list[int]:
-    """Those that the others of them wait for."""
+    """Returns those of the ranks that the others of them wait for."""
     least = min((notes[r].count for r in ranks), default=0)
     return [r for r in ranks if notes[r].count == least]
 
 
 def _stderr() -> TextIO:
-    """A file that C can write to: what a notebook or a test puts in its place may be none."""
+    """Returns a file that C can write to: what a notebook or a test puts in its place may be none."""
     try:
         sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
@@ -164,7 +164,7 @@ def _stderr() -> TextIO:
 
 
 def _in_communication(thread: int) -> bool:
-    """Is this thread in a collective of torch's or DeepSpeed's?"""
+    """Returns whether this thread is in a collective of torch's or DeepSpeed's."""
     frame, depth = sys._current_frames().get(thread), 0
     while frame is not None and depth < 8:
         if any(part in frame.f_code.co_filename for part in COMMUNICATION):
@@ -174,8 +174,8 @@ def _in_communication(thread: int) -> bool:
 
 
 def end_process(complaint: str | None, note: Callable[[str], None], *, alone: bool) -> None:
-    """Say it, show where this process's threads are, and leave at once: what hangs could not be asked to. note: is told
-    the complaint, too."""
+    """Says the complaint, shows where this process's threads are, and leaves at once: what hangs could not be asked to.
+    note: is told the complaint, too."""
     try:
         if complaint is not None:
             noting = threading.Thread(target=note, args=(complaint,), daemon=True)

@@ -1,4 +1,4 @@
-"""Kernels for EEPO: the LM head fused with any per-token loss, and in-place weight updates."""
+"""Has the kernels of EEPO: the LM head fused with any per-token loss, and in-place weight updates."""
 
 from eepo_kernels.linear_loss import fused_linear_loss, linear_logprobs
 from eepo_kernels.reference import TokenStats

@@ -1,4 +1,4 @@
-"""The machinery under `linear_loss.py`: buffers in a byte budget, the three GEMMs, and rows packed for two of them.
+"""Works for `linear_loss.py`: buffers in a byte budget, the three GEMMs, and rows packed for two of them.
 
 Shapes: N tokens, n rows of a chunk, m rows of the gradient buffer, D hidden size, V vocabulary.
 """
@@ -31,7 +31,7 @@ def default_chunk_bytes(device: torch.device) -> int:
 
 
 class HostRead:
-    """A small device tensor on its way to the host. `read` waits for it alone, not for what was enqueued after it."""
+    """Takes a small device tensor to the host. `read` waits for it alone, not for what was enqueued after it."""
 
     def __init__(self, value: Tensor):
         self.host, self.event = value, None
@@ -51,11 +51,11 @@ class Options(NamedTuple):
     chunk_bytes: int
     backend: str
     dtype: torch.dtype
-    """Of the GEMMs' inputs."""
+    """The dtype of the GEMMs' inputs."""
 
 
 class Head:
-    """The head's weight in the dtype the logits are computed in, the buffers, and the products with them."""
+    """Holds the head's weight in the dtype the logits are computed in, the buffers, and the products with them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, with_grad: bool):
         self.stats_dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
@@ -78,7 +78,7 @@ class Head:
         self.buffers = [self.empty_rows(self.step, self.stats_dtype) for _ in range(self.num_slots)]
 
     def _sizes(self, num_rows: int, options: Options, with_grad: bool) -> tuple[int, int]:
-        """(n, m) from the byte budget: at least one row each, and no more than there are."""
+        """Returns (n, m) from the byte budget: at least one row each, and no more than there are."""
         width, depth = self.weight.shape
         logits_bytes = _padded(width) * self.stats_dtype.itemsize
         if not with_grad:
@@ -93,19 +93,19 @@ class Head:
         return step, min(packed - packed % PACK_ALIGNMENT if packed > PACK_ALIGNMENT else packed, num_rows)
 
     def empty_rows(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """[num_rows, V], each row aligned."""
+        """Returns an empty [num_rows, V], each row aligned."""
         width = self.weight.shape[0]
         return torch.empty(num_rows, _padded(width), dtype=dtype, device=self.weight.device)[:, :width]
 
     def rounded(self, tensor: Tensor) -> Tensor:
-        """In the dtype of the GEMMs, with the values that autocast's dtype can hold."""
+        """Returns a tensor in the dtype of the GEMMs, with the values that autocast's dtype can hold."""
         return tensor.to(self.input_dtype).to(self.gemm_dtype)
 
     def slices(self, num_rows: int) -> list[slice]:
         return [slice(i, min(i + self.step, num_rows)) for i in range(0, num_rows, self.step)]
 
     def logits(self, hidden: Tensor, turn: int) -> Tensor:
-        """[n, V] in the buffer of this turn, before bias and temperature."""
+        """Returns the logits [n, V] in the buffer of this turn, before bias and temperature."""
         out = self.buffers[turn % self.num_slots][: len(hidden)]
         return torch.mm(self.rounded(hidden), self.weight.T, **self.out_dtype, out=out)
 
@@ -118,16 +118,16 @@ def _padded(size: int, alignment: int = ROW_ALIGNMENT) -> int:
 
 
 def _whole_tiles(wanted: int, num_rows: int) -> int:
-    """Many rows are cut to a multiple of a GEMM's tile."""
+    """Returns how many rows a chunk has: many are cut to a multiple of a GEMM's tile."""
     wanted = wanted // 128 * 128 if wanted >= 256 else wanted
     return max(1, min(wanted, num_rows))
 
 
 class GradientPack:
-    """dlogits and hidden states of the rows that have a gradient, gathered across chunks and multiplied when full."""
+    """Gathers dlogits and hidden states of rows that have a gradient across chunks, and multiplies them when full."""
 
     def __init__(self, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]):
-        """Gradients of weight and bias are sums over chunks, so fp32; those of hidden are written once, in place.
+        """Makes gradients: weight's and bias's are sums over chunks, so fp32; hidden's are written once, in place.
 
         fp16 has no room for gradients of a mean over many tokens: there all are scaled by a power of two, found from
         the first coefficients, and dX is kept in fp32 until the upstream gradient has been multiplied in.
@@ -146,7 +146,7 @@ class GradientPack:
         self.d_bias = torch.zeros(len(weight), dtype=head.stats_dtype, device=device) if needs[2] else None
 
     def add(self, rows, order: Tensor, num_active: int, coefficients: list[Tensor], tokens: Tensor) -> None:
-        """The first `num_active` of `order` [n]: rows of a chunk whose token indices are `tokens` [n]."""
+        """Adds the first `num_active` of `order` [n]: rows of a chunk whose token indices are `tokens` [n]."""
         if self.scale is not None:
             peak = torch.stack([c.abs().amax() for c in coefficients]).amax().float()
             usable = (self.scale == 0) & (peak > 0) & peak.isfinite()
@@ -196,10 +196,10 @@ class GradientPack:
 
 
 class Pending:
-    """A chunk whose coefficients are known and whose gradient is not made yet."""
+    """Holds a chunk whose coefficients are known and whose gradient is not made yet."""
 
     def __init__(self, rows, coefficients: list[Tensor], tokens: Tensor):
-        """coefficients: dL/d(log p, entropy, log(1-p)), [n] each; tokens [n]: the token indices of the chunk."""
+        """Takes coefficients, dL/d(log p, entropy, log(1-p)), [n] each, and tokens [n], the chunk's token indices."""
         active = torch.stack([c != 0 for c in coefficients]).any(0)  # NaN counts as active
         self.rows, self.coefficients, self.tokens = rows, [c.contiguous() for c in coefficients], tokens
         self.order = torch.argsort(active.to(torch.int8), descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""hidden · Wᵀ -> per-token statistics -> any per-token loss -> gradients, without ever holding the logits [N, V].
+"""Makes per-token statistics, any per-token loss and gradients of hidden · Wᵀ, without ever holding the logits [N, V].
 
 The logits exist one chunk of rows at a time, in fp32. `fused_linear_loss` makes the gradients while a chunk's logits
 are at hand: rows with a non-zero coefficient are packed, across chunks, into a buffer of their own, which goes through
@@ -35,7 +35,7 @@ TEMPERATURES = (1e-6, 1e6)
 
 @functools.cache
 def _auto_backend(device_type: str, device_index: int | None) -> str:
-    """The backend for `auto`, said in the log once a device."""
+    """Returns the backend for `auto`, and says it in the log once a device."""
     if device_type != "cuda":
         backend, why = "torch", f"{device_type} tensors"
     elif importlib.util.find_spec("triton") is None:
@@ -65,7 +65,7 @@ def _resolve_backend(backend: str, hidden: Tensor) -> str:
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float) -> torch.dtype:
-    """The dtype of the GEMMs. Under autocast it is autocast's, as for `torch.nn.functional.linear`."""
+    """Returns the GEMMs' dtype: under autocast it is autocast's, as for `torch.nn.functional.linear`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden [N, D] and weight [V, D], found {tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -98,7 +98,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
 
 
 def _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend) -> Options:
-    """All that can be checked without looking at values; `auto` is still to be resolved."""
+    """Checks all that can be checked without looking at values; `auto` is still to be resolved."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     dtype = _check(hidden, weight, targets, bias, temperature)
@@ -110,7 +110,7 @@ def _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend) 
 
 
 class _TargetCheck:
-    """Are all targets in [0, V)? Asked at the start, answered once the first GEMM is on its way."""
+    """Asks at the start whether all targets are in [0, V); the answer is read once the first GEMM is on its way."""
 
     def __init__(self, targets: Tensor, num_words: int):
         self.num_words = num_words
@@ -136,7 +136,7 @@ def _no_autocast(hidden: Tensor):
 
 
 def _packed(gradients: list[Tensor | None]) -> list[Tensor]:
-    """An operator's outputs cannot be None: a gradient that nobody asked for is empty."""
+    """Makes a gradient that nobody asked for empty, since an operator's outputs cannot be None."""
     return [torch.empty(0) if g is None else g for g in gradients]
 
 
@@ -247,7 +247,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
 
 def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, needs):
-    """(loss, statistics, [dX, dW, db] with None where not needed)."""
+    """Returns (loss, statistics, [dX, dW, db] with None where not needed)."""
     check = _TargetCheck(targets, len(weight))
     options = options._replace(backend=_resolve_backend(options.backend, hidden))
     head = Head(hidden, weight, bias, options, with_grad=any(needs))
@@ -280,7 +280,7 @@ def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, nee
 
 
 def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenStats, rows: Tensor, check: bool):
-    """Sum of the chunk's losses and its derivative in each statistic: [n] each, zeros where the loss ignores one."""
+    """Returns the sum of the chunk's losses and its derivative in each statistic: [n] each, zeros for one not used."""
     leaves = [s.detach().requires_grad_() for s in stats[:3]]
     with torch.enable_grad():
         losses = loss_fn(TokenStats(*leaves, history=history), rows)
@@ -295,7 +295,7 @@ def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenSta
 
 
 def _refuse_other_leaves(total: Tensor, leaves: list[Tensor]) -> None:
-    """A loss may not depend on other tensors that require a gradient: it would be lost in silence."""
+    """Refuses a loss that depends on other tensors which require a gradient: it would be lost in silence."""
     seen, stack = set(), [total.grad_fn]
     while stack:
         node = stack.pop()
@@ -312,7 +312,7 @@ def _refuse_other_leaves(total: Tensor, leaves: list[Tensor]) -> None:
 
 
 def _reference_inputs(hidden, weight, bias, targets, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For `backend="reference"`: the values that options.dtype holds, in the dtype of the statistics."""
+    """Returns, for `backend="reference"`, the values that options.dtype holds, in the dtype of the statistics."""
     _TargetCheck(targets, len(weight)).raise_if_wrong()
     wide = torch.float64 if options.dtype == torch.float64 else torch.float32
     return tuple(None if t is None else t.to(options.dtype).to(wide) for t in (hidden, weight, bias))
@@ -329,7 +329,7 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """Log-prob, entropy and log(1 - p) of `targets` under softmax((hidden · weightᵀ + bias) / temperature).
+    """Returns log-prob, entropy and log(1 - p) of `targets` under softmax((hidden · weightᵀ + bias) / temperature).
 
     hidden [N, D] and weight [V, D] of one dtype, targets [N] int64, bias [V]. Statistics are fp32 (float64 for float64
     inputs). Differentiable in hidden, weight and bias: the backward pass recomputes the logits, chunk by chunk, of the
@@ -361,14 +361,14 @@ def fused_linear_loss(
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, TokenStats]:
-    """Sum of a per-token loss over the targets, differentiable in hidden, weight and bias, and the statistics.
+    """Returns the sum of a per-token loss over the targets, differentiable in hidden, weight and bias, and statistics.
 
-    Shapes, dtypes, errors as `linear_logprobs`. `loss_fn(stats, rows)` gets a chunk's statistics (differentiated) and
-    its token indices and returns weighted losses [n]; it must be pure and may look back through `stats.history`.
-    Gradients are made in this call, while a chunk's logits exist; the statistics returned are detached. A masked token
-    is one whose loss is a constant, as with torch.where(mask, loss, 0): it costs no backward. The backward pass can be
-    run once. torch.compile breaks its graph here, because `loss_fn` is any Python function: the model before it and
-    the code behind it are compiled, this call is not, and fullgraph=True is refused.
+    Shapes, dtypes and errors are those of `linear_logprobs`. `loss_fn(stats, rows)` gets a chunk's statistics
+    (differentiated) and its token indices and returns weighted losses [n]; it must be pure and may look back through
+    `stats.history`. Gradients are made in this call, while a chunk's logits exist; the statistics returned are
+    detached. A masked token is one whose loss is a constant, as with torch.where(mask, loss, 0): it costs no backward.
+    The backward pass can be run once. torch.compile breaks its graph here, because `loss_fn` is any Python function:
+    the model before it and the code behind it are compiled, this call is not, and fullgraph=True is refused.
     """
     options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
     if options.backend == "reference":

@@ -1,7 +1,7 @@
-"""The compiled weight update (csrc/) and its checksums: finding them, and handing them a table of matrices.
+"""Finds the compiled weight update (csrc/) and its checksums, and hands them a table of matrices.
 
-Plain ctypes: no torch headers. `_C` is the CPU part, `_C_cuda` the CUDA one; a build without a compiler has
-neither, and PyTorch serves.
+All of it is plain ctypes, without torch's headers. `_C` is the CPU part, `_C_cuda` the CUDA one; a build without a
+compiler has neither, and PyTorch serves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Update(ctypes.Structure):
 
 @functools.cache
 def library(device_type: str) -> ctypes.CDLL | None:
-    """The compiled update for this kind of device, or None where the build has none."""
+    """Returns the compiled update for this kind of device, or None where the build has none."""
     spec = importlib.util.find_spec({"cpu": "eepo_kernels._C", "cuda": "eepo_kernels._C_cuda"}[device_type])
     if spec is None or spec.origin is None:
         return None
@@ -67,7 +67,7 @@ def library(device_type: str) -> ctypes.CDLL | None:
 
 
 def as_rows(tensor: Tensor) -> tuple[int, int, int] | None:
-    """(rows, columns, row stride) of a tensor seen as a matrix whose rows are contiguous; None if it is not one."""
+    """Returns (rows, columns, row stride) of a tensor seen as a matrix with contiguous rows; None if it is not one."""
     if tensor.is_contiguous():
         return 1, tensor.numel(), 0
     if tensor.dim() < 2 or tensor.stride(-1) != 1:
@@ -90,7 +90,7 @@ def matrix_table(
     offsets: Sequence[int],
     row_strides: Sequence[int],
 ) -> Tensor:
-    """[tensors, FIELDS] int64, EepoMatrix a row. Every pair has one shape and rows that are contiguous."""
+    """Returns [tensors, FIELDS] int64, EepoMatrix a row. Every pair has one shape and rows that are contiguous."""
     table = []
     for d, s, key, offset, flat_stride in zip(dst, src, keys, offsets, row_strides, strict=True):
         num_rows, num_columns, d_stride = as_rows(d)
@@ -107,8 +107,8 @@ def matrix_table(
 
 
 def run(table: Tensor, update: Update, device: torch.device) -> Tensor:
-    """Apply `update` to every matrix of `table` (a CPU tensor). Returns the four sums, float64 [4] on `device`; on a
-    GPU nothing waits for it."""
+    """Applies `update` to every matrix of `table` (a CPU tensor), and returns the four sums, float64 [4] on `device`;
+    on a GPU nothing waits for it."""
     if device.type == "cpu":
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         library("cpu").eepo_weight_update_cpu(
@@ -120,7 +120,7 @@ def run(table: Tensor, update: Update, device: torch.device) -> Tensor:
 
 
 def _run_cuda(table: Tensor, update: Update, device: torch.device) -> Tensor:
-    """One launch for each pair of dtypes among the matrices: most models have one."""
+    """Launches once for each pair of dtypes among the matrices: most models have one."""
     cuda = library("cuda")
     pairs = table[:, -2] * len(DTYPES) + table[:, -1]
     groups = [table[pairs == pair] for pair in pairs.unique()]
@@ -148,7 +148,7 @@ def _run_cuda(table: Tensor, update: Update, device: torch.device) -> Tensor:
 
 
 def _pieces(num_elements: Tensor) -> tuple[Tensor, int]:
-    """(pieces before each of these matrices, of all of them); a block of a GPU takes a piece at a time."""
+    """Returns (pieces before each of these matrices, of all of them); a block of a GPU takes a piece at a time."""
     size = library("cuda").eepo_piece_size()
     pieces = (num_elements + size - 1) // size
     return pieces.cumsum(0) - pieces, int(pieces.sum())
@@ -159,7 +159,7 @@ def _num_blocks(num_pieces: int, device: torch.device) -> int:
 
 
 def _to_device(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """All in one copy, which the host does not wait for."""
+    """Moves all tables in one copy, which the host does not wait for."""
     if not tables:
         return []
     whole = torch.cat([table.flatten() for table in tables]).pin_memory().to(device, non_blocking=True)
@@ -172,7 +172,7 @@ def _raise_if_failed(code: int, cuda: ctypes.CDLL) -> None:
 
 
 def checksum_table(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Tensor:
-    """[tensors, CHECKED_FIELDS] int64, EepoChecked a row. A tensor of one dimension is a column."""
+    """Returns [tensors, CHECKED_FIELDS] int64, EepoChecked a row. A tensor of one dimension is a column."""
     table = []
     for t, dtype in zip(tensors, dtypes, strict=True):
         columns = t.shape[-1] if t.dim() > 1 else 1
@@ -183,8 +183,8 @@ def checksum_table(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
 
 
 def run_checksums(table: Tensor, device: torch.device) -> Tensor:
-    """The checksum of every matrix of `table` (a CPU tensor), int64 on `device`; on a GPU in one launch that nothing
-    waits for."""
+    """Returns the checksum of every matrix of `table` (a CPU tensor), int64 on `device`; on a GPU in one launch that
+    nothing waits for."""
     if device.type == "cpu":
         sums = torch.empty(len(table), dtype=torch.int64)
         library("cpu").eepo_checksums_cpu(

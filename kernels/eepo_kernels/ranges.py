@@ -1,4 +1,4 @@
-"""Named ranges on the timelines of torch's profiler and of Nsight Systems; free when off.
+"""Names ranges on the timelines of torch's profiler and of Nsight Systems; this is free when off.
 
 EEPO_RANGES=1 in the environment turns them on for a profiler of one's own.
 """
@@ -26,7 +26,7 @@ def enable(on: bool) -> None:
 
 
 def named(name: str) -> AbstractContextManager:
-    """A range around what happens inside."""
+    """Returns a context that is a range around what happens inside."""
     return _range(name) if _enabled else _OFF
 
 
@@ -41,7 +41,7 @@ def _range(name: str) -> Iterator[None]:
 
 
 def ranged(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Every call is a range of the function's name."""
+    """Makes every call a range of the function's name."""
     name = f"eepo_kernels.{function.__name__}"
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The head's ops and the rounding of `forget` in plain PyTorch, up to float64: the truth that tests compare with.
+"""Has the head's ops and the rounding of `forget` in plain PyTorch, up to float64: the truth that tests compare with.
 
 Nothing here is chunked or fused, and gradients come from autograd.
 
@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 
 
 class TokenStats(NamedTuple):
-    """What a loss may know about N sampled tokens, each [N]: fp32, or float64 when the inputs are float64."""
+    """Holds what a loss may know about N sampled tokens, each [N]: fp32, or float64 when the inputs are float64."""
 
     logprobs: Tensor
     """log p of the sampled token."""
@@ -25,7 +25,7 @@ class TokenStats(NamedTuple):
     log1mp: Tensor
     """log(1 - p) of the sampled token."""
     history: TokenStats | None = None
-    """Inside a `loss_fn` only: detached statistics of all tokens up to the end of this chunk, for causal windows."""
+    """Detached statistics of all tokens up to the end of this chunk, for causal windows; inside a `loss_fn` only."""
 
 
 LossFn = Callable[[TokenStats, Tensor], Tensor]
@@ -33,7 +33,7 @@ LossFn = Callable[[TokenStats, Tensor], Tensor]
 
 
 def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
-    """Statistics of `targets` [N] int64 under `logits` [N, V], which already carry the temperature."""
+    """Returns statistics of `targets` [N] int64 under `logits` [N, V], which already carry the temperature."""
     log_probs = torch.log_softmax(logits, dim=-1)
     target_log_probs = log_probs.gather(1, targets[:, None]).squeeze(1)
     probs = log_probs.exp()
@@ -54,7 +54,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatu
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0
 ) -> TokenStats:
-    """`eepo_kernels.linear_logprobs` with all the logits [N, V] in memory."""
+    """Computes `eepo_kernels.linear_logprobs` with all the logits [N, V] in memory."""
     return token_stats(linear_logits(hidden, weight, bias, temperature), targets)
 
 
@@ -67,7 +67,7 @@ def fused_linear_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, TokenStats]:
-    """`eepo_kernels.fused_linear_loss` with all the logits [N, V] in memory and autograd's gradients."""
+    """Computes `eepo_kernels.fused_linear_loss` with all the logits [N, V] in memory and autograd's gradients."""
     stats = linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
     detached = TokenStats(*(s.detach() for s in stats[:3]))
     rows = torch.arange(targets.numel(), device=targets.device)
@@ -76,7 +76,7 @@ def fused_linear_loss(
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
-    """Round `x` (float64) to one of its two neighbours in `dtype`, the upper one in magnitude where `uniform` [0, 1)
+    """Rounds `x` (float64) to one of its two neighbours in `dtype`, the upper one in magnitude where `uniform` [0, 1)
     is below the distance to the lower one in units of their gap: unbiased. Finite values inside the range only."""
     nearest = x.to(dtype)
     too_far = nearest.double().abs() > x.abs()

@@ -1,4 +1,4 @@
-"""Triton kernels over the rows of a chunk of logits: one pass for the statistics, one for the gradient.
+"""Runs Triton kernels over the rows of a chunk of logits: one pass for the statistics, one for the gradient.
 
 Both are bound by memory: `row_stats_fwd_kernel` reads each logit once; `row_grad_kernel` reads it once more and writes
 its gradient, for the rows that have one, packed. The mathematics is that of `row_stats_torch.py`, their twin.
@@ -32,7 +32,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def log1p_unit(y):
-    """log(1 + y) for y in [0, 1] to about 2 ulp: the series of 2 atanh(y / (2 + y)). Fast logs lose all near 1."""
+    """Returns log(1 + y), y in [0, 1], to about 2 ulp: the series of 2 atanh(y / (2 + y)). Fast logs fail near 1."""
     w = y / (2.0 + y)
     w2 = w * w
     series = 1.0 / 15.0
@@ -53,8 +53,8 @@ def softplus(x):
 
 @triton.jit
 def load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr, CUT: tl.constexpr):
-    """logit + bias in fp32; MASKED where that is -inf and, with CUT, from V on. The temperature divides differences of
-    these, not the logits: at an offset of 1e4 one rounding less of a thousandth."""
+    """Returns logit + bias in fp32; MASKED where that is -inf and, with CUT, from V on. The temperature divides
+    differences of these, not the logits: at an offset of 1e4 one rounding less of a thousandth."""
     if CUT:
         z = tl.load(logits_ptr + cols, mask=cols < padded(V), other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -70,14 +70,14 @@ def load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr, CUT: tl.c
 
 @triton.jit
 def padded(V):
-    """The end of a row with its padding. A mask that ends there leaves 16-byte accesses whole, whatever V is."""
+    """Returns the end of a row with its padding: a mask that ends there leaves 16-byte accesses whole, whatever V."""
     return tl.cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @triton.jit
 def merge(m, s, w, z, scale):
-    """A block z [groups, lanes] into the running maxima m [groups] and sums s, w [groups, lanes]: one exponential a
-    logit, and one a group for what its maximum has moved by."""
+    """Merges a block z [groups, lanes] into the running maxima m [groups] and sums s, w [groups, lanes]: one
+    exponential a logit, and one a group for what its maximum has moved by."""
     top = tl.maximum(m, tl.max(z, 1))
     step = ((m - top) * scale)[:, None]
     decay = tl.exp2(step)
@@ -86,7 +86,7 @@ def merge(m, s, w, z, scale):
     return top, s * decay + e, (w + s * step) * decay + e * delta
 
 
-# One number a row is read through these: they may begin anywhere, and a kernel is compiled once for all places.
+# A row reads one number through each of these. They may begin anywhere, and one compiled kernel serves all places.
 ANY_ALIGNMENT = ["targets_ptr", "index_ptr"]
 
 
@@ -185,7 +185,7 @@ def row_grad_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Row `index[i]` of the logits -> row i of the gradient, for upstream a (log p), b (entropy), c (log(1 - p))."""
+    """Makes row i of the gradient from row `index[i]` of the logits; upstream: a (log p), b (entropy), c (log1mp)."""
     out = tl.program_id(0).to(tl.int64)
     row = tl.load(index_ptr + out)
     logits_ptr += row * stride_n
@@ -229,8 +229,8 @@ def row_grad_kernel(
 
 
 def _aligned(indices: Tensor) -> Tensor:
-    """Contiguous, and begins at a multiple of 16 bytes: a part of a chunk may begin anywhere, and Triton compiles a
-    kernel a second time, in mid-run, for an address that is no multiple."""
+    """Returns contiguous indices that begin at a multiple of 16 bytes: a part of a chunk may begin anywhere, and Triton
+    compiles a kernel a second time, in mid-run, for an address that is no multiple."""
     indices = indices.contiguous()
     return indices.clone() if indices.storage_offset() * indices.itemsize % 16 else indices
 
@@ -240,10 +240,10 @@ def _has_padded_rows(matrix: Tensor) -> bool:
 
 
 class TritonRows:
-    """Statistics of a chunk's rows; the chunk itself is kept until their gradient is made."""
+    """Holds the statistics of a chunk's rows, and the chunk itself until their gradient is made."""
 
     def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
-        """logits: [n, V], left as it is, its rows padded to ROW_ALIGNMENT; targets: [n] int64; bias: [V] or None."""
+        """Takes logits [n, V], left as they are, rows padded to ROW_ALIGNMENT; targets [n] int64; bias [V] or None."""
         n = len(logits)
         assert _has_padded_rows(logits)
         targets = _aligned(targets)
@@ -269,7 +269,7 @@ class TritonRows:
         return TokenStats(*self.columns[:3])
 
     def write_grads(self, index: Tensor, coefficients: list[Tensor], out: Tensor) -> None:
-        """out [k, V] <- dL/dlogits of rows `index` [k] int64, for `coefficients` [n] each, as in the kernel. The
+        """Writes dL/dlogits of rows `index` [k] int64 to out [k, V], for `coefficients` [n] each, as in the kernel. The
         padding of out is overwritten with zeros."""
         assert _has_padded_rows(out) and all(c.is_contiguous() for c in coefficients)
         with torch.cuda.device_of(out):

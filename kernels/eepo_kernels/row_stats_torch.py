@@ -1,4 +1,4 @@
-"""Statistics of a chunk's rows and their gradient in PyTorch: what runs on a CPU, and the twin of `row_stats.py`.
+"""Computes a chunk's row statistics and their gradient in PyTorch: what runs on a CPU, and the twin of `row_stats.py`.
 
 The stable form, with z the logits over the temperature, k the target, M₂ = max_{j≠k} z_j, e_j = exp(z_j - M₂),
 s = Σ_{j≠k} e_j and d = z_k - M₂ - log s:
@@ -30,8 +30,8 @@ BLOCK = 8192  # columns multiplied at a time: the products stay in cache
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_j a_ij b_ij, [n, 1], without the [n, V] products and with `sum`'s accuracy: a dot product of a BLAS adds its
-    150,000 terms up in sequence, and the entropy loses two digits."""
+    """Returns Σ_j a_ij b_ij, [n, 1], without the [n, V] products and with `sum`'s accuracy: a dot product of a BLAS
+    adds its 150,000 terms up in sequence, and the entropy loses two digits."""
     total = torch.zeros_like(a[:, :1])
     for start in range(0, a.shape[1], BLOCK):
         block = slice(start, start + BLOCK)
@@ -40,10 +40,10 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 class TorchRows:
-    """The statistics, and two [n, V] buffers kept until the gradient is made: shifted logits and their exponentials."""
+    """Holds the statistics, and until the gradient is made two [n, V] buffers: shifted logits and exponentials."""
 
     def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
-        """logits: [n, V] fp32 or float64, overwritten; targets: [n] int64; bias: [V] or None."""
+        """Takes logits [n, V] fp32 or float64, which are overwritten; targets [n] int64; bias [V] or None."""
         if bias is not None:
             logits.add_(bias)
         self.temperature = temperature
@@ -75,8 +75,8 @@ class TorchRows:
         return TokenStats(self.logp.squeeze(1), self.entropy.squeeze(1), self.log1mp.squeeze(1))
 
     def write_grads(self, index: Tensor, coefficients: list[Tensor], out: Tensor) -> None:
-        """out [k, V] <- dL/dlogits of rows `index` [k] int64, for `coefficients` a, b, c [n] each. A call for all of
-        the rows consumes the buffers."""
+        """Writes dL/dlogits of rows `index` [k] int64 to out [k, V], for `coefficients` a, b, c [n] each. A call for
+        all of the rows consumes the buffers."""
         a, b, c = (x[:, None] / self.temperature for x in coefficients)
         alone = self.total == 0  # no other token has a probability
         log_total = torch.where(alone, 0.0, self.log_total)

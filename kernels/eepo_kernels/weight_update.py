@@ -1,5 +1,5 @@
-"""`sync` and `forget`: the two in-place updates of an engine's weights, for a whole model in one launch; and
-`checksums`, by which an engine knows that it holds what the last of them has left.
+"""`sync` and `forget` are the two in-place updates of an engine's weights, for a whole model in one launch; by
+`checksums` an engine knows that it holds what the last of them has left.
 
 The work is done by csrc/ (CUDA, and its CPU twin), or by `weight_update_torch.py` where nothing was compiled; all three
 give the same bits.
@@ -26,12 +26,12 @@ BACKENDS = ("auto", "native", "torch")
 
 
 class ForgetStats:
-    """What a forget step did, over all tensors: intended = η·g, applied = new value - old value. On a GPU the sums are
-    read when first asked for, so that the update itself waits for nothing."""
+    """Says what a forget step did, over all tensors: intended = η·g, applied = new value - old value. On a GPU the sums
+    are read when first asked for, so that the update itself waits for nothing."""
 
     def __init__(self, sums: Tensor, num_weights: int):
-        """sums: float64 [4]: ⟨applied, intended⟩, ‖intended‖², ‖applied‖², ‖applied - intended‖². num_weights: elements
-        that were read and written."""
+        """Takes sums, float64 [4]: ⟨applied, intended⟩, ‖intended‖², ‖applied‖², ‖applied - intended‖²; and
+        num_weights, elements that were read and written."""
         self.sums = sums
         self.num_weights = num_weights
 
@@ -41,12 +41,12 @@ class ForgetStats:
 
     @property
     def retention(self) -> float:
-        """⟨applied, intended⟩ / ‖intended‖². 1 for an exact step; NaN where nothing was intended."""
+        """Is ⟨applied, intended⟩ / ‖intended‖²: 1 for an exact step; NaN where nothing was intended."""
         return self._sums[0] / self._sums[1] if self._sums[1] else float("nan")
 
     @property
     def noise_ratio(self) -> float:
-        """‖applied - intended‖ / ‖intended‖. NaN where nothing was intended."""
+        """Is ‖applied - intended‖ / ‖intended‖; NaN where nothing was intended."""
         return (self._sums[3] / self._sums[1]) ** 0.5 if self._sums[1] else float("nan")
 
     @property
@@ -59,7 +59,7 @@ class ForgetStats:
 
 
 def tensor_key(name: str) -> int:
-    """64-bit key of a source tensor's name. Tied tensors share the key of the name they are stored under."""
+    """Returns the 64-bit key of a source tensor's name. Tied tensors share the key of the name that is stored."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
@@ -69,7 +69,7 @@ def _say_fallback(reason: str) -> None:
 
 
 def _why_not_native(dst: Sequence[Tensor], src: Sequence[Tensor]) -> str | None:
-    """Why the compiled update cannot take these tensors; None if it can."""
+    """Returns why the compiled update cannot take these tensors; None if it can."""
     devices = {t.device for t in (*dst, *src)}
     if len(devices) > 1:
         return f"tensors on several devices ({', '.join(sorted(map(str, devices)))})"
@@ -112,9 +112,9 @@ def _row_strides(dst: Sequence[Tensor], row_strides: Sequence[int] | None) -> Se
 @ranged
 @torch.no_grad()
 def sync(dst: Sequence[Tensor], master: Sequence[Tensor], *, backend: str = "auto") -> None:
-    """dst ← nearest(master), in place, for every pair of tensors of one shape: fp32, bf16 or fp16, rows contiguous.
+    """Sets dst ← nearest(master) in place, for every pair of tensors of one shape: fp32, bf16 or fp16, rows contiguous.
 
-    ValueError on shapes that differ; `backend` as in `forget`.
+    Raises a ValueError on shapes that differ; `backend` as in `forget`.
     """
     _check_shapes(dst, master)
     if _use_native(dst, master, backend):
@@ -140,7 +140,7 @@ def forget(
     step: int = 0,
     backend: str = "auto",
 ) -> ForgetStats:
-    """dst ← round(dst + eta·gradient), in place; an element whose gradient is zero keeps its bits.
+    """Sets dst ← round(dst + eta·gradient) in place; an element whose gradient is zero keeps its bits.
 
     dst: fp32, bf16 or fp16, rows contiguous. gradient: same shapes, any of these dtypes, finite. keys: `tensor_key` of
     each source tensor; offsets: flat index of dst's first element in the unsharded source; row_strides: how far apart
@@ -171,7 +171,7 @@ def forget(
 
 
 def _rows_of(weight: Tensor) -> list[Tensor]:
-    """Views of the rows of the last dimension."""
+    """Returns views of the rows of the last dimension."""
     return [row for part in weight for row in _rows_of(part)] if weight.dim() > 1 else [weight]
 
 
@@ -180,7 +180,7 @@ def _rows_of(weight: Tensor) -> list[Tensor]:
 def checksums(
     tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """int64 [tensors]: the bits of each tensor as signed integers, each row's sum times its number from 1, modulo 2⁶⁴.
+    """Returns int64 [tensors]: each tensor's bits as signed integers, a row's sum times its number from 1, modulo 2⁶⁴.
 
     tensors: fp32, bf16 or fp16, rows contiguous; one of one dimension is a column. dtypes: what each is rounded to
     first, to nearest, so that a checksum says what a `sync` of it must leave. Computed on the tensors' device, in one

@@ -1,4 +1,4 @@
-"""`forget` in PyTorch: what serves without a compiler, and the third twin of csrc/, bit for bit.
+"""Forgets in PyTorch, bit for bit as csrc/ does: it is what serves without a compiler, and the third twin.
 
 The random bits of stochastic rounding come from Philox-4x32-10, a counter-based generator: key = the tensor's 64-bit
 key, counter = (flat index // 8, step, seed). They depend on nothing else, so that any device, world size or tensor
@@ -19,7 +19,7 @@ MASK32 = 0xFFFFFFFF
 
 
 def philox(counter: Tensor, key: int, step: int, seed: int) -> list[Tensor]:
-    """Philox-4x32-10 (Salmon et al. 2011). counter [n] int64; returns four [n] int64 tensors of 32 random bits."""
+    """Runs Philox-4x32-10 (Salmon et al. 2011). counter [n] int64; returns four [n] int64 tensors of 32 random bits."""
     c0, c1 = counter & MASK32, (counter >> 32) & MASK32
     c2, c3 = torch.full_like(counter, step & MASK32), torch.full_like(counter, seed & MASK32)
     k0, k1 = key & MASK32, key >> 32
@@ -32,7 +32,7 @@ def philox(counter: Tensor, key: int, step: int, seed: int) -> list[Tensor]:
 
 
 def random_bits(start: int, count: int, key: int, step: int, seed: int, device: torch.device) -> Tensor:
-    """16 random bits for each flat index in [start, start + count), as int64 [count]."""
+    """Returns 16 random bits for each flat index in [start, start + count), as int64 [count]."""
     first, last = start // LANES, (start + count + LANES - 1) // LANES
     words = philox(torch.arange(first, last, device=device), key, step, seed)
     halves = torch.stack([h for w in words for h in (w & 0xFFFF, w >> 16)], dim=1).flatten()
@@ -40,7 +40,7 @@ def random_bits(start: int, count: int, key: int, step: int, seed: int, device: 
 
 
 def fused_multiply_add(weight: Tensor, gradient: Tensor, eta: float) -> Tensor:
-    """weight + eta·gradient with a single rounding to fp32. weight and gradient [n], any dtype up to fp32."""
+    """Returns weight + eta·gradient with a single rounding to fp32. weight and gradient [n], any dtype up to fp32."""
     a = weight.double()
     b = gradient.double() * torch.tensor(eta, dtype=torch.float32, device=weight.device).double()
     total = a + b
@@ -53,7 +53,7 @@ def fused_multiply_add(weight: Tensor, gradient: Tensor, eta: float) -> Tensor:
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """x [n] fp32 to bf16 or fp16, up in magnitude with the probability that makes it unbiased; bits [n] in [0, 2¹⁶)."""
+    """Rounds x [n] fp32 to bf16 or fp16, up in magnitude with the unbiased probability; bits [n] in [0, 2¹⁶)."""
     raw = x.view(torch.int32)
     bits = bits.to(torch.int32)
     if dtype == torch.bfloat16:
@@ -66,7 +66,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
 
 def forget_run(weight: Tensor, gradient: Tensor, offset: int, key: int, eta: float, options: tuple) -> Tensor:
-    """forget for one contiguous run [n] of elements whose flat indices begin at `offset`; options: (rounding, seed,
+    """Forgets in one contiguous run [n] of elements whose flat indices begin at `offset`; options: (rounding, seed,
     step). Returns the four sums, float64 [4]: ⟨applied, intended⟩, ‖intended‖², ‖applied‖², ‖applied - intended‖²."""
     rounding, seed, step = options
     sums = torch.zeros(4, dtype=torch.float64, device=weight.device)
@@ -88,7 +88,7 @@ def forget_run(weight: Tensor, gradient: Tensor, offset: int, key: int, eta: flo
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The twin of csrc/'s checksum, of one tensor: a scalar on its device."""
+    """Returns csrc/'s checksum of one tensor: a scalar on its device."""
     bits = tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
     rows = bits.sum(-1, dtype=torch.int64).flatten() if tensor.dim() > 1 else bits.flatten().to(torch.int64)
     return (rows * torch.arange(1, len(rows) + 1, device=tensor.device)).sum()

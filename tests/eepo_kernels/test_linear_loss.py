@@ -175,7 +175,7 @@ LEADS = [-13.8, -5.0, 0.0, 1.0, 5.0, 20.0, 50.0, 88.0, 200.0]  # target ahead by
 @everywhere_fp32
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
 def test_stable_form_from_tiny_p_to_a_target_far_ahead(place, offset):
-    """DESIGN's bound, 4e-6 relative in fp32, on logits that fp32 holds exactly."""
+    """The bound is 4e-6 relative in fp32, on logits that fp32 holds exactly."""
     leads = torch.tensor(LEADS, dtype=torch.float64).mul(64).round().div(64)
     logits = torch.zeros(len(LEADS), 2, dtype=torch.float64) + offset
     logits[:, 0] += leads

@@ -49,7 +49,7 @@ def test_gemm_count_is_one_plus_two_f(backend, f, budget):
 
 
 @both
-def test_scoring_costs_one_gemm_and_its_gradient_three_for_the_rows_that_have_one(backend, monkeypatch):
+def test_scoring_is_one_gemm_and_gradients_three_for_their_rows(backend, monkeypatch):
     """The operator hides its products from the counter, so the rows that go through the head are counted."""
     counted = []
     real = torch.mm
@@ -135,7 +135,7 @@ def test_memory_on_a_gpu(f):
 
 
 @both
-def test_the_gradient_scales_with_the_upstream_one_and_is_used_once(backend):
+def test_the_gradient_scales_with_its_upstream_and_is_used_once(backend):
     hidden, weight, targets = make()
     loss, _ = fused_linear_loss(hidden, weight, targets, nll, backend=backend)
     (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
@@ -161,7 +161,7 @@ def test_tied_embeddings_get_one_gradient():
 
 
 @both
-def test_autocast_multiplies_in_its_dtype_and_keeps_the_masters_gradient(backend):
+def test_autocast_sets_the_products_dtype_and_no_gradient_s(backend):
     """hidden in bf16, as the model's last layer gives it; the head's weight and its gradient in fp32."""
     hidden, weight, targets = make()
     low = hidden.detach().bfloat16().requires_grad_()

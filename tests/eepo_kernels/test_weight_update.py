@@ -83,7 +83,7 @@ def test_rounding_is_unbiased(dtype, value):
         assert rounded.unique().numel() == 2
 
 
-def test_a_hundredth_of_a_step_survives_stochastic_rounding_and_not_nearest():
+def test_a_hundredth_of_a_step_survives_stochastic_rounding_only():
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(10_000_000, generator=g).bfloat16()
     gradient = ulp(weight) * 0.01 * torch.sign(torch.randn(10_000_000, generator=g))
@@ -287,7 +287,7 @@ def test_without_a_compiled_part_pytorch_serves_and_says_so_once(monkeypatch, ca
         one(weight, torch.ones(100), backend="native")
 
 
-def test_tensors_the_compiled_part_cannot_take_are_updated_in_pytorch():
+def test_tensors_that_csrc_cannot_take_are_updated_in_pytorch():
     master, dst = torch.randn(6, 8, dtype=torch.float64), torch.zeros(8, 6).t()
     sync([dst], [master])
     assert torch.equal(dst, master.float())

@@ -89,14 +89,14 @@ def kills(make_trainer, save_checkpoint, tmp_path):
 
 
 @pytest.mark.fault(1)
-def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(kills, times, figure):
+def test_a_kill_at_any_moment_of_saving_leaves_a_checkpoint(kills, times, figure):
     n = times(15, 100)
     found = kills(n)
     figure("resumable after kill -9 at random moments of saving", found, n)
     assert found == n
 
 
-def test_without_the_temporary_folder_and_the_manifest_kills_lose_runs(kills, monkeypatch):
+def test_without_temporary_folder_and_manifest_kills_lose_runs(kills, monkeypatch):
     """Negative control: written in place, the newest folder taken."""
     monkeypatch.setattr(writers, "temporary_of", lambda final: final)
 
@@ -202,9 +202,7 @@ def test_folders_that_change_places_are_refused(saved):
     assert "iteration 2" in checkpoint.verify(first) and "iteration 1" in checkpoint.verify(second)
 
 
-def test_what_is_written_is_the_moment_of_saving_while_training_goes_on(
-    make_trainer, save_checkpoint, tmp_path, monkeypatch
-):
+def test_training_on_while_saving_changes_nothing_written(make_trainer, save_checkpoint, tmp_path, monkeypatch):
     trainer = make_trainer()
     trainer.iteration()
     config = trainer.config.model_copy(

@@ -198,7 +198,7 @@ def trainer_requests(trainer):
 
 @pytest.mark.fault(15)
 @pytest.mark.parametrize("when", ["after sync", "after forget"])
-def test_an_engine_that_is_not_what_it_was_made_refuses_to_sample(make_trainer, monkeypatch, when):
+def test_an_engine_that_is_not_as_it_was_made_will_not_sample(make_trainer, monkeypatch, when):
     trainer = make_trainer(eepo=OPEN)
     original, calls = trainer.engine.generate, []
 
@@ -304,7 +304,7 @@ def out_of_memory(monkeypatch, policy, most):
 
 
 @pytest.mark.fault(25)
-def test_out_of_memory_halves_the_micro_batch_over_the_same_samples(make_trainer, tiny_model, monkeypatch):
+def test_out_of_memory_halves_micro_batches_of_the_same_samples(make_trainer, tiny_model, monkeypatch):
     import copy
 
     start = copy.deepcopy(tiny_model.state_dict())
@@ -335,7 +335,7 @@ def test_memory_that_no_halving_frees_is_one_line(make_trainer, monkeypatch):
         trainer.iteration()
 
 
-def test_the_guard_of_the_step_scores_few_and_knows_what_is_no_number(make_trainer, make_rollouts):
+def test_the_guard_of_the_step_scores_few_and_survives_few_nans(make_trainer, make_rollouts):
     trainer = make_trainer()
     rollouts = make_rollouts([3] * 40)
     scored = []

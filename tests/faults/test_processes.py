@@ -241,7 +241,7 @@ def torchrun(make_run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.fault(2)
-def test_a_rank_killed_in_its_step_is_restarted_and_ends_in_the_same_bits(torchrun, outcome, tmp_path, times, figure):
+def test_a_rank_killed_in_its_step_restarts_to_the_same_bits(torchrun, outcome, tmp_path, times, figure):
     """Against a run that nothing happened to."""
     config, code, printed, *_ = torchrun("nothing", root="whole")
     assert code == 0, printed[-3000:]
@@ -347,7 +347,7 @@ def test_a_hang_that_keeps_the_interpreter_is_ended(start, code_of, make_run):
 
 
 @pytest.mark.slow
-def test_a_signal_to_two_ranks_saves_the_same_iteration_and_goes_on(torchrun, outcome, tmp_path, make_run):
+def test_a_signal_to_two_ranks_saves_one_iteration_to_go_on_from(torchrun, outcome, tmp_path, make_run):
     settings = ("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")
     config, code, printed, *_ = torchrun("nothing", *settings, signal_after=2)
     ending = json.loads((config.run_dir / "ended.json").read_text())

@@ -31,7 +31,7 @@ def test_an_iteration_s_flops_are_counted(played):
     assert played["its counter"]["error"].startswith("TypeError")
 
 
-def test_a_weight_update_is_compared_with_a_copy_on_its_own_device(played):
+def test_a_weight_update_is_compared_with_a_copy_on_its_device(played):
     assert played["weight update"]["host_gib"] < 0.01
     assert set(played["weight update"]["updates"]) == {"0", "1", "2"}, "sync, forget to nearest, forget stochastically"
     assert played["its baseline"]["host_gib"] > 1

@@ -102,7 +102,7 @@ def test_a_micro_batch_holds_what_the_estimate_says(played, model, checkpointing
     assert kept / GIB == pytest.approx(whole["kept"] - whole["start"], rel=0.1)
 
 
-def test_what_is_streamed_holds_what_the_pass_after_sampling_does_and_the_engine(played):
+def test_a_streamed_pass_holds_a_later_one_s_and_the_engine_s(played):
     beside, after = (played[name]["True"]["unlearning pass"]["peak"] for name in (MODELS[0], "after"))
     assert beside - after == pytest.approx(engine_gib(load(MODELS[0])), abs=0.01)
     assert after == pytest.approx(estimated(MODELS[0], True, layers=2)["unlearning pass"], rel=0.1)

@@ -42,7 +42,7 @@ def lives(pid):
     return status.is_file() and status.read_text().rpartition(") ")[2][0] != "Z"
 
 
-def test_a_step_that_fails_or_hangs_has_its_result_and_stops_nothing(tmp_path):
+def test_a_failing_or_hanging_step_has_its_result_and_stops_none(tmp_path):
     steps = {
         "fails": gpu_check.Step("fails", ["-c", "print('why'); raise SystemExit(3)"], 60, []),
         "hangs": gpu_check.Step("hangs", ["-c", HANGS.format(file=str(tmp_path / "child"))], 12, []),

@@ -31,7 +31,7 @@ def found():
     return json.loads(line.removeprefix("FOUND "))
 
 
-def test_policy_and_reference_are_made_with_liger_and_others_stay_on_the_host(found):
+def test_policy_and_reference_get_liger_and_host_models_do_not(found):
     reports = dict(found["none"])
     assert "changes its logits after the head" in reports.pop("gemma2")
     assert set(reports) == set(FAMILIES)

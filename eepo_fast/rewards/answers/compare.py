@@ -1,4 +1,4 @@
-"""Is this answer that gold answer? The strict decision, on normalised texts; mathematics is asked of someone else.
+r"""Decides strictly, on normalised texts, whether an answer is the gold answer; mathematics is left to `ask`.
 
 `compare` takes an answer apart as far as its form goes (lists, sets, tuples, intervals, unions, matrices, equations,
 units) and settles what strings and exact numbers can settle. For the rest it calls `ask`, which may not know: then the
@@ -8,7 +8,7 @@ Decisions, where careful people could differ:
 - `x = 5` is 5 and `f(x) = 2x` is 2x where the gold has no such left side (and the other way round). Of a chain the last
   side counts. A left side that is plain arithmetic must hold: `2+5=7` is 7, `5=7` is not.
 - Lists and sets match in any order, one to one; tuples, intervals, matrices in order, with the same kind of bracket.
-  Several answers are never one: `1 or 2` is not 1. `{1,2}` is `1,2`; `(1,2)` is neither. Of `a \\pm b` both are meant.
+  Several answers are never one: `1 or 2` is not 1. `{1,2}` is `1,2`; `(1,2)` is neither. Of `a \pm b` both are meant.
   `y=2, x=1` is (1,2); `x_1=2, x_2=1` is a list of roots. `x=y` is not y.
 - A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong, and so are words
   that make another number (18 dozen, 2 and a half). $5 is 5 dollars, not 5 cents. Nothing is converted. So with bases:
@@ -16,7 +16,7 @@ Decisions, where careful people could differ:
 - A percent sign is what it stands for: 50% is 0.5. A gold without it that is above 1 and no fraction may have left it
   out (50% is also 50); a smaller one or a fraction has not (0.5% is not 1/2), nor one that is no number. Without the
   sign nothing is ever taken times or over 100.
-- `0<x<1` is the interval (0,1), `x \\ge 2` is [2,\\infty); of several inequalities both hold, unless nothing would be
+- `0<x<1` is the interval (0,1), `x \ge 2` is [2,\infty); of several inequalities both hold, unless nothing would be
   left out. An equation is another if their sides differ by a factor.
 - `3:2` is a ratio or a time, compared part by part. A choice is its letter, with or without brackets. Words are
   compared without case, articles and punctuation.
@@ -44,10 +44,10 @@ MEMBER = re.compile(r"^[A-Za-z]\\in ?(?=\\\{)")
 
 
 def compare(gold: str, answer: str, ask: Ask) -> bool | None:
-    """True, False, or None where `ask` did not know enough."""
+    """Returns True, False, or None where `ask` did not know enough."""
     if gold == answer:
         return True
-    if "\ufffd" in answer:  # a character, or a negation, that means nothing here
+    if "\ufffd" in answer:  # what normalise puts for a control character or \not
         return False
     gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
     if "\\in" not in answer[:4] or "\\in" not in gold[:4]:
@@ -82,7 +82,7 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
 
 
 def _assignments(text: str) -> dict[str, str] | None:
-    """x=1,y=2 or (x,y)=(1,2) by its names, two or more."""
+    """Returns the values of x=1,y=2 or (x,y)=(1,2) by their names, two or more; None for other texts."""
     if "=" not in text:
         return None
     sides = split(text, "=")
@@ -99,7 +99,7 @@ def _assignments(text: str) -> dict[str, str] | None:
 
 
 def _compare_assignments(gold: str, answer: str, golds: dict | None, answers: dict | None, ask: Ask) -> bool | None:
-    """By name; where only one side has names, in their order with a tuple or list; x_1=2, x_2=1 is a list of roots."""
+    """Compares values by name, or in order where one side has no names; x_1=2, x_2=1 is a list of roots."""
     if golds and answers:
         if set(golds) != set(answers):
             return False
@@ -114,14 +114,14 @@ def _compare_assignments(gold: str, answer: str, golds: dict | None, answers: di
 
 
 def _in_order(named: dict[str, str]) -> list[str]:
-    """y=2,x=1 is (1,2), and so is (y,x)=(2,1); other names than these stand in the order that they are given in."""
+    """Returns values as a tuple has them: y=2,x=1 is (1,2), and so is (y,x)=(2,1); other names stay in their order."""
     letters = {name.partition("_")[0] for name in named}
     known = letters <= set("xyz") or letters <= set("abcd")
     return [named[name] for name in (sorted(named) if known else named)]
 
 
 def _outer(text: str) -> str:
-    """Without round brackets around all of it, unless they hold a tuple."""
+    """Drops round brackets around all of the text, unless they hold a tuple or a mixed number."""
     while text.startswith("(") and text.endswith(")") and closes_at_end(text) and len(split(text[1:-1], ",")) == 1:
         inner = text[1:-1]
         if "\\frac" in inner and "+" in inner and read_number(text):  # a mixed number
@@ -131,7 +131,7 @@ def _outer(text: str) -> str:
 
 
 def _alternatives(text: str) -> list[str]:
-    """The answers of an unordered list or set, both signs of every \\pm written out."""
+    r"""Returns the answers of an unordered list or set, both signs of every \pm written out."""
     match = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
     if match and closes_at_end(text) and not ("|" in text or ":" in text):
         text = match.group(1)
@@ -147,7 +147,7 @@ def _alternatives(text: str) -> list[str]:
 
 
 def _matrix(text: str) -> list[list[str]] | None:
-    """Its cells, times the scalar before it."""
+    """Returns the matrix's cells, times the scalar before it; None where the text is no matrix."""
     inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     match = MATRIX.fullmatch(inside)
     if not match or "\\begin" in match.group(3):
@@ -181,7 +181,7 @@ def _ordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
 
 
 def _unordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
-    """One to one, in any order."""
+    """Compares one to one, in any order."""
     if len(golds) != len(answers):
         return False
     rest = list(answers)
@@ -235,7 +235,7 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
 
 
 def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool | None:
-    """An equation, for a gold that is none: its last exact side counts, and the numbers before it must hold."""
+    """Compares an equation with a gold that is none: its last exact side counts, and numbers before it must hold."""
     exact = sides[: signs.index("\\approx") + 1] if "\\approx" in signs else sides
     if len(exact) == 1 and NAME.fullmatch(exact[0]):
         return compare(gold, sides[-1], ask)  # x \approx 3.14

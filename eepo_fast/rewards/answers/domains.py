@@ -1,4 +1,4 @@
-"""Sets of real numbers in the ways in which people write them: intervals and their unions, inequalities, exclusions."""
+"""Reads sets of real numbers as people write them: intervals and their unions, inequalities, exclusions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MAX_PIECES = 64
 
 
 class Piece(NamedTuple):
-    """An interval, or a point where both ends are one and closed."""
+    """Is an interval, or a point where both ends are one and closed."""
 
     low: str
     high: str
     left: bool
-    """Closed on the left."""
+    """Whether it is closed on the left."""
     right: bool
 
 
@@ -34,7 +34,7 @@ EVERYTHING = Piece("-\\infty", "\\infty", False, False)
 
 
 def is_domain(text: str) -> bool:
-    """Can this only be a set of real numbers?"""
+    """Returns whether this can only be a set of real numbers."""
     if any(sign in text for sign in ("\\cup", "\\setminus", "\\infty", REALS)):
         return True
     found = group(text)
@@ -42,24 +42,24 @@ def is_domain(text: str) -> bool:
 
 
 def has_inequalities(text: str) -> bool:
-    """More than one, such as x>2,x<3."""
+    """Returns whether there is more than one inequality, such as x>2,x<3."""
     return "," in text and any(sign in text for sign in ("<", ">", "\\le", "\\ge"))
 
 
 def condition(text: str) -> str:
-    """Of {x | 1 <= x < 2} what it says about x, if that is an interval."""
+    """Returns what {x | 1 <= x < 2} says about x, if that is an interval; other texts as they are."""
     match = BUILDER.fullmatch(text)
     found = relation(match.group(1)) if match else None
     return (as_interval(*found) or text) if found else text
 
 
 def as_union(text: str) -> str:
-    """x<-2,x>1 and x \\ne 0 and \\mathbb{R}\\setminus\\{0\\} as unions of intervals; what is none of them as it is."""
+    r"""Writes x<-2,x>1, x \ne 0 and \mathbb{R}\setminus\{0\} as unions of intervals; other texts stay as they are."""
     try:
         return "\\cup".join(map(_written, _read(text)))
     except ValueError:
         pass
-    relations = [relation(part) for part in split(text, ",", ";")]  # of ends that are no plain numbers
+    relations = [relation(part) for part in split(text, ",", ";")]  # their ends need not be plain numbers
     if len(relations) > 1 and all(relations):
         names = {side for sides, _ in relations for side in sides if NAME.fullmatch(side)}
         intervals = [as_interval(*found) for found in relations]
@@ -69,7 +69,7 @@ def as_union(text: str) -> str:
 
 
 def as_interval(sides: list[str], signs: list[str]) -> str | None:
-    """0<x\\le 1 as (0,1], x>2 as (2,\\infty); `x \\in S` as S; None for what is no interval of one name."""
+    r"""Writes 0<x\le 1 as (0,1], x>2 as (2,\infty), `x \in S` as S; None for what is no interval of one name."""
     if signs == ["\\in"]:
         return sides[1]
     sides, signs = oriented(sides, signs)
@@ -86,7 +86,7 @@ def as_interval(sides: list[str], signs: list[str]) -> str | None:
 
 
 def _read(text: str, depth: int = 0) -> list[Piece]:
-    """In order; ValueError where the text is no set of real numbers, or its ends are no plain numbers."""
+    """Returns the pieces in order; ValueError for all but sets of real numbers whose ends are plain numbers."""
     if depth > 4:
         raise ValueError
     text = MEMBER.sub("", text, count=1) if "," not in text else text
@@ -113,8 +113,8 @@ def _read(text: str, depth: int = 0) -> list[Piece]:
 
 
 def _conditions(text: str) -> list[Piece]:
-    """x>3,x\\le4 is both, x<2,x>3 is either: nobody writes all numbers so, but with "or", which is `;`.
-    x\\ne-8,-2 leaves out two."""
+    r"""Reads conditions on one name: x>3,x\le4 is both (nobody writes all numbers with a comma, but with "or", which is
+    `;`), x<2,x>3 is either, and x\ne-8,-2 leaves out two."""
     pieces, excluded, excluding, names = [], [], False, set()
     for part in split(text, ",", ";"):
         found = relation(part)
@@ -137,7 +137,7 @@ def _conditions(text: str) -> list[Piece]:
     pieces = _sorted(pieces)
     if any(_value(a.high) > _value(b.low) for a, b in pairwise(pieces)):
         if len(split(text, ";")) > 1:
-            raise ValueError  # they are one
+            raise ValueError  # alternatives that overlap are one set
         together = pieces[:1]
         for piece in pieces[1:]:
             together = _common(together, [piece])
@@ -175,7 +175,7 @@ def _sorted(pieces: list[Piece]) -> list[Piece]:
 
 
 def _rest(pieces: list[Piece]) -> list[Piece]:
-    """All real numbers but these."""
+    """Returns all real numbers but these."""
     rest, low, closed = [], "-\\infty", False
     for piece in pieces:
         if _value(low) < _value(piece.low):

@@ -1,6 +1,6 @@
-"""The final answer of a completion: the last \\boxed{}, else what follows "the answer is", else the last number.
+r"""Finds a completion's final answer: the last \boxed{}, else what follows "the answer is", else the last number.
 
-Only the completion is read. An empty last box is no answer, whatever came before it. One pass over the text:
+Only the completion is read. An empty last box is no answer, whatever came before it. The text is gone through once:
 completions are long, and written by models that are rewarded for what happens here.
 """
 
@@ -32,11 +32,11 @@ LAST_NUMBER = re.compile(
     rf"[eE][-+]?[0-9]{{1,6}}(?![0-9A-Za-z])|/[0-9]+|\^(?:\{{-?[0-9]{{1,6}}\}}|-?[0-9]{{1,6}}))?)(?:\s?\\?%)?"
 )
 MINUS_SIGN = re.compile(MINUS)
-MAX_LINE = 2001  # one more than an answer may have: what is longer is too large, and is said to be
+MAX_LINE = 2001  # one more than an answer may have, so that a longer one is seen to be too large
 
 
 def extract_answer(completion: str) -> str | None:
-    """The answer's text; None where there is none."""
+    """Returns the answer's text; None where there is none."""
     boxed = _last_boxed(completion)
     if boxed is not None:
         return boxed.strip() or None
@@ -62,7 +62,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def _formula_around(text: str, place: int) -> str | None:
-    """The right side of the $formula$ around a place, where the number there is not all that it says: 2\\sqrt{3}."""
+    r"""Returns the right side of the $formula$ around a place, if the number there is not all of it: 2\sqrt{3}."""
     begin, end = text.rfind("\n", 0, place) + 1, text.find("\n", place)
     for match in FORMULA.finditer(text, begin, end if end >= 0 else len(text)):
         if match.end() > place:
@@ -72,7 +72,7 @@ def _formula_around(text: str, place: int) -> str | None:
 
 
 def _announced(rest: str) -> str:
-    """The sentence that announces an answer; of an equation in words ("9 months * $5 = $45") its right side."""
+    """Returns the sentence that announces an answer, or an equation's right side ("9 months * $5 = $45")."""
     rest = rest.split("\n", 1)[0] if rest[:1] != "\n" else ""
     rest = SENTENCE_END.split(rest[:MAX_LINE], maxsplit=1)[0].strip().strip("*").strip()
     rest = re.split(r"\s(?:because|since)\s", rest, maxsplit=1)[0]
@@ -85,7 +85,7 @@ def _announced(rest: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} or \\fbox{...} whose braces close; None without one. One pass over the text."""
+    r"""Returns the content of the last \boxed{...} or \fbox{...} whose braces close, in one pass; None without one."""
     stack: list[int | None] = []  # for each open brace: where the content of its box starts, None for other braces
     last: tuple[int, int] | None = None
     for match in BRACES.finditer(text):

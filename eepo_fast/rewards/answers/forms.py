@@ -1,4 +1,4 @@
-"""The form of a normalised text: its parts between separators, its brackets, its relation signs."""
+"""Reads the form of a normalised text: its parts between separators, its brackets, its relation signs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = re.compile(
 
 
 def closes_at_end(text: str) -> bool:
-    """The bracket that opens the text is closed by its last character."""
+    """Returns whether the bracket that opens the text is closed by its last character."""
     depth = 0
     tokens = TOKEN.findall(text)
     for i, token in enumerate(tokens):
@@ -27,7 +27,7 @@ def closes_at_end(text: str) -> bool:
 
 
 def split(text: str, *separators: str) -> list[str]:
-    """Parts between separators outside of all brackets; in intervals the kinds of a pair may differ."""
+    """Splits at separators outside of all brackets; the kinds of a pair may differ, as they do in intervals."""
     if not any(separator in text for separator in separators):
         return [text]
     parts, current, depth = [], [], 0
@@ -46,7 +46,7 @@ def split(text: str, *separators: str) -> list[str]:
 
 
 def group(text: str) -> tuple[tuple[str, str], list[str]] | None:
-    """(brackets, parts) of a tuple or an interval."""
+    """Returns (brackets, parts) of a tuple or an interval; None for other texts."""
     for opening in ("(", "[", "\\langle"):
         for closing in (")", "]", "\\rangle"):
             if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
@@ -59,7 +59,7 @@ def group(text: str) -> tuple[tuple[str, str], list[str]] | None:
 
 
 def relation(text: str) -> tuple[list[str], list[str]] | None:
-    """(sides, relation signs) of an equation, an inequality or a chain of them."""
+    """Returns (sides, relation signs) of an equation, an inequality or a chain of them; None for other texts."""
     signs = [t for t in top_level(text) if t in RELATIONS]
     return (split(text, *RELATIONS), signs) if signs else None
 
@@ -76,7 +76,7 @@ def top_level(text: str) -> list[str]:
 
 
 def oriented(sides: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
-    """With the smaller side first."""
+    """Returns the sides and signs with the smaller side first."""
     if signs and all(sign in (">", "\\ge") for sign in signs):
         return sides[::-1], [FLIPPED[sign] for sign in signs[::-1]]
     return sides, signs

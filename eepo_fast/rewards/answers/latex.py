@@ -1,7 +1,7 @@
-"""The LaTeX grammar of math-verify, without what it gets wrong: it adds neighbouring numbers (3(4) is 7), taking them
-for mixed numbers (which `normalise` has written out before); and it drops what it does not expect, such as primes.
+"""Reads LaTeX by math-verify's grammar, without what that gets wrong: it adds neighbouring numbers (3(4) is 7), taking
+them for mixed numbers (which `normalise` has written out before), and drops what it does not expect, such as primes.
 
-For worker processes.
+Worker processes alone call it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ACCENTED = re.compile(r"\\(?:bar|overline|text)\{ *[A-Za-z0-9]+ *\}(?= *_)")
 
 class _Converter(_Latex2Sympy):
     def convert_postfix_list(self, factors: list, i: int = 0) -> object:
-        """The product of the factors from the i-th on."""
+        """Returns the product of the factors from the i-th on."""
         first = self.convert_postfix(factors[i])
-        if i == len(factors) - 1 or isinstance(first, list):  # alone, or a derivative
+        if i == len(factors) - 1 or isinstance(first, list):  # a factor alone, or a derivative
             return super().convert_postfix_list(factors, i)
         if not isinstance(first, (sympy.Expr, sympy.MatrixBase)):
             return first
@@ -39,20 +39,20 @@ class _Converter(_Latex2Sympy):
 
 
 def convert(text: str) -> object:
-    """The expression; an exception of any kind where there is none."""
+    """Returns the expression; an exception of any kind means that there is none."""
     return _Converter(config=CONFIG).parse(text)
 
 
 def is_broken(text: str) -> bool:
-    """A prime or subscript on a number, two numbers side by side, a brace group glued to a number: the grammar would
-    make something of them that is not there."""
+    """Returns whether there is a prime or subscript on a number, two numbers side by side, or a brace group glued to a
+    number: the grammar would make something of them that is not there."""
     return BROKEN.search(ACCENTED.sub("x", text)) is not None or _glued_group(text)
 
 
 def _glued_group(text: str) -> bool:
-    """Is a {group} that no command asked for next to a number or another group?"""
+    """Returns whether a {group} that no command asked for is next to a number or another group."""
     tokens = TOKEN.findall(text)
-    expected: list[tuple[bool, int]] = []  # for each open brace: is it an argument, how many follow it
+    expected: list[tuple[bool, int]] = []  # for each open brace: is it an argument, and how many more follow
     before, following, glued = "", 0, False  # `glued`: the token before ended such a group
     for i, token in enumerate(tokens):
         if glued and (token == "{" or token.isdigit()):

@@ -1,4 +1,4 @@
-"""Is this part of an answer that part of the gold? A number, an expression, a word: none has parts of its own."""
+"""Compares parts of an answer and of the gold that have no parts of their own: a number, an expression, a word."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eepo_fast.rewards.answers.numbers import read_number, same_number
 from eepo_fast.rewards.answers.units import same_unit, without_unit
 
 Ask = Callable[[str, str, str], bool | None]
-"""(question, gold, answer) -> yes, no, or not known here. Questions: equal, proportional, positively_proportional."""
+"""(question, gold, answer) -> yes, no, or None: not known. Questions: equal, proportional, positively_proportional."""
 
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 BASE = re.compile(r"(-?[0-9A-Fa-f.]+)_\{?([0-9]{1,2})\}?")
@@ -21,14 +21,14 @@ LONE_LETTERS = re.compile(r"\\text\{([A-Za-z]{1,3})(?:\^([0-9]))?\}(?:\^\{?([0-9
 
 
 def compare_leaves(gold: str, answer: str, ask: Ask) -> bool | None:
-    """What has no more parts: a number, an expression, words."""
+    """Compares what has no more parts: a number, an expression, words."""
     result = _compare(gold, answer, ask)
     product = _as_product(gold, answer) if result is False else None
     return product[0] == product[1] or ask("equal", *product) if product else result
 
 
 def _as_product(gold: str, answer: str) -> tuple[str, str] | None:
-    """Of 6 m and 6m, of 2 m g and 2mg, with letters in place of what one side took for a unit; None for other pairs."""
+    """Returns 6 m and 6m, or 2 m g and 2mg, with letters for what one side took for a unit; None for other pairs."""
     (gold, gold_unit), (answer, answer_unit) = without_unit(gold), without_unit(answer)
     match = LONE_LETTERS.fullmatch(gold_unit or answer_unit)
     if not gold or not answer or (gold_unit and answer_unit) or not match:
@@ -79,7 +79,7 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if numbers[0] and numbers[1]:
         if same_number(*numbers) and not (percents[1] and not percents[0] and _is_share(gold)):
             return True
-        if percents[0] != percents[1]:  # the sign is what it stands for
+        if percents[0] != percents[1]:  # the sign stands for a hundredth
             marked, plain = numbers if percents[0] else numbers[::-1]
             return marked.value == 100 * plain.value
         return False
@@ -95,13 +95,13 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
 
 
 def _letters(unit: str) -> list[str] | str:
-    """Of 2 m g and 2mg, which may be a product and no unit."""
+    """Returns the sorted letters of a unit such as m g or mg, which may be a product; any other unit as it is."""
     match = PRODUCT.fullmatch(unit)
     return sorted(match[1].replace("^1", "").replace(".", "")) if match else unit
 
 
 def _is_share(gold: str) -> bool:
-    """Can a percent sign behind this number only mean a hundredth? Of 18 it may be the unit that the gold left out."""
+    """Returns whether a percent sign behind this number can only mean a hundredth; 18 may have had one, left out."""
     number = read_number(gold)
     return number.value != 0 and (abs(number.value) <= 1 or "/" in gold or "\\frac" in gold)
 
@@ -112,7 +112,7 @@ def _parts(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
 
 
 def _word(text: str) -> str | None:
-    """The letters of \\text{word}, or of what could be one."""
+    r"""Returns the letters of \text{word}, or of what could be one; None for other texts."""
     match = WORD.fullmatch(text)
     return match.group(1) if match else text if text.isalpha() and text.isascii() else None
 

@@ -1,4 +1,4 @@
-"""One spelling for the many ways in which people write the same answer. Text in, text out; nothing is evaluated.
+"""Gives one spelling to the many ways in which people write the same answer, text for text; nothing is evaluated.
 
 Every pattern is linear, or quadratic with a small constant on the 2,000 characters that an answer may have. Characters
 that cannot be seen (zero width, direction marks, control characters) are left where they are: an answer that holds one
@@ -81,7 +81,7 @@ TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 WHOLE = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|cal)|emph|mbox|boxed|fbox)\s*\{(.*)\}", re.DOTALL
 )
-# stays text: its letters are no product
+# what stays text, because its letters are no product
 WORDED = re.compile(
     r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)\s*[A-Za-z]{2,}\s*\}|"
     r"\\text\s*\{(?![^{}]*\b(?:and|or)\b)(?=[^{}]*[A-Za-z]{3})[A-Za-z .'-]*\}"
@@ -126,7 +126,7 @@ TIMES_TEN = re.compile(r"(?<=[0-9])(\s*)[xX]\s*10\s?\^")
 NOT_EQUAL = re.compile(r"(?<![0-9A-Za-z)\]}!])!=")  # 5!=120 and n! = 6 have a factorial
 GAP = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
 SPACE_AFTER_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])")
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them mean something further down
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # some of them are marks further down
 NEW_ROW = "\x03"  # stands for \\ meanwhile
 PER_UNIT = re.compile(r"(\\text\{[^{}]*\}\s*(?:\^[0-9]\s*)?/\s*)([A-Za-z]{1,3})(?![A-Za-z])")
 UNIT_LETTERS = frozenset("msghJNWVKLACTFH")
@@ -136,7 +136,7 @@ UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?
 
 
 def normalise(answer: str, thousands: bool = True) -> str:
-    """The common spelling of an answer. `thousands`: read 1,234 as one number where it could be a list of two."""
+    """Returns an answer's common spelling. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(COLOUR.sub("", CONTROL.sub("\ufffd", answer)))
     text = _phrase(_said(_unwrap(text)))
     text = "\\approx " + text[1:] if text[:1] == "~" else text
@@ -174,7 +174,7 @@ def normalise(answer: str, thousands: bool = True) -> str:
 
 
 def _small_commands(text: str) -> str:
-    """{a \\over b}, degrees inside a fraction, x 10^3, a base in brackets, braces around nothing or a number."""
+    r"""Rewrites {a \over b}, degrees in a fraction, x 10^3, a base in brackets, braces around nothing or a number."""
     text = TIMES_TEN.sub(r"\1\\cdot 10^", IDLE.sub("", text).replace("\\&", ","))
     for _ in range(2):  # as deep as people nest them
         text = OVER.sub(_over, text)
@@ -203,7 +203,7 @@ def _plain_characters(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Without delimiters, emphasis, outer text commands and braces, and the point at the end of a sentence."""
+    """Strips delimiters, emphasis, outer text commands and braces, and the point at the end of a sentence."""
     for _ in range(8):  # as deep as people nest them
         before = text
         text = _trim(text)
@@ -223,7 +223,7 @@ def _unwrap(text: str) -> str:
 
 
 def _phrase(text: str) -> str:
-    """Several words, and nothing but words, as one \\text{}."""
+    r"""Puts several words, and nothing but words, into one \text{}."""
     words = text.replace("~", " ")
     if PHRASE.fullmatch(words) and LONG_WORD.search(words) and not FUNCTIONS.union(("and", "or")) & set(words.split()):
         return f"\\text{{{words}}}"
@@ -231,7 +231,7 @@ def _phrase(text: str) -> str:
 
 
 def _said(text: str) -> str:
-    """Without "the answer is" before it, and in digits what is a number in words: eighteen, 18 (eighteen), 2 to 1."""
+    """Drops "the answer is" at the start, and puts into digits a number in words: eighteen, 18 (eighteen), 2 to 1."""
     text = LABEL.sub("", ANSWER_IS.sub("", text))
     match = OPTION.fullmatch(text)
     if match:
@@ -246,7 +246,7 @@ def _said(text: str) -> str:
 
 
 def _trim(text: str) -> str:
-    """Without space around it, LaTeX's kinds too, and without a comma at its end."""
+    """Strips the space around a text, LaTeX's kinds too, and a comma at its end."""
     while True:
         before = text
         text = text.strip().removesuffix("\\quad").removesuffix("\\qquad")
@@ -258,7 +258,7 @@ def _trim(text: str) -> str:
 
 
 def _balanced(text: str) -> bool:
-    """Braces close inside the text, never below where it starts."""
+    """Returns whether the braces close inside the text, never below where it starts."""
     depth = 0
     for i, character in enumerate(text):
         if character in "{}" and (i == 0 or text[i - 1] != "\\"):
@@ -279,7 +279,7 @@ def _command(match: re.Match) -> str:
 
 
 def _texts(text: str) -> str:
-    """Words into \\text{}, function names out of it, "and"/"or" into commas."""
+    r"""Puts words into \text{}, takes function names out of it, and makes separators of "and" and "or"."""
     parts, position = [], 0
     for match in TEXT.finditer(text):
         parts.append(_plain(text[position : match.start()]))
@@ -308,7 +308,7 @@ def _texts(text: str) -> str:
 
 
 def _separator(match: re.Match) -> str:
-    """`;` for "or": of inequalities it is another set than "and"."""
+    """Returns `;` for "or", which makes another set of inequalities than "and" does."""
     words = match.group().lower()
     return ";" if "or" in words and "and" not in words else ","
 
@@ -352,13 +352,13 @@ def _word(match: re.Match) -> str:
 
 
 def _beside_sign(match: re.Match) -> bool:
-    """`an+b` is no article."""
+    """Returns whether a sign is beside the word: `an+b` has no article."""
     before, after = match.string[: match.start()].rstrip()[-1:], match.string[match.end() :].lstrip()[:1]
     return before in tuple("+-=*/^") or after in tuple("+-=*/^_")
 
 
 def _braces(text: str) -> str:
-    """\\frac12 and \\sqrt3 with braces; ^{2} and _{2} without."""
+    r"""Writes \frac12 and \sqrt3 with braces, ^{2} and _{2} without."""
     text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9A-Za-z])", r"\1{\2}", text)
@@ -381,7 +381,7 @@ def _mixed(match: re.Match) -> str:
 
 
 def _spaces(text: str) -> str:
-    """No space but inside \\text{}, between a command and a letter, and between two numbers."""
+    r"""Drops every space but those inside \text{}, between a command and a letter, and between two numbers."""
     kept: list[str] = []
 
     def keep(match: re.Match) -> str:

@@ -1,7 +1,7 @@
-"""Numbers as they are written, exactly: integers, decimals, fractions, e-notation, mixed numbers. And when two of them
-are the same answer:
+r"""Reads numbers exactly as they are written (integers, decimals, fractions, e-notation, mixed numbers), and says when
+two of them are the same answer.
 
-- equal values are equal, however written: 0.5, 1/2, 5e-1, 5 \\times 10^{-1};
+- equal values are equal, however written: 0.5, 1/2, 5e-1, 5 \times 10^{-1};
 - a gold decimal that looks rounded (three significant digits or more, in e-notation two) also accepts what is given to
   more places, or exactly, and rounds to it: 3.14 accepts 3.1416 and 22/7. Never what differs by a unit of its last
   digit. A shorter one (0.5, 0.33) is taken as exact;
@@ -29,9 +29,9 @@ REPEATING = re.compile(r"([-+]*)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\{?([0-9
 class Number:
     value: Fraction
     ulp: Fraction | None = None
-    """One unit of the last digit, of a decimal."""
+    """One unit of a decimal's last digit; None for other numbers."""
     digits: int = 0
-    """Significant digits, of a decimal."""
+    """A decimal's significant digits."""
     scientific: bool = False
 
     @property
@@ -48,7 +48,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that a normalised text is; None where it is something else."""
+    """Returns the number that a normalised text is; None where it is something else."""
     if len(text) > 400 or not text:
         return None
     match = POWER.fullmatch(text)
@@ -107,7 +107,7 @@ def _sign(signs: str) -> int:
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """By the rules at the top of this file."""
+    """Compares two numbers by the rules at the top of this file."""
     if gold.value == answer.value:
         return True
     if gold.ulp is not None:
@@ -117,12 +117,12 @@ def same_number(gold: Number, answer: Number) -> bool:
 
 
 def rounds_to(gold: Number, value: Fraction) -> bool:
-    """Is `gold` a decimal that `value` may have been rounded to?"""
+    """Returns whether `gold` is a decimal that `value` may have been rounded to."""
     return gold.looks_rounded and abs(value - gold.value) <= gold.ulp / 2
 
 
 def approximates(answer: Number, value: Fraction) -> bool:
-    """Is `answer` a decimal of enough digits, and `value` rounded or cut off to these?"""
+    """Returns whether `answer` is a decimal of enough digits to which `value` was rounded or cut off."""
     if answer.ulp is None or answer.digits < MIN_APPROXIMATION_DIGITS:
         return False
     error = abs(value) - abs(answer.value)

@@ -1,5 +1,5 @@
-"""Are two expressions the same? Parsed by math-verify's LaTeX parser, compared by value. For worker processes: hostile
-input can make this run for ever or out of memory.
+"""Says whether two expressions are the same: parsed by math-verify's LaTeX parser, compared by value. Worker processes
+alone call it: hostile input can make this run for ever or out of memory.
 
 Two constants are equal if they agree to 30 digits; two expressions with variables if they agree to 20 digits at points
 drawn once and for all, of both signs, wherever both are real (that is: √(x²) is not x, and ln(ab) is ln a + ln b).
@@ -61,11 +61,11 @@ ZERO = Float("1e-110", DIGITS)  # sympy gives up on telling a constant from zero
 
 
 class NotMathematicsError(Exception):
-    """A text that is not parsed: an unknown command or character, or nothing the grammar takes."""
+    """Says that a text is not parsed: it has an unknown command or character, or nothing the grammar takes."""
 
 
 def ask(question: str, gold: str, answer: str) -> bool:
-    """The worker's side of `compare`; NotMathematicsError for a gold that cannot be parsed."""
+    """Answers what `compare` asks of a worker; NotMathematicsError for a gold that cannot be parsed."""
     gold_expression = parse_latex(gold)
     unfinished = _unfinished(answer) - _unfinished(gold)
     try:
@@ -85,7 +85,7 @@ def _unfinished(text: str) -> set[str]:
 
 @lru_cache(maxsize=512)
 def parse_latex(text: str) -> Basic:
-    """math-verify's reading of a normalised text. NotMathematicsError where it has none."""
+    """Returns math-verify's reading of a normalised text; NotMathematicsError where it has none."""
     if not CHARACTERS.fullmatch(text) or not text or "!!!" in text:
         raise NotMathematicsError
     if not COMMANDS.union(UNFINISHED, ("to", "rightarrow", "mathbb")).issuperset(COMMAND.findall(text)):
@@ -97,7 +97,7 @@ def parse_latex(text: str) -> Basic:
         text = pattern.sub(replacement, text)
     if not re.search(r"\\frac\{d|\\i?int|\\text", text):  # db is a product, no differential
         text = re.sub(r"\\[A-Za-z]+|d(?=[A-Za-z])", lambda m: "{d}" if m.group() == "d" else m.group(), text)
-    if "\\angle" in text or "\\triangle" in text:  # of no points
+    if "\\angle" in text or "\\triangle" in text:  # an angle or a triangle that names no points
         raise NotMathematicsError
     text = DECIMAL.sub(lambda m: f"(\\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}})", text)
     try:
@@ -110,7 +110,7 @@ def parse_latex(text: str) -> Basic:
 
 
 def _figure(kind: str, points: str) -> str:
-    """One symbol for \\angle ABC, which is \\angle CBA and no product, or for \\triangle ABC."""
+    r"""Returns one symbol for \angle ABC, which is \angle CBA and no product, or for \triangle ABC."""
     return f"\\xi_{{angle{min(points, points[::-1])}}}" if kind == "angle" else f"\\xi_{{figure{points}}}"
 
 
@@ -148,7 +148,7 @@ def equal(gold: Basic, answer: Basic, gold_number: Number | None = None, answer_
 
 
 def _proportional(gold: Basic, answer: Basic, positive: bool) -> bool:
-    """answer = c · gold with a constant c ≠ 0; or c > 0."""
+    """Returns whether answer = c · gold with a constant c ≠ 0, or with c > 0 where it must be positive."""
     if any(isinstance(e, (Relational, Set, MatrixBase)) for e in (gold, answer)):
         return False
     gold, answer = _closed(gold), _closed(answer)
@@ -161,7 +161,7 @@ def _proportional(gold: Basic, answer: Basic, positive: bool) -> bool:
 
 
 def _closed(expression: Basic) -> Basic:
-    """With i for the imaginary unit, and one new symbol for each derivative and use of an unknown function: x(t)."""
+    """Puts i for the imaginary unit, and one new symbol for each derivative and use of an unknown function: x(t)."""
     functions = {use: Symbol(f"use{{{use}}}") for use in expression.atoms(AppliedUndef, Derivative)}
     expression = expression.xreplace(functions) if functions else expression
     return expression.xreplace({s: I for s in expression.free_symbols if s.name == "i"})
@@ -185,7 +185,7 @@ def _values(gold: Basic, answer: Basic, point: dict[Symbol, Rational]) -> tuple[
 
 
 def _value(expression: Basic) -> Basic | None:
-    """A number of 40 digits, perhaps complex; None where there is none."""
+    """Returns a number of 40 digits, perhaps complex; None where there is none."""
     try:
         value = N(expression.doit(), DIGITS)
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError):

@@ -1,7 +1,7 @@
-"""A number's unit: where it begins, what it is made of, and which other spelling is the same one.
+r"""Reads a number's unit: where it begins, what it is made of, and which other spelling is the same one.
 
-`mark_unit` reads a number and a unit expression to the end of the text in one step (9.8 \\frac{m}{s^2}) and leaves
-9.8\\text{m^1.s^-2}. What it does not know (18 apples) keeps its words. Nothing is converted.
+`mark_unit` reads a number and a unit expression to the end of the text in one step (9.8 \frac{m}{s^2}) and leaves
+9.8\text{m^1.s^-2}. What it does not know (18 apples) keeps its words. Nothing is converted.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ OLD_WORDS = word_set("cm mm km ft kg mg lb lbs oz ml sec min hr mph kph hz pa ev
 
 
 def mark_unit(text: str) -> str:
-    """The text, its last number's unit (if that is all that follows) as one \\text{} of names and powers."""
+    r"""Returns the text with its last number's unit, if only that follows, as one \text{} of names and powers."""
     for match in NUMBER.finditer(text, max(0, len(text) - MAX_UNIT - MAX_NUMBER)):
         if BEFORE.fullmatch(text[: match.start()]):
             rest = text[match.end() :].strip() if "frac" in match.group() else text[match.end() :]
@@ -90,8 +90,8 @@ def mark_unit(text: str) -> str:
 
 
 def read_unit(text: str, bare: bool = False) -> str | None:
-    """`m^1.s^-2` for a unit expression, None for anything else. `bare`: letters may also be variables, so a lone letter
-    counts only after a space, and several only with a power or a quotient."""
+    """Returns `m^1.s^-2` for a unit expression, None for anything else. `bare`: letters may also be variables, so a
+    lone letter counts only after a space, and several only with a power or a quotient."""
     for pattern, replacement in MICRO:
         text = pattern.sub(replacement, text)
     spaced = text[:1] in (" ", "\t") or text.startswith("\\cdot")
@@ -111,7 +111,7 @@ def read_unit(text: str, bare: bool = False) -> str | None:
 
 
 class _Reader:
-    """Recursive descent over a unit's tokens; in a/b c all that follows the slash is below it."""
+    """Descends recursively over a unit's tokens; in a/b c all that follows the slash is below it."""
 
     def __init__(self, tokens: list[str]):
         self.tokens, self.position = tokens, 0
@@ -191,7 +191,7 @@ class _Reader:
 
 
 def _name(word: str) -> str:
-    """A unit's one name, by which others are compared; ValueError for what is none."""
+    """Returns a unit's one name, by which it is compared with others; ValueError for what is none."""
     if word[:1] in ("°", "☉"):
         return word
     if word in SHORT_NAMES:
@@ -219,7 +219,7 @@ MARKED = re.compile(r"\\text\{([^{}\s^.]+\^-?[0-9]+(?:\.[^{}\s^.]+\^-?[0-9]+)*)\
 
 
 def same_unit(gold: str, answer: str) -> bool:
-    """One unit, or none on one side. What says another number (18 dozen, 2 and a half) is no unit to leave out."""
+    """Returns whether both have the same unit, or one has none; words of another number (18 dozen) are no unit."""
     if not gold or not answer:
         words = set(re.findall(r"[a-z]+|!", (gold + answer).lower())) - {"text"}
         squared = words & {"squared", "cubed"} and not (words - {"squared", "cubed"})
@@ -230,7 +230,7 @@ def same_unit(gold: str, answer: str) -> bool:
 
 
 def unit_words(text: str) -> list[str]:
-    """A unit's words and exponents under common names; `sq units`, `square units` and `units^2` are one."""
+    """Returns a unit's words and exponents under common names; `sq units`, `square units` and `units^2` are one."""
     marked = MARKED.fullmatch(text)
     known = marked.group(1) if marked else read_unit(text)
     if known:

@@ -254,7 +254,7 @@ def test_unlearning_that_streams_is_the_same(make_policy, make_engine, prompts, 
     assert all(p.grad is None for p in policy.model.parameters())
 
 
-def test_a_stream_that_runs_out_of_memory_is_made_after_the_stage(make_policy, make_engine, prompts, test_config):
+def test_a_stream_out_of_memory_is_made_after_the_stage(make_policy, make_engine, prompts, test_config):
     config = test_config(eepo={"alpha": 1.0}).eepo
     policy = make_policy(micro_batch_tokens=40)
     rollouts = sampled(make_engine(), prompts)

@@ -1,4 +1,4 @@
-"""Losses against plain references written from DESIGN §2 and Eq. 2 to 10, token by token."""
+"""Losses against plain references written from the paper's Eq. 2 to 10, token by token."""
 
 import math
 

@@ -125,7 +125,7 @@ def test_missing_rewards_are_left_out_and_counted(make_trainer, coin_grader):
     assert row["reward/mean"] == pytest.approx(sum(known) / len(known))
 
 
-def test_a_non_finite_update_is_dropped_and_the_third_in_a_row_stops(make_trainer, monkeypatch):
+def test_non_finite_updates_are_dropped_and_three_in_a_row_stop(make_trainer, monkeypatch):
     trainer = make_trainer(eepo={"enabled": False})
 
     def poison(batch):
@@ -197,7 +197,7 @@ def test_without_the_optimizer_the_end_differs(make_trainer, tiny_model, save_ch
     assert not torch.equal(weights_of(resumed), final)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make_trainer, save_checkpoint, tmp_path, test_config):
+def test_a_damaged_checkpoint_is_named_and_the_last_whole_used(make_trainer, save_checkpoint, tmp_path, test_config):
     trainer = make_trainer()
     folders = []
     for _ in range(3):
@@ -249,7 +249,7 @@ def test_a_checkpoint_holds_the_policy_and_never_the_engine(make_trainer, save_c
     assert json.loads((folder / "state.json").read_text())["step"] == 1
 
 
-def test_a_crash_while_the_engine_is_forgetful_touches_nothing_else(make_trainer, tiny_model, monkeypatch):
+def test_a_crash_while_forgetful_touches_the_engine_alone(make_trainer, tiny_model, monkeypatch):
     """The policy and its state are what they were before the iteration, and the next one begins at the policy."""
     start = copy.deepcopy(tiny_model.state_dict())
     expected = make_trainer(eepo=OPEN).iteration()[0]

@@ -206,7 +206,7 @@ def test_stop_tokens():
     assert stop_token_ids(tokenizer, None) == [5, 7, 9]
 
 
-def test_an_epoch_uses_each_prompt_once_and_drops_the_partial_batch():
+def test_an_epoch_has_each_prompt_once_and_no_partial_batch():
     epochs = [[i for it in range(e * 3, e * 3 + 3) for i in prompt_indices(it, 10, 3, seed=4)] for e in range(2)]
     for epoch in epochs:
         assert len(epoch) == len(set(epoch)) == 9

@@ -111,7 +111,7 @@ def row(problem, sample, reward, status="ok"):
             "num_tokens": 4, "finished": reward == 1.0}  # fmt: skip
 
 
-def test_a_summary_counts_what_is_missing_and_averages_without_weights():
+def test_a_summary_counts_the_missing_and_averages_unweighted():
     first = [row("a", None, 1.0), row("b", None, None, "timeout")]
     second = [row("c", None, 0.0), row("c", 0, 1.0), row("c", 1, 0.0)]
     part = summarise(first, [1])

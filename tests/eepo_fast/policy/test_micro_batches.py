@@ -17,7 +17,7 @@ from eepo_fast.types import UserError
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("lengths", [[7], [1, 30, 2, 9, 9, 4, 17, 1], list(range(1, 60)), [200, 1, 1, 1], [0, 3, 0]])
-def test_every_rollout_once_within_the_budget_as_many_on_each_rank(make_rollouts, lengths, num_ranks, packed):
+def test_micro_batches_hold_all_in_budget_as_many_on_each_rank(make_rollouts, lengths, num_ranks, packed):
     rollouts, budget = make_rollouts(lengths), 64
     plan = plan_micro_batches(rollouts, budget, num_ranks, packed)
     assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1

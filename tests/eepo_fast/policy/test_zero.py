@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-def test_gradient_forgotten_weights_loss_and_update_are_those_of_one_process(launch):
+def test_two_ranks_compute_what_one_process_does(launch):
     ranks = launch("policy/zero_worker.py", json.dumps(CASES))
     assert len(ranks) == 2 and len(ranks[0]) == len(CASES)
     for name in ranks[0]:

@@ -98,7 +98,7 @@ def test_a_worker_that_died_idle_costs_no_answer(grader):
     assert [(g.reward, g.status) for g in grades] == [(1.0, "ok")] * 6
 
 
-def test_a_worker_that_dies_at_its_job_is_an_error_and_no_plain_zero(grader, monkeypatch):
+def test_a_worker_that_dies_at_its_job_is_an_error_not_a_zero(grader, monkeypatch):
     def send_and_die(worker, job):
         worker.process.kill()
         worker.process.wait()

@@ -46,7 +46,7 @@ MODELS = {
 
 @needs_vllm
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_a_16_bit_engine_has_fp32_logits_of_the_weights_it_was_given_last(kind):
+def test_a_16_bit_engine_has_fp32_logits_of_its_latest_weights(kind):
     """After a sync and after a forget step in place: no copy of the head in fp32 is kept."""
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
@@ -133,7 +133,7 @@ def compile_key(model, temporary, monkeypatch):
     return config.compute_hash(), repr(sorted(envs.compile_factors().items()))
 
 
-def test_many_ranks_may_make_the_folder_at_once_and_a_damaged_one_is_mended(tiny_model, tmp_path, monkeypatch):
+def test_many_ranks_may_make_or_mend_the_folder_at_once(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(lambda _: start_vllm.config_folder(tiny_model), range(8)))
@@ -197,7 +197,7 @@ def stub_engine(note):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_engine_runs_on_a_stream_of_high_priority_and_what_streams_beside_it_does_not(streams):
+def test_the_engine_s_stream_has_priority_over_those_beside_it(streams):
     notes = []
 
     def note(name):
@@ -230,7 +230,7 @@ def test_calls_inside_calls_wait_once(streams):
 
 
 @needs_vllm
-def test_the_engine_starts_and_captures_its_graphs_on_that_stream(streams, tiny_model, monkeypatch):
+def test_the_engine_starts_and_captures_graphs_on_that_stream(streams, tiny_model, monkeypatch):
     """Graphs are replayed with the priority that they were captured with; vLLM's own function is asked for it."""
     from vllm.distributed import parallel_state
 
@@ -280,7 +280,7 @@ def test_what_fails_after_vllm_has_started_ends_it(tiny_model, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_pytorch_holds_unused_is_given_back_before_the_engine_wakes(monkeypatch):
+def test_unused_memory_is_given_back_before_the_engine_wakes(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     engine = stub_engine(calls.append)

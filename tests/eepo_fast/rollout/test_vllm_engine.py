@@ -331,7 +331,7 @@ def test_gradients_in_16_bits_and_tiny_steps_pass(one_pair):
         engine.generate(REQUESTS, SAMPLING)
 
 
-def test_an_update_interrupted_before_its_cache_reset_closes_the_engine(one_pair, monkeypatch):
+def test_an_update_without_its_cache_reset_closes_the_engine(one_pair, monkeypatch):
     model, engine = one_pair
 
     def interrupt(**kwargs):
@@ -449,7 +449,7 @@ def test_an_interrupted_generation_leaves_nothing_behind(one_pair):
     assert len(engine.generate(REQUESTS, SAMPLING)) == 6
 
 
-def test_a_fresh_engine_refuses_and_falls_back_to_reload_where_no_plan_holds(monkeypatch, caplog):
+def test_a_fresh_engine_refuses_or_reloads_where_no_plan_holds(monkeypatch, caplog):
     """A model that the plan cannot follow goes through vLLM's layerwise reload, with the same values."""
     model = make_model("qwen2-tied-biased")
 
@@ -472,7 +472,7 @@ def test_a_fresh_engine_refuses_and_falls_back_to_reload_where_no_plan_holds(mon
     engine.close()
 
 
-def test_a_bf16_engine_forgets_the_whole_step_and_draws_the_bits_of_any_other():
+def test_a_bf16_engine_forgets_the_whole_step_bit_for_bit():
     """Stochastic rounding keeps a step far below a bf16 ulp; the fused engine draws what the embedded one draws."""
     from eepo_fast.rollout.hf import HfEngine
 

@@ -188,7 +188,7 @@ def test_a_loader_that_a_plan_cannot_follow_is_refused(loader, words):
         record_plan(broken(load_one=loader), SHAPES)
 
 
-def test_what_the_loader_does_beside_copying_is_found_by_the_check():
+def test_what_the_loader_does_beside_copying_is_found():
     """A plan records copies alone; values loaded both ways tell whether that was all."""
 
     def scales_afterwards(self, name, weight):

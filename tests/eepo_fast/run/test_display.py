@@ -77,7 +77,7 @@ def test_plain_lines_without_a_terminal(metric_keys):
     assert len(lines) == 21 and lines[0].startswith("r 1/40  reward 0.100") and "\x1b" not in "".join(lines)
 
 
-def test_the_panel_is_live_on_a_terminal_and_other_ranks_are_silent(metric_keys):
+def test_the_panel_is_live_on_terminals_and_other_ranks_silent(metric_keys):
     display = make_display()
     with display.training("r", 3, 40) as show:
         assert isinstance(show, LivePanel)

@@ -178,7 +178,7 @@ def test_a_machine_without_a_dry_run_is_refused(capsys):
     assert "--machine: expected --dry-run" in capsys.readouterr().err
 
 
-def test_the_unlearning_pass_is_counted_beside_an_engine_that_is_awake():
+def test_unlearning_is_counted_beside_an_engine_that_is_awake():
     machine = find_machine("8xA100-80GB", 1)
     asleep, awake = (load("qwen3-8b-base", f"rollout.sleep={value}") for value in ("true", "false"))
     shape = find_shape(asleep)
