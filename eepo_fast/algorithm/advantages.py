@@ -10,8 +10,8 @@ EPSILON = 1e-6
 
 
 def group_advantages(rewards: list[float | None]) -> list[float]:
-    """(r - mean) / (unbiased standard deviation + 1e-6). A missing reward (None) is left out of both and gets 0, as
-    does a group in which all rewards are equal or fewer than two are known."""
+    """Returns (r - mean) / (unbiased standard deviation + 1e-6). A missing reward (None) is left out of both and gets
+    0, as does a group in which all rewards are equal or fewer than two are known."""
     known = [r for r in rewards if r is not None]
     if len(known) < 2 or len(set(known)) == 1:
         return [0.0] * len(rewards)

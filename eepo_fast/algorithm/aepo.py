@@ -43,7 +43,7 @@ SMALLEST_ADVANTAGE = 0.05
 
 
 class Aepo:
-    """The extra samples of an iteration and what they were for; an `Addition`."""
+    """An `Addition`: the extra samples of an iteration, and what became of them."""
 
     def __init__(self, config: AepoConfig, entropy: float):
         """entropy: the policy's in its last update, in nats, which the target is compared with."""
@@ -55,7 +55,7 @@ class Aepo:
         self.num_positive = 0
         """How many are right (term), or have a large enough advantage (replace)."""
         self.grad_norm = 0.0
-        """‖∇‖ of what they add to the loss, at θ; 0 without a term."""
+        """The norm of the gradient of what they add to the loss, at θ; 0 without a term."""
 
     def sample(self, it: Iteration) -> None:
         requests = extra_requests(self.config, it.prompts, it.config.rollout.group_size, *it.seed)
@@ -73,7 +73,7 @@ class Aepo:
         return rows
 
     def choose_samples(self, group_size: int, batch_size: int) -> None:
-        """batch_size: completions of the ordinary batch."""
+        """Takes the ordinary batch's number of completions as batch_size."""
         if self.config.mode == "term":
             self.used = [r for r in self.rollouts if r.reward is not None and r.reward > 0]
             self.num_positive = len(self.used)

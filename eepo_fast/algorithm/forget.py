@@ -56,7 +56,7 @@ class Unlearning:
 
 
 Ablation = Callable[[Unlearning, Policy, Sequence[Rollout]], None]
-"""Puts another step in the gradient's place; may find that it cannot be taken."""
+"""A function that puts another step in the gradient's place; it may find that this cannot be taken."""
 
 
 def compute_unlearning(
@@ -96,7 +96,7 @@ def _num_prompts(rollouts: Sequence[Rollout]) -> int:
 
 
 class GradientPass:
-    """∇L over completions that may come in parts: the same terms, summed in another order."""
+    """Sums ∇L over completions that may come in parts: the same terms, in another order."""
 
     def __init__(self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int):
         self.policy, self.config = policy, config

@@ -66,7 +66,7 @@ class Addition(Protocol):
         """Samples `rollouts`, while the engine holds θ."""
 
     def choose(self, it: Iteration, rows: list[Rollout]) -> list[Rollout]:
-        """Once all completions are graded: returns the rows of the policy's loss. rows: what they are without it."""
+        """Returns the rows of the policy's loss, once all completions are graded. rows: what they are without it."""
 
     def terms(self, update: int, num_updates: int) -> list[Term]:
         """Returns what it adds to the loss of one of the iteration's updates, which are counted from 0."""
@@ -228,9 +228,9 @@ class Iteration:
     def _engine_logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]] | None:
         if not self.config.log.token_details:
             return None
-        shared = dict(world=self.world, ranks_per_engine=self.config.rollout.tensor_parallel)
+        temperature, ranks = self.sampling.temperature, self.config.rollout.tensor_parallel
         with self.phase("token_details"):
-            return score_everywhere(self.engine, rollouts, self.sampling.temperature, **shared)
+            return score_everywhere(self.engine, rollouts, temperature, world=self.world, ranks_per_engine=ranks)
 
     # -- scores
 

@@ -1,4 +1,5 @@
-"""Per-token losses in closed form, as `loss_fn`s for the fused head: (statistics, token indices) -> weighted losses.
+"""Losses of single tokens, in closed form, as `loss_fn`s for the fused head: (statistics, token indices) -> weighted
+losses.
 
 Deviations from the paper:
 - Eq. 2 averages over the tokens of one group; here the token mean is over the whole mini-batch, so that long groups do
@@ -33,8 +34,8 @@ MAX_KL_EXPONENT = 10.0
 
 
 def gate_open(entropy: Tensor, rows: Tensor, starts: Tensor, alpha: float, window: int) -> Tensor:
-    """Returns I_t of Eq. 4 and 5, bool [n], for tokens `rows` [n]: is the mean entropy of the last `window` tokens
-    below `alpha`?
+    """Returns I_t of Eq. 4 and 5, bool [n], for tokens `rows` [n]: whether the mean entropy of the last `window`
+    tokens is below `alpha`.
 
     entropy: [at least rows.max() + 1], of the micro-batch's tokens in order; starts: [N] int64, index of the first
     token of each token's own response, at which the window is cut off.
@@ -93,6 +94,7 @@ def unlearning_loss(config: EepoConfig, starts: Tensor, weights: Tensor) -> Loss
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         losses = clipped_log1mp(stats.log1mp, config) if config.loss == "complementary" else -stats.logprobs
         if config.gate == "token":
+            assert stats.history is not None
             is_open = gate_open(stats.history.entropy, rows, starts, config.alpha, config.window)
             losses = torch.where(is_open, losses, 0.0)
         return weights[rows] * losses
@@ -189,6 +191,7 @@ def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
         advantages = _kept(keep, tokens.advantages[rows])
         losses = -torch.minimum(ratio * advantages, clipped(ratio, config) * advantages)
         if config.kl_coef:
+            assert tokens.ref_logprobs is not None
             losses = losses + config.kl_coef * low_variance_kl(policy_logprobs, _kept(keep, tokens.ref_logprobs[rows]))
         if config.entropy_coef:
             losses = losses - config.entropy_coef * _kept(keep, stats.entropy)

@@ -43,7 +43,7 @@ class _Mean:
     count: Tensor | int = 0
 
     def add(self, values: Tensor, kept: Tensor) -> None:
-        """kept: bool, which values count."""
+        """Adds the values that are kept (bool)."""
         self.total = self.total + torch.where(kept, values, 0.0).sum(dtype=torch.float64)
         self.count = self.count + kept.sum()
 
@@ -155,10 +155,10 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
         **_unlearn_metrics(unlearning, it.forget_stats, it.config.eepo.learning_rate),
         "unlearn/kl": unlearning.kl if unlearning and unlearning.resampled else update.mean("unlearn/kl"),
-        "policy/loss": update.loss / max(1, len(update.grad_norms)),
+        "policy/loss": float(update.loss) / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/updates_skipped": update.skipped,
-        "policy/non_finite_losses": update.non_finite_losses,
+        "policy/non_finite_losses": int(update.non_finite_losses),
         "policy/out_of_memory": it.out_of_memory,
         "policy/kl": update.mean("policy/kl"),
         **{
@@ -178,21 +178,21 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
     return result
 
 
-def _unlearn_metrics(unlearning: Unlearning | None, stats: ForgetStats | None, eta: float) -> dict[str, float]:
+def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, eta: float) -> dict[str, float]:
     """Returns what forgetting did. Without EEPO every value but `skipped` is NaN; `strength` is η‖∇L‖², the first-order
     change of L."""
-    nan, found = math.nan, unlearning is not None
+    nan = math.nan
     return {
-        "unlearn/active_fraction": unlearning.active_fraction if found else nan,
-        "unlearn/loss": unlearning.loss if found else nan,
-        "unlearn/grad_norm": unlearning.grad_norm if found else nan,
-        "unlearn/strength": eta * unlearning.grad_norm**2 if found else nan,
+        "unlearn/active_fraction": found.active_fraction if found else nan,
+        "unlearn/loss": found.loss if found else nan,
+        "unlearn/grad_norm": found.grad_norm if found else nan,
+        "unlearn/strength": eta * found.grad_norm**2 if found else nan,
         "unlearn/retention": stats.retention if stats else nan,
         "unlearn/noise_ratio": stats.noise_ratio if stats else nan,
-        "unlearn/skipped": float(found and not unlearning.apply),
-        "unlearn/non_finite": float(found and not unlearning.finite),
-        "unlearn/too_long": float(found and unlearning.too_long),
-        "unlearn/resampled": float(found and unlearning.resampled),
+        "unlearn/skipped": float(found is not None and not found.apply),
+        "unlearn/non_finite": float(found is not None and not found.finite),
+        "unlearn/too_long": float(found is not None and found.too_long),
+        "unlearn/resampled": float(found is not None and found.resampled),
     }
 
 
@@ -228,7 +228,7 @@ def append_metrics(run_dir: Path, metrics: dict[str, float]) -> None:
 
 
 def add_to_last(run_dir: Path, step: int, values: dict[str, float]) -> None:
-    """Add values to the row of iteration `step`, the last one."""
+    """Adds values to the row of iteration `step`, the last one."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[-1])
@@ -275,7 +275,7 @@ def _without_nan(values: list[float]) -> list[float | None]:
 
 
 def cut_back(run_dir: Path, step: int) -> None:
-    """Remove what was logged after iteration `step`, so that a resumed run writes it once."""
+    """Removes what was logged after iteration `step`, so that a resumed run writes it once."""
     path = run_dir / "metrics.jsonl"
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -29,15 +29,15 @@ SPARE_BYTES = 1 << 30  # left to the engine: its sampling step asks for memory o
 
 @functools.cache
 def side_stream(name: str) -> torch.cuda.Stream:
-    """One for all iterations: what PyTorch's allocator keeps it keeps for a stream."""
+    """Returns one stream for all iterations: what PyTorch's allocator keeps it keeps for a stream."""
     return torch.cuda.Stream()
 
 
 class Background:
-    """A thread, with a CUDA stream of its own on a GPU; or no thread, and work is done when it is given."""
+    """Does work on a thread, with a CUDA stream of its own on a GPU; or without a thread, when it is given."""
 
     def __init__(self, name: str, *, threaded: bool, on_gpu: bool = True):
-        """on_gpu: whether it is the GPU's work, where there is one."""
+        """Takes on_gpu: whether the work is the GPU's, where there is one."""
         on_gpu = on_gpu and threaded and torch.cuda.is_available()
         self.stream = side_stream(name) if on_gpu else None
         device = torch.cuda.current_device() if on_gpu else None
@@ -57,13 +57,13 @@ class Background:
         self.synchronize()
 
     def synchronize(self) -> None:
-        """Until its stream has done what it was given."""
+        """Waits until its stream has done what it was given."""
         if self.stream is not None:
             self.stream.synchronize()
 
     def has_room(self, num_bytes: float) -> bool:
-        """Can its stream have so much, and the engine beside it what a step takes? What PyTorch keeps for the stream
-        counts as free, and what it keeps for others where all of a segment is unused: it gives that back before it runs
+        """Returns whether its stream can have so much, and the engine what a step takes. What PyTorch keeps for the
+        stream counts as free, and what it keeps for others where all of a segment is unused: it gives that back before it runs
         out."""
         if self.stream is None:
             return True
@@ -74,19 +74,19 @@ class Background:
         return num_bytes + SPARE_BYTES <= torch.cuda.mem_get_info()[0] + kept
 
     def wait(self) -> None:
-        """For all that was given; raises what it raised."""
+        """Waits for all that was given; raises what it raised."""
         for future in self.pending:
             future.result()
         self.pending.clear()
 
     def close(self) -> None:
-        """What has not begun is not begun; nothing goes on behind."""
+        """Leaves undone what has not begun, and waits for the rest."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
 
 class TokenQueue:
-    """Completions in batches of at most so many tokens, in the order in which they come."""
+    """Gives completions on in batches of at most so many tokens, in the order in which they come."""
 
     def __init__(self, most: int, give: Callable[[list[Rollout]], None]):
         self.most, self.give = most, give
@@ -109,7 +109,7 @@ class TokenQueue:
 
 
 class StreamedUnlearning:
-    """∇L of completions that have finished, computed while others are still being sampled: between two steps of the
+    """Computes ∇L of completions that have finished while others are still being sampled: between two steps of the
     engine on a CPU, on a thread and a CUDA stream of its own on a GPU. Where memory does not suffice for both, it gives
     up, and the pass is made after the stage."""
 
@@ -121,10 +121,10 @@ class StreamedUnlearning:
         self.background = background
         self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._work, batch))
         self.spans: list[tuple[float, float]] = []
-        """When it was worked on."""
+        """The times at which it was worked on: (start, end), of `time.perf_counter`."""
         self.gave_up = False
         self.put_off = 0
-        """Micro-batches for which there was no room beside the engine; made after the stage."""
+        """The micro-batches for which there was no room beside the engine; they are made after the stage."""
 
     def take(self, rollout: Rollout) -> None:
         """Takes a completion that has finished; a micro-batch of them is worked on at once."""
@@ -147,18 +147,18 @@ class StreamedUnlearning:
         self.spans.append((started, time.perf_counter()))
 
     def _has_room(self, whole: GradientPass) -> bool:
-        """Whether there is room for a micro-batch, and at the first for ∇L itself."""
+        """Returns whether there is room for a micro-batch, and at the first for ∇L itself."""
         gradient = 0 if whole.done else sum(p.nbytes for p in whole.policy.model.parameters())
         return self.background.has_room(whole.policy.pass_bytes(gradient=True) + gradient)
 
     def drop(self) -> None:
-        """What has been done is of completions that do not count, or its memory is needed: all is made later."""
+        """Forgets what has been done, whose completions do not count or whose memory is needed; all is made later."""
         self.background.wait()
         self.whole = None
         self.spans.clear()
 
     def seconds_until(self, moment: float) -> float:
-        """Spent on it before a moment of `time.perf_counter`."""
+        """Returns the seconds spent on it before a moment of `time.perf_counter`."""
         return sum(max(0.0, min(end, moment) - start) for start, end in self.spans)
 
     def hand_over(self) -> GradientPass | None:
@@ -170,14 +170,14 @@ class StreamedUnlearning:
 
 
 class ScoredAhead:
-    """Log-probs of a model that does not change (the reference), where it may be asked while an engine samples."""
+    """Scores completions with a model that does not change (the reference) while an engine samples others."""
 
     def __init__(self, policy: Policy, background: Background):
         assert policy.stream_tokens is not None
         self.policy, self.background = policy, background
         self.gave_up = False
         self.put_off = 0
-        """Batches for which there was no room beside the engine; scored after the stage."""
+        """The batches for which there was no room beside the engine; they are scored after the stage."""
         self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._score, batch))
 
     def take(self, rollout: Rollout) -> None:
@@ -204,11 +204,11 @@ def set_ref_logprobs(reference: Policy, rollouts: Sequence[Rollout]) -> None:
 
 
 class Yielding:
-    """An engine's sampling, where something else has memory beside it: if it runs out, that is given up, and sampling
+    """Samples with an engine that has others' memory beside it: if that runs out, they give theirs up, and sampling
     begins again, once. Seeds are a request's own, so that the same comes of it."""
 
     def __init__(self, engine: RolloutEngine, give_up: Callable[[list[Rollout]], None]):
-        """give_up: told what has been handed over, which does not count."""
+        """Takes give_up, which is told what has been handed over: it does not count."""
         self.engine, self.give_up = engine, give_up
 
     def generate(
@@ -236,10 +236,10 @@ class Yielding:
 
 
 class GradedAhead:
-    """Grades of completions, a chunk at a time on a thread of its own, where the grader may be called from one."""
+    """Grades completions a chunk at a time, on a thread of its own where the grader may be called from one."""
 
     def __init__(self, grader: Grader, decode: Callable[[Rollout], str], *, chunk: int, seconds: float):
-        """chunk: completions graded at once. seconds: for all of an iteration's answers."""
+        """Takes chunk, how many completions are graded at once, and the seconds that all of an iteration's may take."""
         self.grader, self.decode, self.chunk, self.limit = grader, decode, chunk, seconds
         self.seconds = seconds
         self.background = Background("grade", threaded=grader.beside_sampling, on_gpu=False)
@@ -263,7 +263,7 @@ class GradedAhead:
         self.known.update(zip(map(_key, rollouts), grades, strict=True))
 
     def grades(self, rollouts: Sequence[Rollout], world: World) -> list[Grade]:
-        """Of all of them, on every rank: what is known anywhere, and the rest now, each rank its share."""
+        """Returns grades of all of them, on every rank; what none knows yet is graded now, each rank its share."""
         self.background.wait()
         known = {key: grade for part in world.gather(self.known) for key, grade in part.items()}
         mine = [r for r in rollouts if _key(r) not in known][world.rank :: world.size]
@@ -273,7 +273,7 @@ class GradedAhead:
         return [known[_key(r)] for r in rollouts]
 
     def drop(self, rollouts: Sequence[Rollout]) -> None:
-        """They do not count, nor does the time that they took."""
+        """Forgets completions that do not count, and the time that they took."""
         self.background.wait()
         self.seconds, dropped = self.limit, set(rollouts)
         self.waiting = [r for r in self.waiting if r not in dropped]
@@ -282,7 +282,7 @@ class GradedAhead:
 
 
 class Ahead:
-    """What is done with an iteration's completions before the last of them has ended."""
+    """Does what can be done with an iteration's completions before the last of them has ended."""
 
     def __init__(
         self, config: Config, grader: Grader, decode: Callable[[Rollout], str], reference: Policy | None, world: World
@@ -298,9 +298,10 @@ class Ahead:
         self.graded = GradedAhead(grader, decode, chunk=chunk, seconds=config.reward.step_seconds)
         self.unlearning = Background("unlearn", threaded=torch.cuda.is_available())
         self.scoring = Background("score", threaded=torch.cuda.is_available())
-        possible = self.scoring.pool and reference and reference.stream_tokens
-        self.scored = ScoredAhead(reference, self.scoring) if possible else None
-        """Nothing runs beside a CPU's sampling, nor where ranks would have to meet."""
+        self.scored: ScoredAhead | None = None
+        """None on a CPU, beside whose sampling nothing runs, and where ranks would have to meet."""
+        if self.scoring.pool and reference and reference.stream_tokens:
+            self.scored = ScoredAhead(reference, self.scoring)
         self.backgrounds = (self.graded.background, self.unlearning, self.scoring)
 
     def stream(
@@ -312,7 +313,7 @@ class Ahead:
         return self.streamed
 
     def beside(self, engine: RolloutEngine, streamed: StreamedUnlearning | None) -> RolloutEngine | Yielding:
-        """The engine to sample with, which may take back what `streamed` and the scores hold. Not where an engine is
+        """Returns the engine to sample with, which may take back what `streamed` and the scores hold. Not where it is
         spread over ranks: those that have memory left wait inside it for the one that has none."""
         alone = self.unlearning.pool is None or (streamed is None and self.scored is None)
         return engine if alone or self.ranks_per_engine > 1 else Yielding(engine, self._give_up)
@@ -327,13 +328,13 @@ class Ahead:
         self.drop(handed)
 
     def metrics(self) -> dict[str, int]:
-        """How often sampling ran out of memory and began again, and batches that found no room beside it."""
+        """Returns how often sampling ran out of memory and began again, and how many batches had no room beside it."""
         waiting = [part.put_off for part in (self.streamed, self.scored) if part]
         return {"rollout/out_of_memory": self.given_up, "rollout/put_off": sum(waiting)}
 
     def put_to_sleep(self, engine: RolloutEngine, waiting: AbstractContextManager) -> None:
-        """The engine, in a run where it sleeps: once nothing asks for memory, for what vLLM gives back has to show.
-        waiting: is entered for the time of that."""
+        """Lets the engine sleep, in a run where it does, once nothing asks for memory, for what vLLM gives back has to
+        show. waiting: is entered for the time of that."""
         if self.sleeps:
             with waiting:
                 self.unlearning.wait()
@@ -347,17 +348,17 @@ class Ahead:
             self.scored.take(rollout)
 
     def drop(self, rollouts: Sequence[Rollout]) -> None:
-        """What was sampled is sampled again."""
+        """Forgets completions that are sampled again."""
         self.graded.drop(rollouts)
         if self.scored:
             self.scored.queue.drop(rollouts)
 
     def close(self) -> None:
-        """Whatever has ended the iteration, nothing goes on behind it."""
+        """Ends all threads: whatever has ended the iteration, nothing goes on behind it."""
         for background in self.backgrounds:
             background.close()
 
 
 def _key(rollout: Rollout) -> tuple:
-    """The same on every rank."""
+    """Returns what a completion is known by on every rank."""
     return rollout.prompt.id, rollout.stage, rollout.sample_index, rollout.weights_version

@@ -20,7 +20,7 @@ def has_finite_logprobs(rollout: Rollout) -> bool:
 
 
 def lacks_prox_logprobs(rollout: Rollout) -> bool:
-    """Whether the ratio needs log-probs of the policy that nobody has computed yet."""
+    """Returns whether the ratio needs log-probs of the policy that nobody has computed yet."""
     forgetful = all(version.forgotten for version in rollout.token_versions) and has_finite_logprobs(rollout)
     return rollout.prox_logprobs is None and not forgetful
 
@@ -45,5 +45,5 @@ def clipped(ratio: Tensor, config: GrpoConfig) -> Tensor:
 
 
 def is_cut(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
-    """Returns, bool [n], where the minimum of Eq. 2 takes the clipped ratio: such a token has no gradient."""
+    """Returns bool [n]: where the minimum of Eq. 2 takes the clipped ratio: such a token has no gradient."""
     return clipped(ratio, config) * advantages < ratio * advantages
