@@ -63,8 +63,8 @@ class Background:
 
     def has_room(self, num_bytes: float) -> bool:
         """Returns whether its stream can have so much, and the engine what a step takes. What PyTorch keeps for the
-        stream counts as free, and what it keeps for others where all of a segment is unused: it gives that back before it runs
-        out."""
+        stream counts as free, and what it keeps for others where all of a segment is unused: it gives that back before
+        it runs out."""
         if self.stream is None:
             return True
         kept = 0
