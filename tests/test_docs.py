@@ -304,3 +304,24 @@ def test_the_pages_are_built_strictly(tmp_path):
 def test_overlays_and_workflow_files_are_yaml():
     for path in [*ROOT.glob(".pre-commit-config.yaml"), *(ROOT / "configs").rglob("*.yaml")]:
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
+
+
+NAMED = r"`((?:eepo_fast|kernels|csrc|configs|bench|tests|docs)/[\w./-]*)`"
+SYMBOL = r"`(\w+(?:\.\w+)?)`[^|`]*? in `([\w/]+\.py)`|`([\w/]+\.py)`: `(\w+(?:\.\w+)?)`"
+
+
+def missing_places(text):
+    """Yields what a page names and the tree has not: files, folders, and names said to be in a file."""
+    yield from (path for path in re.findall(NAMED, text) if not (ROOT / path).exists())
+    for before, first, second, after in re.findall(SYMBOL, text):
+        name, path = (before or after).split(".")[-1], ROOT / (first or second)
+        if path.exists() and not re.search(rf"^\s*(?:def |class )?{name}\b", path.read_text("utf-8"), re.M):
+            yield f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_contributing_names_places_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert len(re.findall(NAMED, text)) > 40 and len(re.findall(SYMBOL, text)) > 8
+    assert not list(missing_places(text))
+    gone = "`eepo_fast/algorithm/gone.py`, `Nobody` in `eepo_fast/types.py`, `eepo_fast/types.py`: `nothing`"
+    assert len(list(missing_places(gone))) == 3, "the control"
