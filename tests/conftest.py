@@ -46,6 +46,7 @@ SLOW = (
     r"test_hardware_rounding\.py::\w+\[(up|down)\]",
     r"test_cuda_source\.py::test_a_fault_in_the_source_is_seen\[(two|a row|the last|a zero|a block)",
     r"test_the_largest_allocation_of_an_iteration",
+    r"rehearsal/test_fake_cuda_(estimate|zero)\.py",
     r"test_two_ranks_compute_what_one_process_does",
     r"test_a_run_outlives_its_tracker",
     r"test_data_is_prepared_pinned_and_found_again",
