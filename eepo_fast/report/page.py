@@ -179,7 +179,8 @@ def settings(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
 
     def rows(chosen: Sequence[str]) -> list[list[str]]:
-        return [[key, *(json.dumps(run.settings.get(key)) for run in runs)] for key in chosen]
+        cells = [[json.dumps(r.settings[key]) if key in r.settings else "" for r in runs] for key in chosen]
+        return [[key, *values] for key, values in zip(chosen, cells, strict=True)]
 
     parts = []
     if len(runs) > 1:
