@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from eepo_fast.report.runs import Group
+import numpy as np
+
+from eepo_fast.report.runs import Group, Values
 
 SOLID, DASHED, DOTTED = "solid", "dash", "dot"
 COLOURS = (
@@ -24,6 +27,22 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """A curve, as the pictures and the page draw it. low, high: of its band over seeds or problems. sparse: its points
+    are marked, and not smoothed. label: in the legend of its panel; None where the key of all panels says it."""
+
+    name: str
+    x: list[int]
+    y: Values
+    low: Values | None
+    high: Values | None
+    colour: str
+    style: str
+    sparse: bool
+    label: str | None = None
+
+
+@dataclass(frozen=True)
 class Panel:
     title: str
     unit: str
@@ -32,6 +51,24 @@ class Panel:
     """What it says, for somebody who has not read the manual."""
     level: str = ""
     """A setting drawn as a horizontal line."""
+
+    def traces(self, groups: Sequence[Group]) -> list[Trace]:
+        """Its curves, group by group; none of a line that a group knows nothing of."""
+        found, alone = [], len(groups) == 1
+        for (g, group), (i, line) in product(enumerate(groups), enumerate(self.lines)):
+            x, y, low, high = group.band(line.key)
+            if any(v is not None for v in y):
+                name = line.label if alone else f"{group.name}: {line.label}"
+                label = line.label if alone or (g == 0 and len(self.lines) > 1) else None
+                band = (low, high) if len(group.runs) > 1 else (None, None)
+                found.append(Trace(name, x, y, *band, colour(groups, g, i), line.style, None in y, label))
+        return found
+
+    def levels(self, groups: Sequence[Group]) -> list[float]:
+        """Where its horizontal lines are: the setting of those runs that use it."""
+        runs, section = [run for group in groups for run in group.runs], self.level.partition(".")[0]
+        used = {run.settings.get(self.level) for run in runs if run.settings.get(f"{section}.enabled")}
+        return sorted(used - {None})
 
 
 def _stages(prefix: str) -> tuple[Line, ...]:
@@ -89,14 +126,8 @@ TROUBLE = {
 
 def panels_of(groups: Sequence[Group]) -> list[Panel]:
     """The panels that have something to show, and one for each set of evaluation."""
-    known = {
-        key
-        for group in groups
-        for run in group.runs
-        for row in run.rows
-        for key, value in row.items()
-        if value is not None
-    }
+    rows = [row for group in groups for run in group.runs for row in run.rows]
+    known = {key for row in rows for key, value in row.items() if value is not None}
     found = []
     for panel in (*PANELS, *_evaluations(known)):
         lines = tuple(line for line in panel.lines if line.key in known)
@@ -116,17 +147,6 @@ def _evaluations(known: set[str]) -> list[Panel]:
         lines = tuple(Line(k, k.split("/")[2], styles[i % 3]) for i, k in enumerate(metrics))
         panels.append(Panel(f"Evaluation on {name}", "share solved", lines, "Of the policy, while it trains."))
     return panels
-
-
-def levels_of(panel: Panel, groups: Sequence[Group]) -> list[float]:
-    """Where the panel's horizontal lines are: the setting of those runs that use it."""
-    used = {
-        run.settings.get(panel.level)
-        for group in groups
-        for run in group.runs
-        if run.settings.get(f"{panel.level.partition('.')[0]}.enabled")
-    }
-    return sorted(used - {None})
 
 
 def _natural(key: str) -> tuple[int, int]:
@@ -149,3 +169,52 @@ def phases(group: Group) -> dict[str, float]:
     means = {k[5:-2]: sum(row.get(k) or 0.0 for row in rows) / len(rows) for k in counted}
     other = sum(row.get("time/iteration_s") or 0.0 for row in rows) / len(rows) - sum(means.values())
     return dict(sorted(means.items(), key=lambda item: -item[1])) | {"other": max(0.0, other)}
+
+
+def phases_of(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """By phase its seconds in each group."""
+    found = [phases(group) for group in groups]
+    names = dict.fromkeys(name for part in found for name in part)
+    return {name: [part.get(name, 0.0) for part in found] for name in names}
+
+
+def pass_at_k(groups: Sequence[Group]) -> dict[str, list[Trace]]:
+    """By set of the last evaluations a trace of each group: percent over k, from the lowest to the highest seed, or of
+    one run its interval over problems; without points where there is none."""
+    found: dict[str, list[dict[int, list[dict]]]] = {}
+    for g, group in enumerate(groups):
+        for run in group.runs:
+            sets = run.evaluations[max(run.evaluations)]["sets"] if run.evaluations else {}
+            for name, part in sets.items():
+                for metric, cell in part["metrics"].items():
+                    if metric.startswith("pass@"):
+                        cells = found.setdefault(name, [{} for _ in groups])[g]
+                        cells.setdefault(int(metric[5:]), []).append(cell)
+    traces: dict[str, list[Trace]] = {name: [] for name in found}
+    for name, of_groups in found.items():
+        for g, cells in enumerate(of_groups):
+            seeds = [cells[k] for k in sorted(cells)]
+            mean = [100 * (sum(c["value"] for c in s) / len(s)) for s in seeds]
+            low = [100 * min(c["value" if len(s) > 1 else "low"] for c in s) for s in seeds]
+            high = [100 * max(c["value" if len(s) > 1 else "high"] for c in s) for s in seeds]
+            look = (colour(groups, g, 0), SOLID, True)
+            traces[name].append(Trace(groups[g].label, sorted(cells), mean, low, high, *look))
+    return traces
+
+
+def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
+    """Centred running mean over what is there; None is a gap."""
+    series, half = np.array(values, dtype=float), window // 2
+    known, here = ~np.isnan(series), slice(half, half + len(series))
+    sums, counts = (np.convolve(part, np.ones(2 * half + 1))[here] for part in (np.nan_to_num(series), known))
+    return np.where(known, sums / np.maximum(counts, 1), np.nan)
+
+
+def window_for(num_iterations: int) -> int:
+    """Odd: as many iterations before as after."""
+    return 2 * (num_iterations // 40) + 1
+
+
+def colour(groups: Sequence[Group], group: int, line: int) -> str:
+    """Of one run its lines are told apart; of several the runs are, and lines by their dashes."""
+    return COLOURS[(line if len(groups) == 1 else group) % len(COLOURS)]

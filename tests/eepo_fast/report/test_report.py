@@ -92,6 +92,25 @@ def test_seeds_are_grouped_and_settings_are_not(runs):
     assert "Gate" not in without_kl and "Reward" in without_kl
 
 
+def test_the_pictures_and_the_page_draw_the_same_curves(runs, tmp_path, monkeypatch):
+    from eepo_fast.report import pictures
+
+    drawn, draw = [], pictures.draw_trace
+
+    def noted(axis, trace, label):
+        drawn.append(trace)
+        draw(axis, trace, label)
+
+    monkeypatch.setattr(pictures, "draw_trace", noted)
+    assert report(*runs, out=tmp_path / "page") == 0
+    shown = [curve for chart in page_data(tmp_path / "page")["charts"] for curve in chart.get("curves", ())]
+    assert [t.name for t in drawn] == [c["name"] for c in shown] and len(drawn) > 20
+    for trace, curve in zip(drawn, shown, strict=True):
+        assert (trace.x, trace.colour, trace.style) == (curve["x"], curve["colour"], curve["dash"])
+        assert [v is None for v in trace.y] == [v is None for v in curve["y"]]
+        assert (trace.low is not None, trace.sparse) == ("low" in curve, curve["sparse"])
+
+
 def test_numbers_survive_packing(runs):
     import base64
 
