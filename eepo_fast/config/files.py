@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from eepo_fast.config.schema import READ_WITH, RENAMED, Config
+from eepo_fast.config.schema import READ_WITH, RENAMED, Config, without_unread
 from eepo_fast.types import UserError
 
 
@@ -94,20 +94,14 @@ def read_override(text: str) -> dict[str, Any]:
     return value
 
 
-def _known_keys() -> list[str]:
-    names = []
-    for section, field in Config.model_fields.items():
-        names += [section, *(f"{section}.{key}" for key in field.annotation.model_fields)]
-    return names
-
-
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden" and key in RENAMED:
         return f"config key {key}: is {RENAMED[key]} now, found the old name; rename it"
     if first["type"] == "extra_forbidden":
-        known = _known_keys()
+        known = [*Config.model_fields]
+        known += [f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields]
         # a key's own name says more than its section: compare both ways
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not near:
@@ -128,7 +122,7 @@ def _describe(error: ValidationError) -> str:
 
 def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any] | None = None) -> Config:
     """Read and validate. UserError with one line that names the file or key, what was expected and what was found.
-    say: is told, a line each, what of an earlier file is left out."""
+    `say` is told, a line each, what of an earlier file is left out."""
     given: dict[str, Any] = {}
     for text in overrides:
         given = merge(given, read_override(text))
@@ -136,14 +130,14 @@ def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any
 
 
 def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = None) -> Config:
-    """The config of several sources; a later one wins."""
+    """The sources are merged section by section, and a later one wins."""
     values: dict[str, Any] = {}
     for source in sources:
         values = merge(values, source)
     values = {section: {} if content is None else content for section, content in values.items()}
-    lines = _leave_out_unread(values, sources)
+    lines = _check_read(values, sources)
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(without_unread(values))
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     for line in lines if say else ():
@@ -151,9 +145,9 @@ def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = Non
     return config
 
 
-def _leave_out_unread(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> list[str]:
-    """Takes out of `values` the keys of another choice than the one that a later source made, and returns the lines
-    that say so. A key beside such a choice, or given after it, is a UserError: it would do nothing."""
+def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> list[str]:
+    """A key that a source gives beside a choice that does not read it, or after that choice, is a UserError. The lines
+    returned say which keys of sources before the choices are left out."""
     lines = []
     for section, (chooser, choice, keys) in READ_WITH.items():
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
@@ -166,8 +160,6 @@ def _leave_out_unread(values: dict[str, Any], sources: Sequence[dict[str, Any]])
                 remedy = f"remove the key, or set {wanted}"
                 raise UserError(f"config key {given[0]}: expected {wanted} with it, found {found}; {remedy}".lower())
         left_out = [key for key in whole if key in keys] if made != choice else []
-        if left_out:
-            values[section] = {key: value for key, value in whole.items() if key not in keys}
         if left_out and chooser != "enabled":  # the keys of a method go with it
             names = ", ".join(f"{section}.{key}" for key in left_out)
             lines.append(f"{section}.{chooser}={made}: {names} of an earlier file left out")

@@ -289,11 +289,10 @@ class Config(Section):
         )
         self._check_aepo()
         self._check_evaluation()
-        per_iteration, per_update = self.train.prompts_per_iteration, self.train.prompts_per_update
+        whole, part = self.train.prompts_per_iteration, self.train.prompts_per_update
         _require(
-            per_iteration % per_update == 0,
-            f"train.prompts_per_update: expected a divisor of train.prompts_per_iteration ({per_iteration}), found "
-            f"{per_update}",
+            whole % part == 0,
+            f"train.prompts_per_update: expected a divisor of train.prompts_per_iteration ({whole}), found {part}",
         )
         return self
 
@@ -392,9 +391,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def without_unread(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without what the choices that are made among them leave unread."""
+    """What is returned lacks the keys that the choices among the values leave unread."""
     kept = dict(values)
     for section, (chooser, choice, keys) in READ_WITH.items():
-        if section in values and values[section].get(chooser, choice) != choice:
-            kept[section] = {key: value for key, value in values[section].items() if key not in keys}
+        content = values.get(section)
+        if isinstance(content, dict) and content.get(chooser, choice) != choice:
+            kept[section] = {key: value for key, value in content.items() if key not in keys}
     return kept

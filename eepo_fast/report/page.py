@@ -209,20 +209,14 @@ def curve(trace: Trace) -> dict[str, Any]:
 def pass_at_k_chart(name: str, traces: Sequence[Trace]) -> dict[str, Any]:
     curves = [curve(trace) for trace in traces]
     text = "At the last evaluation. Band: 95% over problems, or from the lowest to the highest seed."
-    return {"title": f"pass@k on {name}", "unit": "percent solved", "text": text, "curves": curves, "levels": []} | {
-        "x": "k",
-        "log": True,
-        "section": "evaluation",
-    }
+    shown = {"title": f"pass@k on {name}", "unit": "percent solved", "text": text, "curves": curves, "levels": []}
+    return shown | {"x": "k", "log": True, "section": "evaluation"}
 
 
 def phase_chart(groups: Sequence[Group]) -> dict[str, Any]:
     bars = [{"name": name, "x": rounded(seconds)} for name, seconds in phases_of(groups).items()]
-    return {"title": "Time by phase", "unit": "", "text": "Mean of an iteration, without the first.", "bars": bars} | {
-        "labels": [group.label for group in groups],
-        "x": "seconds an iteration",
-        "section": "time",
-    }
+    shown = {"title": "Time by phase", "unit": "", "text": "Mean of an iteration, without the first.", "bars": bars}
+    return shown | {"labels": [group.label for group in groups], "x": "seconds an iteration", "section": "time"}
 
 
 def rounded(values: Sequence[float | None]) -> list[float | None]:

@@ -28,8 +28,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Trace:
-    """A curve, as the pictures and the page draw it. low, high: of its band over seeds or problems. sparse: its points
-    are marked, and not smoothed. label: in the legend of its panel; None where the key of all panels says it."""
+    """A curve is drawn from this, in the pictures and on the page. `low` and `high` bound its band, over seeds or
+    problems. Where it is `sparse` its points are marked, and not smoothed. `label` goes into the legend of its panel; it
+    is None where the key of all panels says it."""
 
     name: str
     x: list[int]
@@ -53,7 +54,7 @@ class Panel:
     """A setting drawn as a horizontal line."""
 
     def traces(self, groups: Sequence[Group]) -> list[Trace]:
-        """Its curves, group by group; none of a line that a group knows nothing of."""
+        """Its curves come group by group; a line that a group knows nothing of has none."""
         found, alone = [], len(groups) == 1
         for (g, group), (i, line) in product(enumerate(groups), enumerate(self.lines)):
             x, y, low, high = group.band(line.key)
@@ -172,15 +173,15 @@ def phases(group: Group) -> dict[str, float]:
 
 
 def phases_of(groups: Sequence[Group]) -> dict[str, list[float]]:
-    """By phase its seconds in each group."""
+    """Each phase has its seconds in each group."""
     found = [phases(group) for group in groups]
     names = dict.fromkeys(name for part in found for name in part)
     return {name: [part.get(name, 0.0) for part in found] for name in names}
 
 
 def pass_at_k(groups: Sequence[Group]) -> dict[str, list[Trace]]:
-    """By set of the last evaluations a trace of each group: percent over k, from the lowest to the highest seed, or of
-    one run its interval over problems; without points where there is none."""
+    """Each set of the last evaluations has a trace of each group: percent over k. Its band goes from the lowest to the
+    highest seed; of one run it is the interval over problems. A group without an evaluation has no points."""
     found: dict[str, list[dict[int, list[dict]]]] = {}
     for g, group in enumerate(groups):
         for run in group.runs:

@@ -22,20 +22,18 @@ COLUMNS = 3
 
 
 def draw_all(groups: Sequence[Group], panels: Sequence[Panel], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    curves, times, pass_at_ks = (folder / name for name in PICTURES)
-    paths = []
+    """Those that there is something for are drawn, and their paths returned; earlier ones are removed."""
+    curves, times, pass_at_ks = paths = [folder / name for name in PICTURES]
+    for path in paths:
+        path.unlink(missing_ok=True)
     with warnings.catch_warnings(), plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that no font here has
         if panels:
             draw_curves(groups, panels, curves)
-            paths.append(curves)
         draw_phases(groups, times)
-        paths.append(times)
         if sets := pass_at_k(groups):
             draw_pass_at_k(sets, pass_at_ks)
-            paths.append(pass_at_ks)
-    return paths
+    return [path for path in paths if path.exists()]
 
 
 def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) -> None:
@@ -61,7 +59,7 @@ def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) ->
 
 
 def draw_trace(axis: plt.Axes, trace: Trace, label: str | None) -> None:
-    """The curve through what is known of it, with its band where that is everything."""
+    """The curve goes through what is known of it; it has its band where that is everything."""
     window = 1 if trace.sparse else window_for(len(trace.x))
     known = [k for k, v in enumerate(trace.y) if v is not None]
     marks = {"marker": "o", "markersize": 3} if trace.sparse else {}
