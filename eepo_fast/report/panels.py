@@ -29,8 +29,8 @@ class Line:
 @dataclass(frozen=True)
 class Trace:
     """A curve is drawn from this, in the pictures and on the page. `low` and `high` bound its band, over seeds or
-    problems. Where it is `sparse` its points are marked, and not smoothed. `label` goes into the legend of its panel; it
-    is None where the key of all panels says it."""
+    problems. Where it is `sparse` its points are marked, and not smoothed. `label` goes into the legend of its panel
+    and is None where the key of all panels says it."""
 
     name: str
     x: list[int]

@@ -232,6 +232,9 @@ def test_going_on_before_a_damaged_checkpoint_keeps_the_new_one(make_trainer, sa
 def test_what_may_change_when_a_run_is_resumed(test_config):
     saved = test_config().model_dump()
     assert changed_keys(saved, test_config(train={"iterations": 9, "micro_batch_tokens": 7})) == []
+    sharded = test_config(train={"engine": "deepspeed", "zero_stage": 3})
+    assert changed_keys(saved, sharded) == [] == changed_keys(sharded.model_dump(), test_config())
+    assert changed_keys(saved, test_config(eepo={"enabled": False})) == ["eepo.enabled"]
     other = test_config(eepo={"alpha": 0.7}, optimizer={"learning_rate": 9.0})
     assert changed_keys(saved, other) == ["eepo.alpha", "optimizer.learning_rate"]
 

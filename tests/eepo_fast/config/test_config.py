@@ -8,7 +8,7 @@ import yaml
 
 from eepo_fast.config import Config, dump_config, load_config, make_config
 from eepo_fast.config.files import merge, read_override
-from eepo_fast.config.schema import READ_WITH, RENAMED
+from eepo_fast.config.schema import READ_WITH, RENAMED, without_unread
 from eepo_fast.types import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -134,6 +134,14 @@ def test_the_keys_of_a_method_go_with_it(tmp_path):
     assert stack(tmp_path, base, off, "eepo: {enabled: true}\n")[0].eepo.learning_rate == 0.02
     with pytest.raises(UserError, match=r"eepo.alpha: expected eepo.enabled=true with it, found false"):
         stack(tmp_path, base, off, overrides=["eepo.alpha=0.2"])
+
+
+def test_what_an_older_version_wrote_is_read_without_what_nothing_reads():
+    config = load_config([], REQUIRED)
+    written = {name: section.model_dump() for name, section in config}  # every key
+    with pytest.raises(UserError, match=r"rollout\.tensor_parallel: expected rollout\.engine=vllm"):
+        make_config(written)
+    assert make_config(without_unread(written)) == config
 
 
 def test_the_old_name_of_a_key_names_the_new(monkeypatch):
