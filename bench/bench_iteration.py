@@ -268,13 +268,13 @@ def make_config(
     longest: int,
     micro_batch_tokens: int = 4096,
 ) -> Config:
+    forgets = ["eepo.alpha=9.0", f"eepo.quorum={quorum}", "eepo.learning_rate=1e-4"]
     return load_config([], [
-        "model.path=unused", "data.train=unused", f"eepo.enabled={str(eepo).lower()}", "eepo.alpha=9.0",
-        f"eepo.quorum={quorum}", f"rollout.engine={engine}", f"rollout.group_size={group_size}",
+        "model.path=unused", "data.train=unused", *(forgets if eepo else ["eepo.enabled=false"]),
+        f"rollout.engine={engine}", f"rollout.group_size={group_size}",
         f"rollout.max_new_tokens={longest}", f"rollout.dtype={'bfloat16' if GPU else 'float32'}",
         f"train.prompts_per_iteration={prompts}", f"train.prompts_per_update={max(1, prompts // 2)}",
         f"train.micro_batch_tokens={micro_batch_tokens}", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
-        "eepo.learning_rate=1e-4",
     ])  # fmt: skip
 
 

@@ -12,7 +12,12 @@ INTRODUCTION = """# Configuration
 
 Every key, made from the schema. A config file is YAML with these sections; several files may be given, later ones win,
 and `key.sub=value` on the command line wins over all. Unknown keys are refused, with the nearest name. `eepo-fast train
-CONFIG.yaml --dry-run` prints the resolved config; a run keeps it as `config.yaml`.
+CONFIG.yaml --dry-run` prints the resolved config; a run keeps it as `config.yaml`, without the keys that nothing reads.
+
+A key that is said to be of vllm or deepspeed, and every key of a method that is off, does nothing without that choice.
+Beside another choice in the same file, or given after it, such a key is refused. Where a later file or the command line
+chooses another engine, what earlier files set for the first is left out, and a line says so; the keys of a method go
+with it when it is turned off.
 
 `configs/` has the paper's three models, the demo and SmolLM2; `configs/methods/` an overlay a method;
 `configs/machines/` an overlay a machine.

@@ -30,7 +30,9 @@ def _load_config(args: argparse.Namespace) -> Config:
     files = [a for a in args.config if "=" not in a]
     if not files:
         raise UserError(f"{args.command}: expected a YAML config file, found none; see configs/ for examples")
-    return load_config(files, [a for a in args.config if "=" in a])
+    main_rank = os.environ.get("RANK", "0") == "0"
+    say = (lambda line: print(f"eepo-fast: {line}", file=sys.stderr)) if main_rank else None
+    return load_config(files, [a for a in args.config if "=" in a], say)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -20,10 +20,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "bench").rglob("*.md"))]
 SMALL = [
-    "data.num_rows=64", "rollout.engine=hf", "rollout.tensor_parallel=1", "rollout.group_size=4",
-    "rollout.max_new_tokens=4", "rollout.sleep=false", "train.prompts_per_iteration=4", "train.prompts_per_update=2",
-    "train.iterations=1", "eepo.alpha=3.0", "model.dtype=float32", "rollout.dtype=float32", "data.template=plain",
-    "train.offload_optimizer=false", "train.offload_parameters=false",
+    "data.num_rows=64", "rollout.engine=hf", "rollout.group_size=4", "rollout.max_new_tokens=4",
+    "train.prompts_per_iteration=4", "train.prompts_per_update=2", "train.iterations=1", "model.dtype=float32",
+    "rollout.dtype=float32", "data.template=plain",
 ]  # fmt: skip
 
 
@@ -71,7 +70,8 @@ def place(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     for name, enabled in (("my-run", True), ("demo-eepo", True), ("demo-grpo", False)):
-        settings = [*SMALL, f"run.name={name}", f"model.path={folder / 'base'}", f"eepo.enabled={str(enabled).lower()}"]
+        settings = [*SMALL, f"run.name={name}", f"model.path={folder / 'base'}"]
+        settings.append("eepo.alpha=3.0" if enabled else "eepo.enabled=false")
         assert main(["train", "configs/demo.yaml", *settings]) == 0
     graded = ["eval", "--completions", "completions.jsonl", "--data", "math500=math500.jsonl"]
     for name in ("results-grpo", "results-eepo"):
@@ -90,6 +90,8 @@ def smaller(words, place, number):
     extra = [*SMALL, *dimensions, f"model.path={place / 'base'}", f"run.root={root}", "reward.step_seconds=60"]
     if not any(w.startswith("data.train=") for w in words):
         extra += ["data.train=arithmetic"]
+    if not any(w.startswith("configs/methods/") for w in words):  # which may turn EEPO off
+        extra += ["eepo.alpha=3.0"]
     return [*words, *extra]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from eepo_fast.config.schema import Config
+from eepo_fast.config.schema import READ_WITH, RENAMED, Config, without_unread
 from eepo_fast.types import UserError
 
 
@@ -93,24 +94,22 @@ def read_override(text: str) -> dict[str, Any]:
     return value
 
 
-def _known_keys() -> list[str]:
-    names = []
-    for section, field in Config.model_fields.items():
-        names += [section, *(f"{section}.{key}" for key in field.annotation.model_fields)]
-    return names
-
-
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden" and key in RENAMED:
+        return f"config key {key}: is {RENAMED[key]} now, found the old name; rename it"
     if first["type"] == "extra_forbidden":
-        known = _known_keys()
+        known = [*Config.model_fields]
+        known += [f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields]
         # a key's own name says more than its section: compare both ways
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not near:
             leaf = key.rsplit(".", 1)[-1]
             near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(_siblings(key))}"
+        section = f"{key.partition('.')[0]}." if "." in key else ""
+        beside = sorted({k.removeprefix(section).partition(".")[0] for k in known if k.startswith(section)})
+        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(beside)}"
         return f"config key {key}: unknown{hint}"
     if first["type"] == "missing":
         key = {"model": "model.path", "data": "data.train"}.get(key, key)
@@ -128,22 +127,50 @@ def _siblings(key: str) -> list[str]:
     return sorted(Config.model_fields)
 
 
-def load_config(files: list[str], overrides: list[str]) -> Config:
-    """Reads and validates a config; UserError with one line that names the file or key, what was expected and found."""
-    values: dict[str, Any] = {}
-    for path in files:
-        values = merge(values, _read_file(path))
+def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any] | None = None) -> Config:
+    """Reads and validates a config; UserError with one line that names the file or key, what was expected and found.
+    `say` is told, a line each, what of an earlier file is left out."""
+    given: dict[str, Any] = {}
     for text in overrides:
-        values = merge(values, read_override(text))
-    return make_config(values)
+        given = merge(given, read_override(text))
+    return make_config(*(_read_file(path) for path in files), given, say=say)
 
 
-def make_config(values: dict[str, Any]) -> Config:
+def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = None) -> Config:
+    """Merges the sources section by section, where a later one wins, and validates what comes of it."""
+    values: dict[str, Any] = {}
+    for source in sources:
+        values = merge(values, source)
     values = {section: {} if content is None else content for section, content in values.items()}
+    lines = _check_read(values, sources)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(without_unread(values))
     except ValidationError as error:
         raise UserError(_describe(error)) from None
+    for line in lines if say else ():
+        say(line)
+    return config
+
+
+def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> list[str]:
+    """Raises a UserError for a key that a source gives beside a choice that does not read it, or after that choice.
+    Returns lines that say which keys of sources before the choices are left out."""
+    lines = []
+    for section, (chooser, choice, keys) in READ_WITH.items():
+        whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
+        made = whole.get(chooser, getattr(Config.model_fields[section].default, chooser))
+        last = max((i for i, part in enumerate(parts) if chooser in part), default=-1)
+        wanted = f"{section}.{chooser}={choice}".lower()
+        for i, part in enumerate(parts):
+            found = part.get(chooser, made if i > last else choice)
+            if given := [f"{section}.{key}" for key in part if key in keys and found != choice]:
+                remedy = f"remove the key, or set {wanted}"
+                raise UserError(f"config key {given[0]}: expected {wanted} with it, found {found}; {remedy}".lower())
+        left_out = [key for key in whole if key in keys] if made != choice else []
+        if left_out and chooser != "enabled":  # the keys of a method go with it
+            names = ", ".join(f"{section}.{key}" for key in left_out)
+            lines.append(f"{section}.{chooser}={made}: {names} of an earlier file left out")
+    return lines
 
 
 def dump_config(config: Config) -> str:

@@ -1,4 +1,8 @@
-"""Defines every key of the configuration, its default and what it may be. Each is read somewhere; a test holds that."""
+"""Defines every key of the configuration, its default and what it may be. Each is read somewhere; a test holds that.
+
+What only one engine or method reads is in a table, `READ_WITH`. Tagged unions would need it, too, to merge files whose
+choices differ, and code that reads a key of either engine (`rollout.tensor_parallel`) would ask for the variant first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 
 def _whole(value: Any) -> Any:
@@ -222,6 +226,16 @@ class LogConfig(Section):
     trackio: str = Field("", description="project of trackio to log to")
 
 
+# By section: the key that chooses, its value, and the keys that are read with that value alone.
+READ_WITH: dict[str, tuple[str, Any, set[str]]] = {
+    "rollout": ("engine", "vllm", {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
+    "train": ("engine", "deepspeed", {"zero_stage", "offload_optimizer", "offload_parameters"}),
+    "eepo": ("enabled", True, {*EepoConfig.model_fields} - {"enabled"}),
+    "aepo": ("enabled", True, {*AepoConfig.model_fields} - {"enabled"}),
+}
+RENAMED: dict[str, str] = {}  # what a key was called, and what it is called now; `section.key` both
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -250,18 +264,7 @@ class Config(Section):
             "probability ratio; remove the key",
         )
         _require(self.rollout.group_size >= 2, "rollout.group_size: expected at least 2, found 1: a group needs peers")
-        _require(
-            self.rollout.engine == "vllm" or not self.rollout.sleep,
-            "rollout.sleep: expected false with rollout.engine=hf, found true: only vllm can sleep",
-        )
-        _require(
-            self.rollout.engine == "vllm" or not self.rollout.deterministic,
-            "rollout.deterministic: expected false with rollout.engine=hf, found true: only vllm has batch-invariant "
-            "kernels",
-        )
-        coldest = {"rollout.temperature": self.rollout.temperature}
-        if self.aepo.enabled:
-            coldest["aepo.temperature_low"] = self.aepo.temperature_low
+        coldest = {"rollout.temperature": self.rollout.temperature, "aepo.temperature_low": self.aepo.temperature_low}
         for key, value in coldest.items():
             _require(
                 self.rollout.engine == "hf" or value >= COLDEST_OF_VLLM,
@@ -269,12 +272,11 @@ class Config(Section):
                 f"vLLM samples at {COLDEST_OF_VLLM} where less is asked for",
             )
         self._check_engines()
-        if self.eepo.enabled:
-            _require(
-                self.rollout.group_size % 2 == 0,
-                f"rollout.group_size: expected an even number, found {self.rollout.group_size}: EEPO samples it in "
-                "two halves; add or drop one, or set eepo.enabled=false",
-            )
+        _require(
+            self.rollout.group_size % 2 == 0 or not self.eepo.enabled,
+            f"rollout.group_size: expected an even number, found {self.rollout.group_size}: EEPO samples it in two "
+            "halves; add or drop one, or set eepo.enabled=false",
+        )
         _require(
             self.eepo.quorum == 1 or self.eepo.reduction == "batch_mean",
             "eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found "
@@ -287,11 +289,10 @@ class Config(Section):
         )
         self._check_aepo()
         self._check_evaluation()
-        per_iteration, per_update = self.train.prompts_per_iteration, self.train.prompts_per_update
+        whole, part = self.train.prompts_per_iteration, self.train.prompts_per_update
         _require(
-            per_iteration % per_update == 0,
-            f"train.prompts_per_update: expected a divisor of train.prompts_per_iteration ({per_iteration}), found "
-            f"{per_update}",
+            whole % part == 0,
+            f"train.prompts_per_update: expected a divisor of train.prompts_per_iteration ({whole}), found {part}",
         )
         return self
 
@@ -328,10 +329,8 @@ class Config(Section):
 
     def _check_aepo(self) -> None:
         aepo, temperature = self.aepo, self.rollout.temperature
-        if not aepo.enabled:
-            return
         _require(
-            temperature == 1,
+            temperature == 1 or not aepo.enabled,
             f"rollout.temperature: expected 1 with aepo.enabled, found {temperature}: AEPO sets its own temperatures "
             "beside it; set rollout.temperature=1",
         )
@@ -344,24 +343,17 @@ class Config(Section):
     def _check_engines(self) -> None:
         train, rollout, sharded = self.train, self.rollout, self.train.engine == "deepspeed"
         _require(
-            rollout.tensor_parallel == 1 or (sharded and rollout.engine == "vllm"),
-            f"rollout.tensor_parallel: expected 1, found {rollout.tensor_parallel}: more needs rollout.engine=vllm and "
-            "train.engine=deepspeed",
+            rollout.tensor_parallel == 1 or sharded,
+            f"rollout.tensor_parallel: expected 1, found {rollout.tensor_parallel}: more needs train.engine=deepspeed",
         )
         if not sharded:
-            for key in ("offload_optimizer", "offload_parameters"):
-                _require(
-                    not getattr(train, key), f"train.{key}: expected false with train.engine=torch, found true: only "
-                    "deepspeed can offload",
-                )  # fmt: skip
             return
         _require(
             self.model.dtype != "float16",
             "model.dtype: expected bfloat16 or float32 with train.engine=deepspeed, found float16",
         )
-        below_fp32 = self.model.dtype != "float32"
         _require(
-            not below_fp32 or train.zero_stage == 0 or rollout.dtype == self.model.dtype,
+            self.model.dtype == "float32" or train.zero_stage == 0 or rollout.dtype == self.model.dtype,
             f"rollout.dtype: expected model.dtype ({self.model.dtype}) with train.engine=deepspeed, found "
             f"{rollout.dtype}: the engine is given the weights that the policy computes with",
         )
@@ -374,15 +366,19 @@ class Config(Section):
             "train.offload_optimizer: expected train.zero_stage 1, 2 or 3, found 0",
         )
         _require(
-            self.eepo.num_steps == 1 or not self.eepo.enabled,
+            self.eepo.num_steps == 1,
             f"eepo.num_steps: expected 1 with train.engine=deepspeed, found {self.eepo.num_steps}: later steps need "
             "gradients at forgetful weights, which no rank holds whole; use train.engine=torch",
         )
         _require(
-            self.eepo.direction == "gradient" or not self.eepo.enabled,
+            self.eepo.direction == "gradient",
             "eepo.direction: expected gradient with train.engine=deepspeed, found random: a control for one device; "
             "use train.engine=torch",
         )
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, handler) -> dict[str, Any]:
+        return without_unread(handler(self))
 
     @property
     def run_dir(self) -> Path:
@@ -392,3 +388,13 @@ class Config(Section):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def without_unread(values: dict[str, Any]) -> dict[str, Any]:
+    """What is returned lacks the keys that the choices among the values leave unread."""
+    kept = dict(values)
+    for section, (chooser, choice, keys) in READ_WITH.items():
+        content = values.get(section)
+        if isinstance(content, dict) and content.get(chooser, choice) != choice:
+            kept[section] = {key: value for key, value in content.items() if key not in keys}
+    return kept

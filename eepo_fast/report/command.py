@@ -10,7 +10,7 @@ import plotly
 
 from eepo_fast.report.page import ASSETS, write_page
 from eepo_fast.report.panels import panels_of
-from eepo_fast.report.pictures import PICTURES, draw_all
+from eepo_fast.report.pictures import draw_all
 from eepo_fast.report.rollouts import write_rollouts
 from eepo_fast.report.runs import group_runs, read_run
 from eepo_fast.types import UserError
@@ -38,9 +38,6 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
             (out / "index.html").write_text(MARK, encoding="utf-8")
         groups = group_runs(runs)
         panels = panels_of(groups)
-        for old in out.glob("*.png"):
-            if old.name in PICTURES:
-                old.unlink()
         pictures = draw_all(groups, panels, out)
         write_rollouts(runs, out / "rollouts")
         for path in BESIDE:

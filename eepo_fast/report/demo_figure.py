@@ -10,16 +10,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from eepo_fast.report.panels import smooth
+
 COLOURS = {"base": "#8c8c8c", "grpo": "#c44e52", "eepo": "#1f77b4", "stage2": "#7fb7e0"}
 SMOOTHING = 9  # iterations of the running mean
-
-
-def _smooth(values: list[float | None]) -> np.ndarray:
-    """Returns the centred running mean, which takes what is there at the ends; None is a gap."""
-    series = np.array([np.nan if v is None else v for v in values], dtype=float)
-    half = SMOOTHING // 2
-    windows = [series[max(0, i - half) : i + half + 1] for i in range(len(series))]
-    return np.array([np.nanmean(w) if np.isfinite(w).any() else np.nan for w in windows])
 
 
 def draw(results: dict[str, dict[str, float]], curves: dict[str, list[dict]], alpha: float, path: Path) -> None:
@@ -32,8 +26,8 @@ def draw(results: dict[str, dict[str, float]], curves: dict[str, list[dict]], al
     for method, key, label, colour, style in lines:
         rows = curves[method]
         steps = [row["step"] for row in rows]
-        entropy.plot(steps, _smooth([row[key] for row in rows]), style, color=COLOURS[colour], label=label)
-        rewards = _smooth([row[key.replace("entropy", "reward")] for row in rows])
+        entropy.plot(steps, smooth([row[key] for row in rows], SMOOTHING), style, color=COLOURS[colour], label=label)
+        rewards = smooth([row[key.replace("entropy", "reward")] for row in rows], SMOOTHING)
         reward.plot(steps, rewards, style, color=COLOURS[colour], label=label)
     entropy.axhline(alpha, color="black", linewidth=0.6, linestyle=":", label="α, the gate's threshold")
     entropy.set(title="Entropy of sampled tokens", xlabel="iteration", ylabel="nats a token", ylim=(0, None))

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eepo_fast.evaluation.tables import NAMES, metrics_of
-from eepo_fast.report.panels import TROUBLE, Panel, late_mean, levels_of, phases
-from eepo_fast.report.pictures import colour, evaluated, pass_at_k, window_for
+from eepo_fast.report.panels import TROUBLE, Panel, Trace, colour, late_mean, pass_at_k, phases_of, window_for
 from eepo_fast.report.rollouts import summaries
 from eepo_fast.report.runs import Group, Run, differing
 
@@ -162,15 +161,12 @@ def percent(cell: dict[str, float] | None) -> str:
 
 
 def phase_table(groups: Sequence[Group]) -> str:
-    found = [phases(group) for group in groups]
-    names = list(dict.fromkeys(name for part in found for name in part))
-    rows = []
-    for name in names:
-        cells = []
-        for part in found:
-            seconds, total = part.get(name, 0.0), sum(part.values())
-            cells.append(f"{seconds:.3g} s, {seconds / total:.1%}" if total else "")
-        rows.append([name, *cells])
+    found = phases_of(groups)
+    totals = [sum(column) for column in zip(*found.values(), strict=True)]
+    rows = [
+        [name, *(f"{s:.3g} s, {s / total:.1%}" if total else "" for s, total in zip(seconds, totals, strict=True))]
+        for name, seconds in found.items()
+    ]
     return table(["phase, mean of an iteration", *(group.label for group in groups)], rows)
 
 
@@ -179,7 +175,8 @@ def settings(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
 
     def rows(chosen: Sequence[str]) -> list[list[str]]:
-        return [[key, *(json.dumps(run.settings.get(key)) for run in runs)] for key in chosen]
+        cells = [[json.dumps(r.settings[key]) if key in r.settings else "" for r in runs] for key in chosen]
+        return [[key, *values] for key, values in zip(chosen, cells, strict=True)]
 
     parts = []
     if len(runs) > 1:
@@ -194,52 +191,32 @@ def charts(groups: Sequence[Group], panels: Sequence[Panel]) -> list[dict[str, A
     """Returns what page.js draws; it smooths the curves itself, over a window that the reader sets."""
     found = []
     for panel in panels:
-        curves = []
-        for g, group in enumerate(groups):
-            for i, line in enumerate(panel.lines):
-                steps, mean, low, high = group.band(line.key)
-                band = {"low": rounded(low), "high": rounded(high)} if len(group.runs) > 1 else {}
-                name = line.label if len(groups) == 1 else f"{group.name}: {line.label}"
-                if any(v is not None for v in mean):
-                    curves.append(
-                        {"name": name, "x": steps, "y": rounded(mean), **band}
-                        | {"colour": colour(groups, g, i), "dash": line.style, "sparse": None in mean}
-                    )
-        levels = levels_of(panel, groups)
+        curves = [curve(trace) for trace in panel.traces(groups)]
         window = window_for(max(len(run.rows) for group in groups for run in group.runs))
         found.append(
-            {"title": panel.title, "unit": panel.unit, "text": panel.text, "curves": curves, "levels": levels}
-            | {"level": panel.level, "x": "", "window": window}
+            {"title": panel.title, "unit": panel.unit, "text": panel.text, "curves": curves}
+            | {"levels": panel.levels(groups), "level": panel.level, "x": "", "window": window}
         )
-    return [*found, *(pass_at_k_chart(groups, name) for name in evaluated(groups)), phase_chart(groups)]
+    return [*found, *(pass_at_k_chart(*item) for item in pass_at_k(groups).items()), phase_chart(groups)]
 
 
-def pass_at_k_chart(groups: Sequence[Group], name: str) -> dict[str, Any]:
-    curves = []
-    for g, group in enumerate(groups):
-        cells = pass_at_k(group, name)
-        value, low, high = ([100 * cell[i] for cell in cells.values()] for i in range(3))
-        curves.append(
-            {"name": group.label, "x": list(cells), "y": rounded(value), "low": rounded(low), "high": rounded(high)}
-            | {"colour": colour(groups, g, 0), "dash": "solid", "sparse": True}
-        )
+def curve(trace: Trace) -> dict[str, Any]:
+    band = {} if trace.low is None else {"low": rounded(trace.low), "high": rounded(trace.high)}
+    look = {"colour": trace.colour, "dash": trace.style, "sparse": trace.sparse}
+    return {"name": trace.name, "x": trace.x, "y": rounded(trace.y), **band, **look}
+
+
+def pass_at_k_chart(name: str, traces: Sequence[Trace]) -> dict[str, Any]:
+    curves = [curve(trace) for trace in traces]
     text = "At the last evaluation. Band: 95% over problems, or from the lowest to the highest seed."
-    return {"title": f"pass@k on {name}", "unit": "percent solved", "text": text, "curves": curves, "levels": []} | {
-        "x": "k",
-        "log": True,
-        "section": "evaluation",
-    }
+    shown = {"title": f"pass@k on {name}", "unit": "percent solved", "text": text, "curves": curves, "levels": []}
+    return shown | {"x": "k", "log": True, "section": "evaluation"}
 
 
 def phase_chart(groups: Sequence[Group]) -> dict[str, Any]:
-    found = [phases(group) for group in groups]
-    names = dict.fromkeys(name for part in found for name in part)
-    bars = [{"name": name, "x": rounded([part.get(name, 0.0) for part in found])} for name in names]
-    return {"title": "Time by phase", "unit": "", "text": "Mean of an iteration, without the first.", "bars": bars} | {
-        "labels": [group.label for group in groups],
-        "x": "seconds an iteration",
-        "section": "time",
-    }
+    bars = [{"name": name, "x": rounded(seconds)} for name, seconds in phases_of(groups).items()]
+    shown = {"title": "Time by phase", "unit": "", "text": "Mean of an iteration, without the first.", "bars": bars}
+    return shown | {"labels": [group.label for group in groups], "x": "seconds an iteration", "section": "time"}
 
 
 def rounded(values: Sequence[float | None]) -> list[float | None]:

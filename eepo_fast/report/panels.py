@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from eepo_fast.report.runs import Group
+import numpy as np
+
+from eepo_fast.report.runs import Group, Values
 
 SOLID, DASHED, DOTTED = "solid", "dash", "dot"
 COLOURS = (
@@ -24,6 +27,23 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """A curve is drawn from this, in the pictures and on the page. `low` and `high` bound its band, over seeds or
+    problems. Where it is `sparse` its points are marked, and not smoothed. `label` goes into the legend of its panel
+    and is None where the key of all panels says it."""
+
+    name: str
+    x: list[int]
+    y: Values
+    low: Values | None
+    high: Values | None
+    colour: str
+    style: str
+    sparse: bool
+    label: str | None = None
+
+
+@dataclass(frozen=True)
 class Panel:
     title: str
     unit: str
@@ -32,6 +52,24 @@ class Panel:
     """An explanation for somebody who has not read the manual."""
     level: str = ""
     """The key of a setting, drawn as a horizontal line."""
+
+    def traces(self, groups: Sequence[Group]) -> list[Trace]:
+        """Returns its curves, group by group; a line that a group knows nothing of has none."""
+        found, alone = [], len(groups) == 1
+        for (g, group), (i, line) in product(enumerate(groups), enumerate(self.lines)):
+            x, y, low, high = group.band(line.key)
+            if any(v is not None for v in y):
+                name = line.label if alone else f"{group.name}: {line.label}"
+                label = line.label if alone or (g == 0 and len(self.lines) > 1) else None
+                band = (low, high) if len(group.runs) > 1 else (None, None)
+                found.append(Trace(name, x, y, *band, colour(groups, g, i), line.style, None in y, label))
+        return found
+
+    def levels(self, groups: Sequence[Group]) -> list[float]:
+        """Returns the values of its horizontal lines: the setting in those runs that use it."""
+        runs, section = [run for group in groups for run in group.runs], self.level.partition(".")[0]
+        used = {run.settings.get(self.level) for run in runs if run.settings.get(f"{section}.enabled")}
+        return sorted(used - {None})
 
 
 def _stages(prefix: str) -> tuple[Line, ...]:
@@ -88,15 +126,9 @@ TROUBLE = {
 
 
 def panels_of(groups: Sequence[Group]) -> list[Panel]:
-    """Returns the panels that have something to show, and one for each evaluation set."""
-    known = {
-        key
-        for group in groups
-        for run in group.runs
-        for row in run.rows
-        for key, value in row.items()
-        if value is not None
-    }
+    """Returns the panels that have something to show, and one for each set of evaluation."""
+    rows = [row for group in groups for run in group.runs for row in run.rows]
+    known = {key for row in rows for key, value in row.items() if value is not None}
     found = []
     for panel in (*PANELS, *_evaluations(known)):
         lines = tuple(line for line in panel.lines if line.key in known)
@@ -116,17 +148,6 @@ def _evaluations(known: set[str]) -> list[Panel]:
         lines = tuple(Line(k, k.split("/")[2], styles[i % 3]) for i, k in enumerate(metrics))
         panels.append(Panel(f"Evaluation on {name}", "share solved", lines, "Of the policy, while it trains."))
     return panels
-
-
-def levels_of(panel: Panel, groups: Sequence[Group]) -> list[float]:
-    """Returns the values of the panel's horizontal lines: the setting in those runs that use it."""
-    used = {
-        run.settings.get(panel.level)
-        for group in groups
-        for run in group.runs
-        if run.settings.get(f"{panel.level.partition('.')[0]}.enabled")
-    }
-    return sorted(used - {None})
 
 
 def _natural(key: str) -> tuple[int, int]:
@@ -149,3 +170,52 @@ def phases(group: Group) -> dict[str, float]:
     means = {k[5:-2]: sum(row.get(k) or 0.0 for row in rows) / len(rows) for k in counted}
     other = sum(row.get("time/iteration_s") or 0.0 for row in rows) / len(rows) - sum(means.values())
     return dict(sorted(means.items(), key=lambda item: -item[1])) | {"other": max(0.0, other)}
+
+
+def phases_of(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """Each phase has its seconds in each group."""
+    found = [phases(group) for group in groups]
+    names = dict.fromkeys(name for part in found for name in part)
+    return {name: [part.get(name, 0.0) for part in found] for name in names}
+
+
+def pass_at_k(groups: Sequence[Group]) -> dict[str, list[Trace]]:
+    """Each set of the last evaluations has a trace of each group: percent over k. Its band goes from the lowest to the
+    highest seed; of one run it is the interval over problems. A group without an evaluation has no points."""
+    found: dict[str, list[dict[int, list[dict]]]] = {}
+    for g, group in enumerate(groups):
+        for run in group.runs:
+            sets = run.evaluations[max(run.evaluations)]["sets"] if run.evaluations else {}
+            for name, part in sets.items():
+                for metric, cell in part["metrics"].items():
+                    if metric.startswith("pass@"):
+                        cells = found.setdefault(name, [{} for _ in groups])[g]
+                        cells.setdefault(int(metric[5:]), []).append(cell)
+    traces: dict[str, list[Trace]] = {name: [] for name in found}
+    for name, of_groups in found.items():
+        for g, cells in enumerate(of_groups):
+            seeds = [cells[k] for k in sorted(cells)]
+            mean = [100 * (sum(c["value"] for c in s) / len(s)) for s in seeds]
+            low = [100 * min(c["value" if len(s) > 1 else "low"] for c in s) for s in seeds]
+            high = [100 * max(c["value" if len(s) > 1 else "high"] for c in s) for s in seeds]
+            look = (colour(groups, g, 0), SOLID, True)
+            traces[name].append(Trace(groups[g].label, sorted(cells), mean, low, high, *look))
+    return traces
+
+
+def smooth(values: Sequence[float | None], window: int) -> np.ndarray:
+    """Centred running mean over what is there; None is a gap."""
+    series, half = np.array(values, dtype=float), window // 2
+    known, here = ~np.isnan(series), slice(half, half + len(series))
+    sums, counts = (np.convolve(part, np.ones(2 * half + 1))[here] for part in (np.nan_to_num(series), known))
+    return np.where(known, sums / np.maximum(counts, 1), np.nan)
+
+
+def window_for(num_iterations: int) -> int:
+    """Odd: as many iterations before as after."""
+    return 2 * (num_iterations // 40) + 1
+
+
+def colour(groups: Sequence[Group], group: int, line: int) -> str:
+    """Returns a line's colour where there is one group, else its group's: then the dashes tell the lines apart."""
+    return COLOURS[(line if len(groups) == 1 else group) % len(COLOURS)]

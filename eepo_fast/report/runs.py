@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from eepo_fast.config.schema import READ_WITH
 from eepo_fast.types import UserError
 
 Values = list[float | None]
@@ -155,13 +156,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Returns the settings in which the runs are not all alike, names apart."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [
-        key
-        for key in keys
-        if key not in ("run.name", "run.root") and len({repr(run.settings.get(key)) for run in runs}) > 1
-    ]
+    """Returns the settings in which the runs that read them are not all alike, names apart."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in ("run.name", "run.root"))
+    return [key for key in keys if len({repr(r.settings.get(key)) for r in runs if is_read(key, r.settings)}) > 1]
+
+
+def is_read(key: str, settings: dict[str, Any]) -> bool:
+    section, _, name = key.partition(".")
+    chooser, choice, keys = READ_WITH.get(section, ("", None, ()))
+    return name not in keys or settings.get(f"{section}.{chooser}") == choice
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -22,7 +22,7 @@ from typing import Any
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, make_config
 from eepo_fast.config.files import merge, read_override
-from eepo_fast.config.schema import COLDEST_OF_VLLM
+from eepo_fast.config.schema import COLDEST_OF_VLLM, without_unread
 from eepo_fast.data.problems import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
@@ -98,9 +98,9 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         if complaint:
             raise UserError(f"--model: checkpoint {folder} is damaged: {complaint}")
         state = checkpoint.read_state(folder)
-        values = {s: v for s, v in state["config"].items() if s in SECTIONS}
+        values = without_unread({s: v for s, v in state["config"].items() if s in SECTIONS})
         values["model"] = {"path": str(folder / "model"), "dtype": state["config"]["model"]["dtype"]}
-        values["rollout"] |= {"tensor_parallel": 1, "sleep": False}
+        values["rollout"] = {k: v for k, v in values["rollout"].items() if k not in ("tensor_parallel", "sleep")}
         found |= {"run": state["config"]["run"]["name"], "step": state["step"]}
     else:
         values = {"model": {"path": path}, "data": {"train": "unused"}}
@@ -110,6 +110,7 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
                     f"--model: {BASE} is taught one task, and {key} is not given; add the demo's data.numbers=3 "
                     "data.max_number=9, or another one's"
                 )
+    given = {"eepo": {"enabled": False}}
     for text in overrides:
         section = text.partition(".")[0]
         if section not in SECTIONS:
@@ -117,8 +118,8 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         option = OPTIONS.get(text.partition("=")[0])
         if option:
             raise UserError(f"override {text!r}: eval does not take this key; use {option}")
-        values = merge(values, read_override(text))
-    return make_config({**values, "eepo": {"enabled": False}}), found
+        given = merge(given, read_override(text))
+    return make_config(values, given, say=Display().warn), found
 
 
 def family_template(model, tokenizer) -> str:

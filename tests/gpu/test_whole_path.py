@@ -253,7 +253,8 @@ def run(base, folder, *overrides):
         "reward.function=rewards_here:parity",
     ]
     sizes = ["train.prompts_per_iteration=8", "train.prompts_per_update=4", "rollout.group_size=4", "eepo.alpha=3.0"]
-    shape = ["rollout.max_new_tokens=12", "rollout.gpu_memory_utilization=0.2", "train.micro_batch_tokens=256"]
+    shape = ["rollout.max_new_tokens=12", "train.micro_batch_tokens=256"]
+    shape += ["rollout.gpu_memory_utilization=0.2"] if "rollout.engine=vllm" in overrides else []
     names = [o.lstrip("-").partition("=")[0] for o in overrides]
     given = [o for o in (*sizes, *shape, "train.iterations=1") if o.partition("=")[0] not in names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

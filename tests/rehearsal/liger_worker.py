@@ -82,7 +82,7 @@ def config_for(engine):
             "data": {"train": "arithmetic"},
             "grpo": {"kl_coef": 1e-4},
             "rollout": {"dtype": "float32"},
-            "train": {"engine": engine, "zero_stage": 2, "liger": True},
+            "train": {"engine": engine, "liger": True},
         }
     )
 

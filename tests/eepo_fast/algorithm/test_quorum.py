@@ -180,7 +180,7 @@ def test_a_quorum_of_1_changes_nothing(make_trainer):
 
 
 def test_grpo_waits_for_all(make_trainer):
-    trainer = make_trainer(eepo={"enabled": False, "quorum": QUORUM}, rollout={"max_new_tokens": 40, "group_size": 8})
+    trainer = make_trainer(eepo={"enabled": False}, rollout={"max_new_tokens": 40, "group_size": 8})
     batch, _ = trainer.iteration()
     assert len(batch.rollouts) == 32 and not any(r.preempted for r in batch.rollouts)
     with pytest.raises(AssertionError):

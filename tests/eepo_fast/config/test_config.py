@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eepo_fast.config import Config, dump_config, load_config, make_config
+from eepo_fast.config.files import merge, read_override
+from eepo_fast.config.schema import READ_WITH, RENAMED, without_unread
 from eepo_fast.types import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +49,6 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
         ("rollout.group_size=7", "expected an even number, found 7"),
         ("rollout.top_p=0.9", "biases the probability ratio"),
         ("rollout.engine=x", "expected 'hf' or 'vllm'"),
-        ("rollout.sleep=true", "only vllm can sleep"),
         ("train.iterations=abc", "expected a valid integer, found 'abc'"),
         ("train.iterations=2.5", "expected a valid integer, found 2.5"),
         ("train.prompts_per_update=3", "expected a divisor"),
@@ -70,6 +72,84 @@ def test_mistakes_are_named(override, words):
 def test_temperatures_that_vllm_does_not_have(overrides):
     key = overrides[0].partition("=")[0]
     assert f"{key}: expected at least 0.01 with rollout.engine=vllm" in complaint("rollout.engine=vllm", *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides, key, wanted, found",
+    [
+        (["rollout.sleep=false"], "rollout.sleep", "rollout.engine=vllm", "hf"),
+        (["rollout.gpu_memory_utilization=0.5"], "rollout.gpu_memory_utilization", "rollout.engine=vllm", "hf"),
+        (["train.zero_stage=2", "train.engine=torch"], "train.zero_stage", "train.engine=deepspeed", "torch"),
+        (["eepo.enabled=false", "eepo.alpha=0.2"], "eepo.alpha", "eepo.enabled=true", "false"),
+        (["aepo.coef=0.3"], "aepo.coef", "aepo.enabled=true", "false"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(tmp_path, overrides, key, wanted, found):
+    """On the command line, and in a file beside the choice; also at its default."""
+    line = f"config key {key}: expected {wanted} with it, found {found}; remove the key, or set {wanted}"
+    assert complaint(*overrides) == line
+    values = {}
+    for text in overrides:
+        values = merge(values, read_override(text))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    assert complaint(files=[str(tmp_path / "a.yaml")]) == line
+    section, _, chooser = wanted.partition("=")[0].partition(".")
+    if chooser in values[section]:  # a later choice does not mend a file that is wrong in itself
+        assert complaint(wanted, files=[str(tmp_path / "a.yaml")]) == line
+    else:
+        assert load_config([str(tmp_path / "a.yaml")], [*REQUIRED, wanted])
+
+
+def stack(tmp_path, *texts, overrides=()):
+    """(config, what was said) of files with these texts."""
+    said, files = [], []
+    for i, text in enumerate(texts):
+        files.append(str(tmp_path / f"{i}.yaml"))
+        (tmp_path / f"{i}.yaml").write_text(text)
+    return load_config(files, [*REQUIRED, *overrides], said.append), said
+
+
+def test_a_later_choice_leaves_out_the_keys_of_another(tmp_path):
+    base = "rollout: {engine: vllm, sleep: true, tensor_parallel: 2}\ntrain: {engine: deepspeed, zero_stage: 3}\n"
+    line = "rollout.engine=hf: rollout.sleep, rollout.tensor_parallel of an earlier file left out"
+    config, said = stack(tmp_path, base, overrides=["rollout.engine=hf"])
+    assert said == [line] and config.train.zero_stage == 3
+    assert (config.rollout.sleep, config.rollout.tensor_parallel) == (False, 1)
+    config, said = stack(tmp_path, base, "rollout: {engine: hf}\ntrain: {engine: torch}\n")
+    assert said == [line, "train.engine=torch: train.zero_stage of an earlier file left out"]
+    assert config.train.zero_stage == 2 and config.train.engine == "torch"
+    (tmp_path / "own.yaml").write_text(dump_config(config))
+    assert load_config([str(tmp_path / "own.yaml")], []) == config
+    config, said = stack(tmp_path, base, "rollout: {engine: hf}", "rollout: {engine: vllm}")
+    assert config.rollout.sleep and config.rollout.tensor_parallel == 2 and said == []
+    with pytest.raises(UserError, match=r"rollout.sleep: expected rollout.engine=vllm with it, found hf"):
+        stack(tmp_path, base, "rollout: {engine: hf}", "rollout: {sleep: true}")
+
+
+def test_the_keys_of_a_method_go_with_it(tmp_path):
+    base, off = "eepo: {learning_rate: 0.02}\n", "eepo: {enabled: false}\n"
+    config, said = stack(tmp_path, base, off)
+    assert not config.eepo.enabled and said == []
+    assert config.model_dump()["eepo"] == {"enabled": False} and config.model_dump()["aepo"] == {"enabled": False}
+    assert stack(tmp_path, base, off, "eepo: {enabled: true}\n")[0].eepo.learning_rate == 0.02
+    with pytest.raises(UserError, match=r"eepo.alpha: expected eepo.enabled=true with it, found false"):
+        stack(tmp_path, base, off, overrides=["eepo.alpha=0.2"])
+
+
+def test_an_older_version_s_config_is_read_without_unread_keys():
+    config = load_config([], REQUIRED)
+    written = {name: section.model_dump() for name, section in config}  # every key
+    with pytest.raises(UserError, match=r"rollout\.tensor_parallel: expected rollout\.engine=vllm"):
+        make_config(written)
+    assert make_config(without_unread(written)) == config
+
+
+def test_the_old_name_of_a_key_names_the_new(monkeypatch):
+    monkeypatch.setitem(RENAMED, "eepo.eta", "eepo.learning_rate")
+    assert complaint("eepo.eta=1") == "config key eepo.eta: is eepo.learning_rate now, found the old name; rename it"
+    known = {f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields}
+    for section, (chooser, _, keys) in READ_WITH.items():
+        assert {f"{section}.{key}" for key in (chooser, *keys)} <= known
 
 
 def test_odd_groups_are_fine_without_eepo():
@@ -110,8 +190,17 @@ def test_config_stays_small():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_configs_are_valid(path):
+def test_shipped_configs_are_valid(path, tmp_path):
+    """Alone and under each method's overlay; and what a run then keeps is read as it was written."""
     load_config([str(path)], [])
+    for overlay in sorted((ROOT / "configs/methods").glob("*.yaml")):
+        said = []
+        one_device = ["train.engine=torch"] if "Needs train.engine=torch" in overlay.read_text() else []
+        temperature = ["rollout.temperature=1"] if "aepo" in overlay.stem else []
+        config = load_config([str(path), str(overlay)], [*one_device, *temperature], said.append)
+        assert not said or one_device
+        (tmp_path / "own.yaml").write_text(dump_config(config))
+        assert load_config([str(tmp_path / "own.yaml")], []) == config
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-3b", "llama-3.2-3b-instruct", "qwen3-8b-base"])

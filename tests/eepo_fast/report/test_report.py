@@ -12,7 +12,7 @@ import pytest
 from eepo_fast.cli import main
 from eepo_fast.report.panels import late_mean, panels_of, phases
 from eepo_fast.report.rollouts import key_of, pack, read_groups, rollout
-from eepo_fast.report.runs import group_runs, read_run, shared_name
+from eepo_fast.report.runs import differing, group_runs, read_run, shared_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report_data import HOSTILE, make_run
@@ -80,6 +80,8 @@ def test_everything_is_written(runs, tmp_path, capsys):
 def test_seeds_are_grouped_and_settings_are_not(runs):
     groups = group_runs([read_run(r) for r in runs])
     assert [(g.name, len(g.runs)) for g in groups] == [("eepo", 2), ("grpo", 1)]
+    # of a method that is off nothing but that differs
+    assert differing([g.runs[0] for g in groups]) == ["eepo.enabled", "log.token_details"]
     assert shared_name(["a-seed1", "a-seed12"]) == "a" and shared_name(["x", "y"]) == "x / y"
     steps, mean, low, high = groups[0].band("reward/stage1")
     assert steps == [1, 2, 3, 4, 5, 6] and mean[0] == pytest.approx(0.5105)
@@ -90,6 +92,25 @@ def test_seeds_are_grouped_and_settings_are_not(runs):
     assert found["update"] == 1.0 and found["rollout_stage1"] == pytest.approx(0.6) and "iteration" not in found
     without_kl = [p.title for p in panels_of(groups[1:])]
     assert "Gate" not in without_kl and "Reward" in without_kl
+
+
+def test_the_pictures_and_the_page_draw_the_same_curves(runs, tmp_path, monkeypatch):
+    from eepo_fast.report import pictures
+
+    drawn, draw = [], pictures.draw_trace
+
+    def noted(axis, trace, label):
+        drawn.append(trace)
+        draw(axis, trace, label)
+
+    monkeypatch.setattr(pictures, "draw_trace", noted)
+    assert report(*runs, out=tmp_path / "page") == 0
+    shown = [curve for chart in page_data(tmp_path / "page")["charts"] for curve in chart.get("curves", ())]
+    assert [t.name for t in drawn] == [c["name"] for c in shown] and len(drawn) > 20
+    for trace, curve in zip(drawn, shown, strict=True):
+        assert (trace.x, trace.colour, trace.style) == (curve["x"], curve["colour"], curve["dash"])
+        assert [v is None for v in trace.y] == [v is None for v in curve["y"]]
+        assert (trace.low is not None, trace.sparse) == ("low" in curve, curve["sparse"])
 
 
 def test_numbers_survive_packing(runs):

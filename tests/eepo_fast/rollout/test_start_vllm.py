@@ -382,6 +382,6 @@ def test_without_a_home_the_folder_is_among_temporary_ones(tiny_model, tmp_path,
 
 
 def test_the_embedded_engine_has_no_batch_invariance(test_config):
-    with pytest.raises(UserError, match=r"rollout.deterministic: expected false with rollout.engine=hf, found true"):
+    with pytest.raises(UserError, match=r"rollout.deterministic: expected rollout.engine=vllm with it, found hf"):
         test_config(rollout={"deterministic": True})
     assert test_config(rollout={"deterministic": True, "engine": "vllm"}).rollout.deterministic

@@ -132,8 +132,10 @@ def test_a_dry_run_prints_the_estimate():
 )
 def test_qwen_3b_fits_one_h200_and_is_told_when_unlearning_runs(capsys, overrides, unlearning):
     assert main(["train", str(ROOT / "configs/qwen2.5-3b.yaml"), "--dry-run", "--machine", "1xH200", *overrides]) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "  fits, with " in printed
+    line = "eepo-fast: train.engine=torch: train.zero_stage of an earlier file left out\n"
+    assert said == (line if "train.engine=torch" in overrides else "") and ("zero_stage" in printed) == (not said)
     assert f"  unlearning runs {unlearning}" in printed if unlearning else "unlearning runs" not in printed
 
 
@@ -164,6 +166,7 @@ def test_what_was_traced_is_told_from_what_is_arithmetic():
     [
         (["--machine", "7xA100-80GB"], "train.prompts_per_iteration: expected a multiple of the 7 engines"),
         (["--machine", "8xB200", "rollout.tensor_parallel=3"], "rollout.tensor_parallel: expected a divisor of the 8"),
+        (["rollout.engine=hf", "rollout.sleep=true"], "rollout.sleep: expected rollout.engine=vllm with it, found hf"),
         (["--machine", "8xB200", "train.engine=torch"], "train.engine: expected deepspeed with 8 processes"),
         (["--machine", "8xA100-80GB", "rollout.gpu_memory_utilization=0.05"], "expected room for its 5.7 GiB"),
     ],
