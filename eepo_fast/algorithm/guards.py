@@ -70,8 +70,8 @@ def within_memory(policy: Policy, compute: Callable[[], Result]) -> tuple[Result
         # outside the handler, whose traceback holds the activations
         if not policy.halve_micro_batches():
             raise UserError(
-                f"out of memory: {reason}; lower train.micro_batch_tokens or rollout.gpu_memory_utilization, set "
-                "train.gradient_checkpointing=true, and --resume"
+                f"out of memory: {reason}; lower train.micro_batch_tokens, with vLLM rollout.gpu_memory_utilization, "
+                "or set train.gradient_checkpointing=true, and --resume"
             )
         halvings += 1
         gc.collect()
