@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, A, L, E], key and value [1, K, L, E] -> [1, L, A, E]. boundaries: [S + 1] int32 of the S sequences,
     lengths: the same as Python numbers. attention_mask is None: transformers makes none for this function."""
@@ -75,7 +77,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _varlen():
+def _varlen() -> Callable[..., Tensor]:
     """(q [L, A, E], k, v [L, K, E], boundaries, longest, scale, window) -> [L, A, E]."""
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func

@@ -51,7 +51,8 @@ class Shape:
             return None
         head_dim = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
         tied, family = bool(known.get("tie_word_embeddings", False)), str(known.get("model_type", ""))
-        return cls(*(known[name] for name in KEYS), head_dim, tied, family.startswith("qwen3"))
+        norms = family.startswith("qwen3")
+        return cls(**{k: known[k] for k in KEYS}, head_dim=head_dim, tie_word_embeddings=tied, norms_heads=norms)
 
     @property
     def layer_weights(self) -> int:

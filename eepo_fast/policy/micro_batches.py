@@ -17,6 +17,16 @@ from eepo_fast.distributed import deal
 from eepo_fast.types import Rollout
 
 
+@dataclass(frozen=True)
+class Batching:
+    """Says how a policy cuts rollouts into micro-batches."""
+
+    max_tokens: int
+    pad_id: int
+    packed: bool
+    device: torch.device
+
+
 @dataclass
 class MicroBatch:
     """Some rollouts as tensors. The N completion tokens are in the order of the rollouts. Without rollouts: one padding
@@ -109,13 +119,17 @@ def _pad(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[
 def collate(rollouts: list[Rollout], pad_id: int, device: torch.device, packed: bool) -> MicroBatch:
     sequences = [r.prompt.token_ids + r.token_ids[:-1] for r in rollouts] or [[pad_id]]
     longest = max(map(len, sequences))
-    input_ids, position_ids, first = [], [], []
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    first: list[int] = []
     for ids in sequences:
         padding = 0 if packed else longest - len(ids)
         first.append(len(input_ids))
         input_ids += ids + [pad_id] * padding
         position_ids += range(len(ids) + padding)
-    positions, targets, starts = [], [], []
+    positions: list[int] = []
+    targets: list[int] = []
+    starts: list[int] = []
     for begin, rollout in zip(first, rollouts, strict=False):
         begin += len(rollout.prompt.token_ids) - 1
         starts += [len(targets)] * rollout.num_tokens

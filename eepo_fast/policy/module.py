@@ -9,19 +9,20 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats, fused_linear_loss, linear_logprobs
 from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.attention import use_packed_attention
-from eepo_fast.policy.micro_batches import MicroBatch, collate, plan_micro_batches
+from eepo_fast.policy.micro_batches import Batching, MicroBatch, collate, plan_micro_batches
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError
 
@@ -50,13 +51,23 @@ class Gradient(Protocol):
 
 
 class Policy(Protocol):
-    world: World
-    model: PreTrainedModel
-    shapes: Mapping[str, torch.Size]
-    """Of every weight, whole, once."""
-    weights_norm: float
-    """Of all weights together, as they were loaded."""
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Returns the shape of every weight, whole, once."""
+
+    @property
+    def weights_norm(self) -> float:
+        """Returns the norm of all weights together, as they were loaded."""
+
+    @property
+    def scheduler(self) -> LambdaLR:
+        """Returns the learning rate's schedule; a policy without an optimizer has none."""
 
     @property
     def stream_tokens(self) -> int | None:
@@ -115,7 +126,7 @@ class PolicyModule(nn.Module):
         self.temperature = temperature
         self.autocast = autocast
 
-    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None):
+    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None) -> TokenStats | tuple[Tensor, TokenStats]:
         """(loss, statistics) with a `loss_fn`, else the statistics alone."""
         device = batch.input_ids.device.type
         # A weight is used once a pass: keeping its 16-bit copy to the pass's end saves no work, and holds half the
@@ -127,7 +138,7 @@ class PolicyModule(nn.Module):
                 return linear_logprobs(**inputs)
             return fused_linear_loss(**inputs, loss_fn=loss_fn)
 
-    def _head_inputs(self, batch: MicroBatch) -> dict:
+    def _head_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """The fused head's arguments. An fp32 weight stays fp32 under autocast, which rounds it for the products: its
         gradient, summed in fp32, reaches the master without another rounding."""
         packed = batch.boundaries is not None
@@ -196,10 +207,10 @@ def _use_liger(model: PreTrainedModel) -> None:
 
 def _by_device(on_gpu: Callable, on_host: Callable) -> Callable:
     @functools.wraps(on_host)
-    def chosen(first: Tensor, *arguments, **options):
+    def chosen(first: Tensor, *arguments: Any, **options: Any) -> Any:
         return (on_gpu if first.is_cuda else on_host)(first, *arguments, **options)
 
-    chosen.on_gpu = on_gpu
+    vars(chosen)["on_gpu"] = on_gpu
     return chosen
 
 
@@ -211,14 +222,12 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # torch's hints know no numbers on a module
 
 
-def my_micro_batches(
-    rollouts: Sequence[Rollout], world: World, *, max_tokens: int, pad_id: int, device: torch.device, packed: bool
-) -> list[MicroBatch]:
-    plan = plan_micro_batches(rollouts, max_tokens, world.size, packed)
-    return [collate(members, pad_id, device, packed) for members in plan[world.rank]]
+def my_micro_batches(rollouts: Sequence[Rollout], world: World, batching: Batching) -> list[MicroBatch]:
+    plan = plan_micro_batches(rollouts, batching.max_tokens, world.size, batching.packed)
+    return [collate(members, batching.pad_id, batching.device, batching.packed) for members in plan[world.rank]]
 
 
 def gather_columns(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,13 +12,14 @@ from eepo_kernels import ForgetStats, TokenStats
 from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
-from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.micro_batches import Batching, MicroBatch
+from eepo_fast.policy.module import Gradient, PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout
 
@@ -89,7 +91,7 @@ class TorchPolicy:
         weight = next(model.parameters())
         autocast = None if compute_dtype == weight.dtype else compute_dtype
         self.module = PolicyModule(model, temperature=temperature, autocast=autocast)
-        self.batching = dict(max_tokens=micro_batch_tokens, pad_id=pad_id, packed=packed, device=weight.device)
+        self.batching = Batching(micro_batch_tokens, pad_id, packed, weight.device)
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip
             self.optimizer, self.scheduler = make_optimizer(model, optimizer, fused=weight.is_cuda)
@@ -104,7 +106,7 @@ class TorchPolicy:
 
     @property
     def stream_tokens(self) -> int | None:
-        return self.batching["max_tokens"] if self.world.size == 1 else None
+        return self.batching.max_tokens if self.world.size == 1 else None
 
     def pass_bytes(self, *, gradient: bool) -> float:
         weight = next(self.model.parameters())
@@ -112,10 +114,10 @@ class TorchPolicy:
         if shape is None:
             return 0.0
         itemsize = AUTOCAST if self.module.autocast else weight.itemsize
-        where = (shape, self.batching["max_tokens"], itemsize, "cuda" if weight.is_cuda else "cpu")
+        tokens, device = self.batching.max_tokens, "cuda" if weight.is_cuda else "cpu"
         if gradient:
-            return pass_bytes(*where, checkpointing=self.model.is_gradient_checkpointing)
-        return score_bytes(*where)
+            return pass_bytes(shape, tokens, itemsize, device, checkpointing=self.model.is_gradient_checkpointing)
+        return score_bytes(shape, tokens, itemsize, device)
 
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
         """The same computation on another model of the same kind, without an optimizer."""
@@ -124,7 +126,7 @@ class TorchPolicy:
         return other
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return my_micro_batches(rollouts, self.world, **self.batching)
+        return my_micro_batches(rollouts, self.world, self.batching)
 
     def named_weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -146,11 +148,11 @@ class TorchPolicy:
         return loss.detach(), stats
 
     def halve_micro_batches(self) -> bool:
-        if self.world.size > 1 or self.batching["max_tokens"] == 1:  # one sequence each, however long
+        if self.world.size > 1 or self.batching.max_tokens == 1:  # one sequence each, however long
             return False
         for parameter in self.model.parameters():
             parameter.grad = None
-        self.batching["max_tokens"] //= 2
+        self.batching = replace(self.batching, max_tokens=self.batching.max_tokens // 2)
         return True
 
     def step(self) -> tuple[float, bool]:
@@ -167,10 +169,11 @@ class TorchPolicy:
         return [self.named_weights()]
 
     def forget(
-        self, engine: RolloutEngine, gradient: PlainGradient, config: EepoConfig, *, seed: int, step: int
+        self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
-        options = dict(eta=config.learning_rate, rounding=config.rounding, seed=seed, step=step)
-        return engine.forget(gradient.tensors, norm=gradient.known_norm, **options)
+        assert isinstance(gradient, PlainGradient), "a gradient that another kind of policy made"
+        eta, rounding, norm = config.learning_rate, config.rounding, gradient.known_norm
+        return engine.forget(gradient.tensors, eta=eta, rounding=rounding, seed=seed, step=step, norm=norm)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_weights().items()
@@ -196,7 +199,7 @@ class TorchPolicy:
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def set_scheduler(optimizer: torch.optim.Optimizer, scheduler, num_steps: int) -> None:
+def set_scheduler(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, num_steps: int) -> None:
     scheduler.last_epoch = num_steps
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(num_steps)
@@ -204,16 +207,16 @@ def set_scheduler(optimizer: torch.optim.Optimizer, scheduler, num_steps: int) -
 
 def make_optimizer(
     model: PreTrainedModel, config: OptimizerConfig, *, fused: bool
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+) -> tuple[torch.optim.AdamW, LambdaLR]:
     """fused: where the state is on a GPU. PyTorch's other way to do all weights at once there holds as much again as
     they have while it steps. On a CPU it is one weight after the other."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=fused or None,
     )
     warmup = config.warmup_steps
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
-from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.micro_batches import Batching, MicroBatch
+from eepo_fast.policy.module import Gradient, PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
 from eepo_fast.policy.shards import (
     ShardedGradient,
@@ -39,7 +40,7 @@ from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError, WeightsVersion
 
 
-def import_deepspeed():
+def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it still uses
     try:
         import deepspeed
@@ -54,9 +55,9 @@ def import_deepspeed():
     return deepspeed
 
 
-def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -> dict:
+def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
     """DeepSpeed's own configuration: what ours says, in its words."""
-    zero = {"stage": train.zero_stage, "overlap_comm": train.zero_stage == 2}
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": train.zero_stage == 2}
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if train.offload_parameters:
@@ -72,6 +73,11 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
+
+
+def _sharded(parameter: Tensor) -> Tensor:
+    """Returns this rank's part of a weight at stage 3, flat, the last ranks' padded."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it to torch's class
 
 
 class ZeroPolicy:
@@ -121,9 +127,7 @@ class ZeroPolicy:
                 dist_init_required=False,
             )
         self.module: PolicyModule = self.deepspeed.module
-        self.batching = dict(
-            max_tokens=train.micro_batch_tokens, pad_id=pad_id, packed=train.packing, device=self.device
-        )
+        self.batching = Batching(train.micro_batch_tokens, pad_id, train.packing, self.device)
         if self.stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # done in `step`, where its result is looked at
         if self.stage == 3:  # the head's weight is read by the module itself, not by its owner's forward
@@ -143,7 +147,7 @@ class ZeroPolicy:
         return 0.0  # nobody asks: it does nothing beside sampling
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return my_micro_batches(rollouts, self.world, **self.batching)
+        return my_micro_batches(rollouts, self.world, self.batching)
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         self.world.on_micro_batch()
@@ -199,7 +203,7 @@ class ZeroPolicy:
         first, count = piece.held_by(self.world.rank)
         if self.stage < 3:
             return parameter.detach().reshape(-1)[first : first + count]
-        return parameter.ds_tensor.detach().reshape(-1)[:count].to(self.device)
+        return _sharded(parameter).detach().reshape(-1)[:count].to(self.device)
 
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         if self.stage < 3:
@@ -212,10 +216,11 @@ class ZeroPolicy:
             yield all_gather(bucket, flat, self.world)
 
     def forget(
-        self, engine: RolloutEngine, gradient: ShardedGradient, config: EepoConfig, *, seed: int, step: int
+        self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
         """The engine holds nearest(master); each rank computes its slices of what that becomes, and the engine is given
         the result: the bytes of a sync, the bits that one rank would compute."""
+        assert isinstance(gradient, ShardedGradient), "a gradient that another kind of policy made"
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         weights = forgetful_buckets(gradient, self._own_slice, self.engine_dtype, config, sums, seed=seed, step=step)
         version = WeightsVersion(engine.weights_version.policy_version, True)
@@ -233,7 +238,8 @@ class ZeroPolicy:
             if self.stage < 3:
                 parameter.copy_(masters[name])
             else:
-                parameter.ds_tensor.copy_(self._padded_slice(name, masters[name]).view(parameter.ds_tensor.shape))
+                held = _sharded(parameter)
+                held.copy_(self._padded_slice(name, masters[name]).view(held.shape))
         if self.stage == 3 and (whole := self.deepspeed.optimizer.persistent_parameters):
             whole[0].partition(whole)  # small weights, kept gathered: gather them anew
             whole[0].all_gather(whole)

@@ -41,7 +41,8 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    weights_version: WeightsVersion
+    @property
+    def weights_version(self) -> WeightsVersion: ...
 
     def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
         """Own weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight once;

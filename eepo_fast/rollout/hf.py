@@ -144,7 +144,7 @@ class HfEngine:
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         limits = [requests[i].limit(k, sampling) for i, k in rows]
-        uniforms = np.stack([_uniforms(requests[i].seeds[k], max(limits)) for i, k in rows])
+        uniforms = torch.stack([_uniforms(requests[i].seeds[k], max(limits)) for i, k in rows])
         results: dict[tuple[int, int], Rollout] = {}
 
         def take(row: int, tokens: list[int], logprobs: list[float], ended: bool) -> None:
@@ -168,7 +168,7 @@ class HfEngine:
         self,
         prompts: list[list[int]],
         expand: Tensor,
-        uniforms: np.ndarray,
+        uniforms: Tensor,
         limits: list[int],
         sampling: Sampling,
         tick: Callable[[], None] | None,
@@ -188,7 +188,7 @@ class HfEngine:
         cache.batch_select_indices(expand)
         mask = torch.nn.functional.pad(mask[expand], (0, limit), value=1)
         position = positions[expand, -1]
-        uniforms = torch.from_numpy(uniforms).to(self.device)
+        uniforms = uniforms.to(self.device)
         stops = torch.tensor(sampling.stop_token_ids, device=self.device)
         tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(num_rows, limit, device=self.device)
@@ -264,8 +264,8 @@ class HfEngine:
         del self.model, self.weights
 
 
-def _uniforms(seed: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(count))
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -12,17 +14,19 @@ from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine
 
 
-def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longest: int) -> RolloutEngine:
+def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer: Any, longest: int) -> RolloutEngine:
     """longest: tokens of the longest prompt."""
-    settings = dict(dtype=getattr(torch, rollout.dtype), max_sequences=rollout.max_sequences)
+    dtype, most = getattr(torch, rollout.dtype), rollout.max_sequences
     if rollout.engine == "hf":
-        return HfEngine(model, pad_id=tokenizer.pad_token_id, device=default_device(), **settings)
+        device, pad_id = default_device(), tokenizer.pad_token_id
+        return HfEngine(model, dtype=dtype, max_sequences=most, pad_id=pad_id, device=device)
     return VllmEngine(
         model,
+        dtype=dtype,
+        max_sequences=most,
         max_model_len=longest + rollout.max_new_tokens,
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enable_sleep=rollout.sleep,
         deterministic=rollout.deterministic,
-        **settings,
     )

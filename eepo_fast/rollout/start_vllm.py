@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from eepo_fast.distributed import listen_on_loopback
+from eepo_fast.rollout.weights import VllmModel
 from eepo_fast.types import UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ INVARIANT_FROM = (9, 0)
 backward pass, which the policy beside them needs."""
 
 
-def import_vllm(*, deterministic: bool = False):
+def import_vllm(*, deterministic: bool = False) -> Any:
     """The module, set up to run in this process; UserError if it cannot be imported. deterministic: with batch
     invariance; UserError where it is not to be had."""
     if deterministic:
@@ -167,7 +168,7 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def logits_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+def logits_dtype(model: VllmModel, dtype: torch.dtype) -> torch.dtype:
     """In which a vLLM model of weights in `dtype` computes its logits; a warning where it is not the policy's."""
     found = [getattr(m, "head_dtype", None) for m in model.modules() if type(m).__name__ == "LogitsProcessor"]
     used = found[0] if found and isinstance(found[0], torch.dtype) else dtype
@@ -194,7 +195,7 @@ def running_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """After what the calling thread has given the GPU so far, and before what it gives it next. vLLM keeps the stream
     that it finds at its start and waits for that one: all of its calls have to be made on the same."""
     outer = None if stream is None else torch.cuda.current_stream()
-    if outer == stream:
+    if stream is None or outer is None or outer == stream:
         yield
         return
     stream.wait_stream(outer)
@@ -214,19 +215,20 @@ def capturing_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
         return
     from vllm.distributed import parallel_state
 
-    context = parallel_state.GraphCaptureContext
-    parallel_state.GraphCaptureContext = lambda _: context(stream)
+    names = vars(parallel_state)
+    context = names["GraphCaptureContext"]
+    names["GraphCaptureContext"] = lambda _: context(stream)
     try:
         yield
     finally:
-        parallel_state.GraphCaptureContext = context
+        names["GraphCaptureContext"] = context
 
 
 def on_own_stream(method: Callable) -> Callable:
     """A method of an engine that has a `stream`."""
 
     @functools.wraps(method)
-    def run(self, *arguments, **options):
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
         with running_on(self.stream):
             return method(self, *arguments, **options)
 

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ from eepo_fast.rollout.start_vllm import (
     running_on,
 )
 from eepo_fast.rollout.updates import InPlace, Reload, Updater
-from eepo_fast.rollout.weights import PlanError, gather
+from eepo_fast.rollout.weights import PlanError, VllmModel, gather
 from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class VllmEngine:
             on_failure.pop_all()
 
     @property
-    def _model(self) -> torch.nn.Module:
+    def _model(self) -> VllmModel:
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
     # -- updates
@@ -267,7 +268,7 @@ class VllmEngine:
             results.append(known + [math.nan] * (r.num_tokens - len(known)))
         return results
 
-    def _sampling_params(self, sampling: Sampling, seed: int, limit: int, *, in_parts: bool):
+    def _sampling_params(self, sampling: Sampling, seed: int, limit: int, *, in_parts: bool) -> Any:
         kinds = self._vllm.sampling_params.RequestOutputKind
         output_kind = kinds.DELTA if in_parts else kinds.FINAL_ONLY
         return self._vllm.SamplingParams(

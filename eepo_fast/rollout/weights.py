@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,15 @@ aten = torch.ops.aten
 
 class PlanError(Exception):
     """The loader does something that a plan of copies cannot say; the message names it."""
+
+
+class VllmModel(Protocol):
+    """A plan asks this of a vLLM model, and of the module that it is."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Copy(NamedTuple):
@@ -81,7 +90,7 @@ class Plan:
         """The slices of `weights` (contiguous, by source name) in the order of `views`."""
         return [copy.of(weights[copy.name]) for copy in self.copies]
 
-    def moved(self, model: nn.Module) -> bool:
+    def is_stale(self, model: VllmModel) -> bool:
         """Have the engine's tensors been allocated anew (as sleeping may do)? Then the views are of dead memory."""
         return self._pointers != {name: p.data_ptr() for name, p in model.named_parameters()}
 
@@ -95,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         self.parameters = parameters
         self.copies: list[Copy] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.copy_.default:
             return self._copy(*args[:2])
         if func in (aten.fill_.Scalar, aten.zero_.default) and _storage(args[0]) in self.parameters:
@@ -120,14 +129,15 @@ def _storage(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], group: dist.ProcessGroup | None = None) -> Plan:
+def record_plan(model: VllmModel, shapes: Mapping[str, torch.Size], group: dist.ProcessGroup | None = None) -> Plan:
     """The plan for a vLLM model and a policy whose weights have these names and shapes. group: the ranks that hold the
     model's tensor-parallel shards together, for objects of the CPU; all of them record at once and agree.
 
     PlanError, on all ranks, if vLLM's loader skips a weight, transforms one, or leaves part of a parameter unwritten on
     any of them."""
     parameters = {name: p.data for name, p in model.named_parameters()}
-    copies, complaint = [], None
+    copies: list[Copy] = []
+    complaint = None
     try:
         copies = _record(model, shapes, parameters)
         _check_written(copies, parameters)
@@ -146,16 +156,16 @@ def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], group: dist.
     return Plan(copies, parameters, [copy.slice not in before for copy in copies])
 
 
-def gather(value, group: dist.ProcessGroup | None) -> list:
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """The value of every rank of the group, in the order of ranks; [value] without one."""
     if group is None:
         return [value]
-    values = [None] * dist.get_world_size(group)
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _record(model: nn.Module, shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> list[Copy]:
+def _record(model: VllmModel, shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> list[Copy]:
     if len({_storage(p) for p in parameters.values()}) < len(parameters):
         raise PlanError("two parameters share one memory")
     any_parameter = next(iter(parameters.values()))
@@ -231,7 +241,7 @@ def _marked(numel: int, slices: Sequence[Sequence], device: torch.device) -> int
 
 @torch.no_grad()
 def check_plan(
-    plan: Plan, model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, sync: Callable,
+    plan: Plan, model: VllmModel, shapes: Mapping[str, torch.Size], dtype: torch.dtype, sync: Callable,
     group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Values written through the plan, and the same values loaded by vLLM itself, must leave the same bits in all of
