@@ -28,7 +28,7 @@ PREPOSITION = re.compile(
     r"except|for|from|in|inside|into|like|near|of|off|on|onto|out|outside|over|past|per|since|than|through|to|toward|"
     r"under|until|up|upon|via|when|where|while|with|within|without)\b", re.IGNORECASE,
 )  # fmt: skip
-FRAGMENTS = {"algorithm", "rollout", "policy", "types.py"}  # rooms whose docstrings are not sentences yet
+FRAGMENTS = {"algorithm", "types.py"}  # rooms whose docstrings are not sentences yet
 FILES = sorted([*(ROOT / "eepo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 

@@ -1,4 +1,4 @@
-"""The policy on one device: fp32 master weights, computed with in a dtype of choice, AdamW."""
+"""Holds the policy on one device: fp32 master weights, computed with in a dtype of choice, AdamW."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from eepo_fast.types import Rollout
 
 
 class PlainGradient:
-    """See `Gradient`: whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
+    """Is a `Gradient` of whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
     memory is free from there on: from the second micro-batch on there would else be two of the whole model."""
 
     def __init__(self, model: PreTrainedModel):
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {}
         self.known_norm: float | None = None
-        """Of the last call of `norm`: the forget step is held against it, and reads the gradient once."""
+        """The result of the last `norm`: the forget step is held against it, and reads the gradient once."""
 
     def add(self, loss: Tensor) -> None:
         self.known_norm = None
@@ -67,7 +67,7 @@ def _receive(found: dict[str, Tensor], name: str, grad: Tensor) -> Tensor:
 
 
 class TorchPolicy:
-    """See `Policy`."""
+    """Is the `Policy` that one device holds whole."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class TorchPolicy:
         gradient_checkpointing: bool = False,
         liger: bool = False,
     ):
-        """world: whose ranks share the rollouts to `score`; a policy with an optimizer is alone."""
+        """Shares the rollouts to `score` with the ranks of `world`; a policy with an optimizer is alone."""
         prepare_model(model, packed=packed, gradient_checkpointing=gradient_checkpointing, liger=liger)
         self.world = world or World()
         assert optimizer is None or self.world.size == 1
@@ -120,7 +120,7 @@ class TorchPolicy:
         return score_bytes(shape, tokens, itemsize, device)
 
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
-        """The same computation on another model of the same kind, without an optimizer."""
+        """Returns the same computation on another model of the same kind, for which there is no optimizer."""
         other = copy.copy(self)
         other.module = PolicyModule(model, temperature=self.module.temperature, autocast=self.module.autocast)
         return other
@@ -208,8 +208,8 @@ def set_scheduler(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, num_ste
 def make_optimizer(
     model: PreTrainedModel, config: OptimizerConfig, *, fused: bool
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """fused: where the state is on a GPU. PyTorch's other way to do all weights at once there holds as much again as
-    they have while it steps. On a CPU it is one weight after the other."""
+    """Returns AdamW and its warm-up. fused: the state is on a GPU, where PyTorch's other way to step all weights at
+    once would hold as much again as they have. On a CPU it is one weight after the other."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,

@@ -1,4 +1,4 @@
-"""The policy over many ranks: DeepSpeed's ZeRO, stages 0 to 3.
+"""Spreads the policy over many ranks with DeepSpeed's ZeRO, stages 0 to 3.
 
 Stage 0 keeps fp32 weights on every rank and computes under autocast; stages 1 to 3 keep the weights in the compute
 dtype and their fp32 masters cut over the ranks, as DeepSpeed does. The unlearning pass runs beside DeepSpeed: its
@@ -50,21 +50,21 @@ def import_deepspeed() -> Any:
             "train.engine=torch on one device"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every step of its own
-    # compiled at its first use, on a CPU, under a lock file that a killed process leaves for ever; gloo does the same
+    # on a CPU it would be compiled at first use, under a lock file that a killed process leaves for ever; gloo is used
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
-    """DeepSpeed's own configuration: what ours says, in its words."""
+    """Returns DeepSpeed's own configuration: what ours says, in its words."""
     zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": train.zero_stage == 2}
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if train.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # ours, and their number, change from update to update:
-        "managed_gradient_accumulation": False,  # every step() ends one
+        "train_micro_batch_size_per_gpu": 1,  # has to be there; ours change in size and number, so
+        "managed_gradient_accumulation": False,  # every step() ends an accumulation
         "gradient_clipping": 0.0 if train.zero_stage == 0 else grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -81,7 +81,7 @@ def _sharded(parameter: Tensor) -> Tensor:
 
 
 class ZeroPolicy:
-    """See `Policy`."""
+    """Is the `Policy` that many ranks share."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class ZeroPolicy:
         pad_id: int,
         optimizer: OptimizerConfig,
     ):
-        """model: on the host; DeepSpeed moves to the device what stays there."""
+        """Takes a model that is on the host; DeepSpeed moves to the device what stays there."""
         deepspeed = import_deepspeed()
         lone_group()
         with world.agree():
@@ -111,8 +111,8 @@ class ZeroPolicy:
         self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
         self._parameters = dict(model.named_parameters())
         below_fp32 = compute_dtype != torch.float32
-        # DeepSpeed takes its masters from the weights rounded to 16 bits. It gives each weight other memory for that;
-        # what they had is kept here as it is, not a second time.
+        # DeepSpeed takes its masters from the weights rounded to 16 bits; the exact ones are set at the end. It gives
+        # each weight other memory, so that what they had is kept here without a copy.
         masters = {n: p.detach() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
@@ -180,7 +180,7 @@ class ZeroPolicy:
         return norm if applied else float("inf"), applied
 
     def _step_unsharded(self) -> tuple[float, bool]:
-        """DeepSpeed looks for non-finite gradients from stage 1 on; here it is for us to do."""
+        """Steps at stage 0, and looks for non-finite gradients itself, as DeepSpeed does from stage 1 on."""
         if self.world.size > 1:
             self.deepspeed.buffered_allreduce_fallback()
         norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip))
@@ -198,7 +198,7 @@ class ZeroPolicy:
         return ShardedGradient(self._parameters, self.buckets, self.world, self.device)
 
     def _own_slice(self, piece: Slice) -> Tensor:
-        """This rank's elements of nearest(master)."""
+        """Returns this rank's elements of nearest(master)."""
         parameter = self._parameters[piece.name]
         first, count = piece.held_by(self.world.rank)
         if self.stage < 3:
@@ -231,7 +231,7 @@ class ZeroPolicy:
 
     @torch.no_grad()
     def load_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """The fp32 weights, and what is computed with rounded from them."""
+        """Sets the fp32 weights, and those that are computed with, which are rounded from them."""
         for name, parameter in self._parameters.items():
             if self.stage:
                 self._set(parameter, name, masters[name])
@@ -245,7 +245,7 @@ class ZeroPolicy:
             whole[0].all_gather(whole)
 
     def _padded_slice(self, name: str, whole: Tensor) -> Tensor:
-        """[slice size]: this rank's elements, then zeros."""
+        """Returns [slice size]: this rank's elements, then zeros."""
         piece = self.slices[name]
         first, count = piece.held_by(self.world.rank)
         padded = torch.zeros(piece.size, device=self.device)
@@ -253,7 +253,7 @@ class ZeroPolicy:
         return padded
 
     def _set(self, parameter: Tensor, name: str, value: Tensor, key: str | None = None) -> None:
-        """A master, or the part `key` of its optimizer state, from the whole tensor. At stage 3 DeepSpeed's calls for
+        """Sets a master, or the part `key` of its optimizer state, from all of it. At stage 3 DeepSpeed's calls for
         whole tensors refuse a weight that the ranks do not divide, so it is given slices there."""
         from deepspeed import utils as deepspeed_state
 
@@ -304,7 +304,7 @@ class ZeroPolicy:
         set_scheduler(self.base_optimizer, self.scheduler, num_steps)
 
     def _make_moments(self, count: float) -> None:
-        """The optimizer's state as its first step makes it, so that there is something to load into."""
+        """Makes the optimizer's state as its first step does, so that there is something to load into."""
         zero = self.deepspeed.optimizer
         if self.stage == 0:
             held = list(self._parameters.values())

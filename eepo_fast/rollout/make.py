@@ -1,8 +1,6 @@
-"""The rollout engine that a config asks for."""
+"""Makes the rollout engine that a config asks for."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +12,8 @@ from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.rollout.vllm import VllmEngine
 
 
-def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer: Any, longest: int) -> RolloutEngine:
-    """longest: tokens of the longest prompt."""
+def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longest: int) -> RolloutEngine:
+    """Returns the config's engine; `longest` has the longest prompt's tokens."""
     dtype, most = getattr(torch, rollout.dtype), rollout.max_sequences
     if rollout.engine == "hf":
         device, pad_id = default_device(), tokenizer.pad_token_id

@@ -16,11 +16,11 @@ from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
 from torch import Tensor
 from torch.cuda import Stream
 
+from eepo_fast.rollout.engine import Named
 from eepo_fast.rollout.start_vllm import on_own_stream
 from eepo_fast.rollout.weights import VllmModel, check_plan, gather, record_plan
 from eepo_fast.types import EngineError
 
-Named = Mapping[str, Tensor]
 Shapes = Mapping[str, torch.Size]
 
 
@@ -98,7 +98,7 @@ class Reload:
     """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
 
     def __init__(self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None):
-        """llm is the `vllm.LLM` that holds the model and runs on the stream."""
+        """Takes the `vllm.LLM` that holds the model and runs on the stream."""
         self._llm, self._model, self.stream = llm, model, stream
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
