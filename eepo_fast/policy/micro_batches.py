@@ -1,4 +1,4 @@
-"""Rollouts as tensors, in micro-batches that fit a budget, as many and as heavy on one rank as on another.
+"""Turns rollouts into tensors, in micro-batches that fit a budget, as many and as heavy on one rank as on another.
 
 Shapes: S sequences of a micro-batch; B rows and L columns of its input: padded, B = S and L the longest, padding on the
 right, where causal attention never looks; packed, B = 1 and L the sum of the lengths, with attention that stays inside
@@ -17,10 +17,20 @@ from eepo_fast.distributed import deal
 from eepo_fast.types import Rollout
 
 
+@dataclass(frozen=True)
+class Batching:
+    """Says how a policy cuts rollouts into micro-batches."""
+
+    max_tokens: int
+    pad_id: int
+    packed: bool
+    device: torch.device
+
+
 @dataclass
 class MicroBatch:
-    """Some rollouts as tensors. The N completion tokens are in the order of the rollouts. Without rollouts: one padding
-    token and N = 0, for a rank that must do as many forward passes as the others."""
+    """Holds some rollouts as tensors. The N completion tokens are in the order of the rollouts. Without rollouts it has
+    one padding token and N = 0, for a rank that must do as many forward passes as the others."""
 
     rollouts: list[Rollout]
     input_ids: Tensor  # [B, L]
@@ -32,21 +42,21 @@ class MicroBatch:
     starts: Tensor  # [N] int64: index in [0, N) of the first token of each token's own response
 
     def per_token(self, values: Sequence[float]) -> Tensor:
-        """One value a rollout, repeated over its tokens: [N] fp32."""
+        """Returns one value a rollout, repeated over its tokens: [N] fp32."""
         lengths = torch.tensor([r.num_tokens for r in self.rollouts], dtype=torch.int64)
         return move(torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths), self.targets.device)
 
     def concatenate(self, values: Sequence[Sequence[float]]) -> Tensor:
-        """Per-token lists of the rollouts, end to end: [N] fp32."""
+        """Returns per-token lists of the rollouts, end to end: [N] fp32."""
         return move(torch.tensor([v for part in values for v in part], dtype=torch.float32), self.targets.device)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Returns [N] cut into one tensor [T] a rollout."""
+        """Returns `values` [N] cut into one tensor [T] a rollout."""
         return values.split([r.num_tokens for r in self.rollouts]) if self.rollouts else ()
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """To a GPU without waiting for what it is busy with."""
+    """Copies to a GPU without waiting for what it is busy with."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -57,9 +67,9 @@ def input_length(rollout: Rollout) -> int:
 def plan_micro_batches(
     rollouts: Sequence[Rollout], max_tokens: int, num_ranks: int, packed: bool
 ) -> list[list[list[Rollout]]]:
-    """[rank][micro-batch][rollouts], as many micro-batches on each rank; empty rollouts are left out. A micro-batch has
-    at most `max_tokens` tokens, padding included (one sequence may exceed it), and may be empty on a rank where there
-    are too few rollouts to go round."""
+    """Returns [rank][micro-batch][rollouts], as many micro-batches on each rank; empty rollouts are left out. A
+    micro-batch has at most `max_tokens` tokens, padding included (one sequence may exceed it), and may be empty on a
+    rank where there are too few rollouts to go round."""
     chosen = [r for r in rollouts if r.num_tokens]
     if not chosen:
         return [[] for _ in range(num_ranks)]
@@ -75,7 +85,7 @@ def plan_micro_batches(
 
 
 def _pack(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[Rollout]]:
-    """As few bins as hold them, evenly filled; a sequence beyond the budget has a bin of its own."""
+    """Returns as few bins as hold them, evenly filled; a sequence beyond the budget has a bin of its own."""
     bins = [[r] for r in rollouts if input_length(r) > max_tokens]
     rest = [r for r in rollouts if input_length(r) <= max_tokens]
     lengths = [input_length(r) for r in rest]
@@ -89,7 +99,7 @@ def _pack(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list
 
 
 def _pad(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[Rollout]]:
-    """Similar lengths side by side."""
+    """Returns bins of similar lengths."""
     bins: list[list[Rollout]] = [[]]
     for rollout in sorted(rollouts, key=input_length):
         if bins[-1] and (len(bins[-1]) + 1) * input_length(rollout) > max_tokens:
@@ -109,13 +119,13 @@ def _pad(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[
 def collate(rollouts: list[Rollout], pad_id: int, device: torch.device, packed: bool) -> MicroBatch:
     sequences = [r.prompt.token_ids + r.token_ids[:-1] for r in rollouts] or [[pad_id]]
     longest = max(map(len, sequences))
-    input_ids, position_ids, first = [], [], []
+    input_ids, position_ids, first = list[int](), list[int](), list[int]()
     for ids in sequences:
         padding = 0 if packed else longest - len(ids)
         first.append(len(input_ids))
         input_ids += ids + [pad_id] * padding
         position_ids += range(len(ids) + padding)
-    positions, targets, starts = [], [], []
+    positions, targets, starts = list[int](), list[int](), list[int]()
     for begin, rollout in zip(first, rollouts, strict=False):
         begin += len(rollout.prompt.token_ids) - 1
         starts += [len(targets)] * rollout.num_tokens

@@ -1,4 +1,4 @@
-"""What the trainer asks of a policy, and the module that both kinds of policy run: model and fused head in one forward.
+"""Says what the trainer asks of a policy, and has the module that both kinds run: model and fused head in one forward.
 
 Shapes: N completion tokens of a micro-batch, D hidden size, V vocabulary.
 """
@@ -9,25 +9,26 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats, fused_linear_loss, linear_logprobs
 from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.attention import use_packed_attention
-from eepo_fast.policy.micro_batches import MicroBatch, collate, plan_micro_batches
+from eepo_fast.policy.micro_batches import Batching, MicroBatch, collate, plan_micro_batches
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError
 
 
 class Scores(NamedTuple):
-    """What a forward pass says of rollouts' tokens: for each rollout, in their order, one number a token."""
+    """Holds what a forward pass says of rollouts' tokens: for each rollout, in their order, one number a token."""
 
     logprobs: list[list[float]]
     """Log-probs in nats, at the sampling temperature."""
@@ -36,7 +37,7 @@ class Scores(NamedTuple):
 
 
 class Gradient(Protocol):
-    """A gradient of the policy's weights beside the optimizer's own: summed over micro-batches and ranks, fp32. Adding
+    """Sums a gradient of the policy's weights beside the optimizer's own, over micro-batches and ranks, in fp32. Adding
     to it leaves weights, `.grad`, optimizer and loss scale bitwise as they were."""
 
     def add(self, loss: Tensor) -> None:
@@ -50,27 +51,37 @@ class Gradient(Protocol):
 
 
 class Policy(Protocol):
-    world: World
-    model: PreTrainedModel
-    shapes: Mapping[str, torch.Size]
-    """Of every weight, whole, once."""
-    weights_norm: float
-    """Of all weights together, as they were loaded."""
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Returns the shape of every weight, whole, once."""
+
+    @property
+    def weights_norm(self) -> float:
+        """Returns the norm of all weights together, as they were loaded."""
+
+    @property
+    def scheduler(self) -> LambdaLR:
+        """Returns the learning rate's schedule; a policy without an optimizer has none."""
 
     @property
     def stream_tokens(self) -> int | None:
-        """Tokens of a micro-batch that may be worked on while the engine samples; None where it has to wait."""
+        """Returns the tokens of a micro-batch that may run while the engine samples; None where it has to wait."""
 
     def pass_bytes(self, *, gradient: bool) -> float:
-        """What a micro-batch takes beside what stands: with its gradient, or for its log-probs alone. 0 where the
-        model's dimensions do not say."""
+        """Returns what a micro-batch takes beside weights and summed gradients: with its gradient, or for its log-probs
+        alone. It is 0 where the model's dimensions do not say."""
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
+        """Returns this rank's part of the rollouts. All ranks pass the same rollouts and get as many micro-batches."""
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        """Sum of `loss_fn` over this rank's micro-batch, with its graph, and the detached statistics [N]."""
+        """Sums `loss_fn` over this rank's micro-batch; returns that with its graph, and the detached statistics [N]."""
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """Returns log-probs and entropy of all rollouts' tokens, on every rank."""
@@ -78,48 +89,48 @@ class Policy(Protocol):
     def gradient(self) -> Gradient: ...
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        """`loss`, detached, whose gradient, summed over ranks, is added to what the next `step` applies."""
+        """Adds the gradient of `loss`, summed over ranks, to what the next `step` applies; returns `loss`, detached."""
 
     def halve_micro_batches(self) -> bool:
-        """After running out of memory: drop what `backward` has added, and make later micro-batches half as large.
+        """Drops what `backward` has added, and makes later micro-batches half as large: memory has run out. Returns
         False where that is not possible: other ranks wait, or they cannot be smaller."""
 
     def step(self) -> tuple[float, bool]:
-        """Clip and apply the accumulated gradient. (norm before clipping, applied); a non-finite one is dropped."""
+        """Clips and applies what was added; what is not finite is dropped. Returns (norm before clipping, applied)."""
 
     def weights(self) -> Iterable[Mapping[str, Tensor]]:
-        """Every weight once and whole (a tied one under its first name), in buckets that live until the next one."""
+        """Returns every weight once, whole (a tied one under its first name), in buckets that live until the next."""
 
     def forget(
         self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
-        """The engine's weights ← round(engine's weights + η·gradient)."""
+        """Sets the engine's weights ← round(engine's weights + η·gradient)."""
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """The fp32 weights by name, whole, one after the other, on every rank: for checkpoints."""
+        """Yields the fp32 weights by name, whole, one after the other, on every rank: for checkpoints."""
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's state in the same way, as `exp_avg.NAME` and so on; nothing before the first step."""
+        """Yields the optimizer's state in the same way, as `exp_avg.NAME` and so on; nothing before the first step."""
 
     def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
-        """What `masters` and `moments` gave; num_steps: of the learning rate's schedule."""
+        """Takes over what `masters` and `moments` gave; num_steps: of the learning rate's schedule."""
 
 
 class PolicyModule(nn.Module):
-    """The model and the fused head in one forward, so that hooks which gather sharded weights see all of it."""
+    """Runs model and fused head in one forward, so that hooks which gather sharded weights see all of it."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, autocast: torch.dtype | None):
-        """autocast: dtype to compute in where the weights stay fp32; None: the weights' own."""
+        """Computes in the dtype `autocast`, where the weights stay fp32; None is the weights' own dtype."""
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.autocast = autocast
 
-    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None):
-        """(loss, statistics) with a `loss_fn`, else the statistics alone."""
+    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None) -> TokenStats | tuple[Tensor, TokenStats]:
+        """Returns (loss, statistics) with a `loss_fn`, else the statistics alone."""
         device = batch.input_ids.device.type
-        # A weight is used once a pass: keeping its 16-bit copy to the pass's end saves no work, and holds half the
-        # weights' memory beside the head's. Where nothing is done again its product keeps the copy anyway.
+        # No cache: a weight is used once a pass, so keeping its 16-bit copy to the pass's end saves no work, and takes
+        # half the weights' memory beside the head's. Without checkpointing its product keeps the copy anyway.
         precision = torch.autocast(device, self.autocast, cache_enabled=False) if self.autocast else nullcontext()
         with named("micro-batch forward"), precision:
             inputs = self._head_inputs(batch)
@@ -127,8 +138,8 @@ class PolicyModule(nn.Module):
                 return linear_logprobs(**inputs)
             return fused_linear_loss(**inputs, loss_fn=loss_fn)
 
-    def _head_inputs(self, batch: MicroBatch) -> dict:
-        """The fused head's arguments. An fp32 weight stays fp32 under autocast, which rounds it for the products: its
+    def _head_inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """Returns the fused head's arguments. Autocast rounds an fp32 weight for the products and leaves it fp32: its
         gradient, summed in fp32, reaches the master without another rounding."""
         packed = batch.boundaries is not None
         packing = {"boundaries": batch.boundaries, "lengths": batch.lengths} if packed else {}
@@ -148,8 +159,8 @@ def norm_of(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """UserError where the family scales or caps its logits after the head, which the fused head would miss. To be
-    called before any model of the process is prepared: it runs the model where it is, and as it was loaded."""
+    """Raises a UserError where the family scales or caps its logits after the head, which the fused head would miss.
+    It comes before any model of the process is prepared: it runs the model as it was loaded, where it is."""
     probe = torch.arange(4, device=next(model.parameters()).device)[None]
     expected = model(probe).logits
     found = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
@@ -163,8 +174,8 @@ def check_head(model: PreTrainedModel) -> None:
 def prepare_model(
     model: PreTrainedModel, *, packed: bool, gradient_checkpointing: bool = False, liger: bool = False
 ) -> None:
-    """Make the model, which `check_head` has seen, compute as the config says; UserError where it cannot. liger: where
-    there is a GPU."""
+    """Makes the model, which `check_head` has seen, compute as the config says; UserError where it cannot. Liger is
+    used where there is a GPU."""
     if packed:
         use_packed_attention(model)
     if gradient_checkpointing:
@@ -185,9 +196,9 @@ def _use_liger(model: PreTrainedModel) -> None:
     before = dict(family)
     # the head and its loss are our own
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
-    # It exchanges names of transformers' module, too: of every model of the family in this process, of the engine's and
-    # of those still on the host, whose tensors a Triton kernel cannot read. The layers of this model have their own by
-    # now; a function that they look up by its name (rotary positions) has to go by where its tensors are.
+    # Liger exchanges names in transformers' module, too, and so for every model of the family in this process: for the
+    # engine's, and for those on the host, whose tensors a Triton kernel cannot read. This model's layers have their own
+    # by now, so the names are put back; a function that layers look up by name (rotary positions) chooses by device.
     for name, found in before.items():
         if family[name] is not found:
             is_plain_function = not isinstance(found, type) and not hasattr(found, "on_gpu")
@@ -196,29 +207,27 @@ def _use_liger(model: PreTrainedModel) -> None:
 
 def _by_device(on_gpu: Callable, on_host: Callable) -> Callable:
     @functools.wraps(on_host)
-    def chosen(first: Tensor, *arguments, **options):
+    def chosen(first: Tensor, *arguments: Any, **options: Any) -> Any:
         return (on_gpu if first.is_cuda else on_host)(first, *arguments, **options)
 
-    chosen.on_gpu = on_gpu
+    vars(chosen)["on_gpu"] = on_gpu
     return chosen
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass."""
+    """Has activations computed again in the backward pass."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # transformers checkpoints in training mode only; dropout, which that turns on, is taken out
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # torch's hints know no numbers on a module
 
 
-def my_micro_batches(
-    rollouts: Sequence[Rollout], world: World, *, max_tokens: int, pad_id: int, device: torch.device, packed: bool
-) -> list[MicroBatch]:
-    plan = plan_micro_batches(rollouts, max_tokens, world.size, packed)
-    return [collate(members, pad_id, device, packed) for members in plan[world.rank]]
+def my_micro_batches(rollouts: Sequence[Rollout], world: World, batching: Batching) -> list[MicroBatch]:
+    plan = plan_micro_batches(rollouts, batching.max_tokens, world.size, batching.packed)
+    return [collate(members, batching.pad_id, batching.device, batching.packed) for members in plan[world.rank]]
 
 
 def gather_columns(

@@ -1,9 +1,10 @@
-"""The policy on one device: fp32 master weights, computed with in a dtype of choice, AdamW."""
+"""Holds the policy on one device: fp32 master weights, computed with in a dtype of choice, AdamW."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,26 +12,27 @@ from eepo_kernels import ForgetStats, TokenStats
 from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
-from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.micro_batches import Batching, MicroBatch
+from eepo_fast.policy.module import Gradient, PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout
 
 
 class PlainGradient:
-    """See `Gradient`: whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
+    """Is a `Gradient` of whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
     memory is free from there on: from the second micro-batch on there would else be two of the whole model."""
 
     def __init__(self, model: PreTrainedModel):
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {}
         self.known_norm: float | None = None
-        """Of the last call of `norm`: the forget step is held against it, and reads the gradient once."""
+        """The result of the last `norm`: the forget step is held against it, and reads the gradient once."""
 
     def add(self, loss: Tensor) -> None:
         self.known_norm = None
@@ -65,7 +67,7 @@ def _receive(found: dict[str, Tensor], name: str, grad: Tensor) -> Tensor:
 
 
 class TorchPolicy:
-    """See `Policy`."""
+    """Is the `Policy` that one device holds whole."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class TorchPolicy:
         gradient_checkpointing: bool = False,
         liger: bool = False,
     ):
-        """world: whose ranks share the rollouts to `score`; a policy with an optimizer is alone."""
+        """Shares the rollouts to `score` with the ranks of `world`; a policy with an optimizer is alone."""
         prepare_model(model, packed=packed, gradient_checkpointing=gradient_checkpointing, liger=liger)
         self.world = world or World()
         assert optimizer is None or self.world.size == 1
@@ -89,7 +91,7 @@ class TorchPolicy:
         weight = next(model.parameters())
         autocast = None if compute_dtype == weight.dtype else compute_dtype
         self.module = PolicyModule(model, temperature=temperature, autocast=autocast)
-        self.batching = dict(max_tokens=micro_batch_tokens, pad_id=pad_id, packed=packed, device=weight.device)
+        self.batching = Batching(micro_batch_tokens, pad_id, packed, weight.device)
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip
             self.optimizer, self.scheduler = make_optimizer(model, optimizer, fused=weight.is_cuda)
@@ -104,7 +106,7 @@ class TorchPolicy:
 
     @property
     def stream_tokens(self) -> int | None:
-        return self.batching["max_tokens"] if self.world.size == 1 else None
+        return self.batching.max_tokens if self.world.size == 1 else None
 
     def pass_bytes(self, *, gradient: bool) -> float:
         weight = next(self.model.parameters())
@@ -112,19 +114,19 @@ class TorchPolicy:
         if shape is None:
             return 0.0
         itemsize = AUTOCAST if self.module.autocast else weight.itemsize
-        where = (shape, self.batching["max_tokens"], itemsize, "cuda" if weight.is_cuda else "cpu")
+        tokens, device = self.batching.max_tokens, "cuda" if weight.is_cuda else "cpu"
         if gradient:
-            return pass_bytes(*where, checkpointing=self.model.is_gradient_checkpointing)
-        return score_bytes(*where)
+            return pass_bytes(shape, tokens, itemsize, device, checkpointing=self.model.is_gradient_checkpointing)
+        return score_bytes(shape, tokens, itemsize, device)
 
     def with_model(self, model: PreTrainedModel) -> TorchPolicy:
-        """The same computation on another model of the same kind, without an optimizer."""
+        """Returns the same computation on another model of the same kind, for which there is no optimizer."""
         other = copy.copy(self)
         other.module = PolicyModule(model, temperature=self.module.temperature, autocast=self.module.autocast)
         return other
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return my_micro_batches(rollouts, self.world, **self.batching)
+        return my_micro_batches(rollouts, self.world, self.batching)
 
     def named_weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -146,11 +148,11 @@ class TorchPolicy:
         return loss.detach(), stats
 
     def halve_micro_batches(self) -> bool:
-        if self.world.size > 1 or self.batching["max_tokens"] == 1:  # one sequence each, however long
+        if self.world.size > 1 or self.batching.max_tokens == 1:  # one sequence each, however long
             return False
         for parameter in self.model.parameters():
             parameter.grad = None
-        self.batching["max_tokens"] //= 2
+        self.batching = replace(self.batching, max_tokens=self.batching.max_tokens // 2)
         return True
 
     def step(self) -> tuple[float, bool]:
@@ -167,10 +169,11 @@ class TorchPolicy:
         return [self.named_weights()]
 
     def forget(
-        self, engine: RolloutEngine, gradient: PlainGradient, config: EepoConfig, *, seed: int, step: int
+        self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
-        options = dict(eta=config.learning_rate, rounding=config.rounding, seed=seed, step=step)
-        return engine.forget(gradient.tensors, norm=gradient.known_norm, **options)
+        assert isinstance(gradient, PlainGradient), "a gradient that another kind of policy made"
+        eta, rounding, norm = config.learning_rate, config.rounding, gradient.known_norm
+        return engine.forget(gradient.tensors, eta=eta, rounding=rounding, seed=seed, step=step, norm=norm)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_weights().items()
@@ -196,7 +199,7 @@ class TorchPolicy:
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def set_scheduler(optimizer: torch.optim.Optimizer, scheduler, num_steps: int) -> None:
+def set_scheduler(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, num_steps: int) -> None:
     scheduler.last_epoch = num_steps
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(num_steps)
@@ -204,16 +207,16 @@ def set_scheduler(optimizer: torch.optim.Optimizer, scheduler, num_steps: int) -
 
 def make_optimizer(
     model: PreTrainedModel, config: OptimizerConfig, *, fused: bool
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """fused: where the state is on a GPU. PyTorch's other way to do all weights at once there holds as much again as
-    they have while it steps. On a CPU it is one weight after the other."""
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """Returns AdamW and its warm-up. fused: the state is on a GPU, where PyTorch's other way to step all weights at
+    once would hold as much again as they have. On a CPU it is one weight after the other."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=fused or None,
     )
     warmup = config.warmup_steps
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))

@@ -1,4 +1,4 @@
-"""Weights cut over the ranks for one purpose: a gradient that no rank holds whole, and the forget step taken on it.
+"""Cuts weights over the ranks for one purpose: a gradient that no rank holds whole, and the forget step taken on it.
 
 Every weight, flat, is cut into one slice a rank of equal size, the last ones short or empty: as ZeRO-3 cuts them.
 Weights travel in buckets of several; a bucket on the wire is [R, C]: R ranks, C elements a rank, the slices of its
@@ -26,7 +26,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass(frozen=True)
 class Slice:
-    """A weight's place in its bucket."""
+    """Says where a weight is in its bucket."""
 
     name: str
     shape: torch.Size
@@ -34,7 +34,7 @@ class Slice:
     size: int  # elements a rank, the last ones padded
 
     def held_by(self, rank: int) -> tuple[int, int]:
-        """(first, count): the flat elements of the weight that this rank has; no more than there are."""
+        """Returns (first, count): the flat elements of the weight that this rank has; no more than there are."""
         first = min(rank * self.size, self.shape.numel())
         return first, min(self.size, self.shape.numel() - first)
 
@@ -43,7 +43,7 @@ Bucket = list[Slice]
 
 
 def make_buckets(shapes: Mapping[str, torch.Size], num_ranks: int, num_elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
-    """Weights in order, about `num_elements` a bucket; a larger one has a bucket of its own."""
+    """Returns weights in order, about `num_elements` a bucket; a larger one has a bucket of its own."""
     buckets: list[Bucket] = []
     size = num_elements
     for name, shape in shapes.items():
@@ -58,17 +58,17 @@ def make_buckets(shapes: Mapping[str, torch.Size], num_ranks: int, num_elements:
 
 
 def width(bucket: Bucket) -> int:
-    """C of a bucket."""
+    """Returns C of a bucket."""
     return bucket[-1].start + bucket[-1].size
 
 
 def own_views(bucket: Bucket, flat: Tensor, rank: int) -> list[Tensor]:
-    """What `flat` [C] of this rank holds of each weight, without padding; may be empty."""
+    """Returns what `flat` [C] of this rank holds of each weight, without padding; may be empty."""
     return [flat[s.start : s.start + s.held_by(rank)[1]] for s in bucket]
 
 
 def all_gather(bucket: Bucket, flat: Tensor, world: World) -> dict[str, Tensor]:
-    """The bucket's weights, whole, from every rank's `flat` [C]."""
+    """Returns the bucket's weights, whole, from every rank's `flat` [C]."""
     if world.size == 1:
         gathered = flat[None]
     else:
@@ -80,7 +80,7 @@ def all_gather(bucket: Bucket, flat: Tensor, world: World) -> dict[str, Tensor]:
 
 
 class ShardedGradient:
-    """See `Gradient`: every rank keeps its slices, fp32. Each micro-batch's gradient is summed over the ranks as the
+    """Is a `Gradient` of which every rank keeps its slices, fp32. Each micro-batch's is summed over the ranks as the
     backward pass brings it, a bucket at a time, so that no rank ever holds all of it."""
 
     def __init__(self, parameters: Mapping[str, Tensor], buckets: Sequence[Bucket], world: World, device: torch.device):
@@ -108,7 +108,7 @@ class ShardedGradient:
 
 
 class _Reduction:
-    """One backward pass: gradients go into their bucket, full buckets into the sum, in one order on all ranks."""
+    """Follows one backward pass: gradients go into their bucket, a full one into the sum, in one order on all ranks."""
 
     def __init__(self, gradient: ShardedGradient):
         self.gradient = gradient
@@ -151,7 +151,7 @@ class _Reduction:
         self.next -= 1
 
     def finish(self) -> None:
-        """Weights that got no gradient, here or on any rank, add zeros."""
+        """Adds zeros for weights that got no gradient, here or on any rank."""
         while self.next >= 0:
             self._reduce()
 
@@ -166,9 +166,9 @@ def forgetful_buckets(
     seed: int,
     step: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """round(nearest(master) + η·gradient) in `dtype`, bucket by bucket, whole. Each rank computes its own slices, with
-    the random bits of their place in the whole weight, and all are gathered in `dtype`. own_slice: this rank's elements
-    of a weight, to be rounded; sums: float64 [4], to which this rank's part of `ForgetStats` is added."""
+    """Yields round(nearest(master) + η·gradient) in `dtype`, bucket by bucket, whole. Each rank computes its slices,
+    with the random bits of their place in the whole weight, and all are gathered in `dtype`. own_slice: this rank's
+    elements of a weight, to be rounded; sums: float64 [4], to which this rank's part of `ForgetStats` is added."""
     rank = gradient.world.rank
     for bucket, grads in zip(gradient.buckets, gradient.flats, strict=True):
         flat = torch.zeros(width(bucket), dtype=dtype, device=gradient.device)
@@ -190,6 +190,6 @@ def forgetful_buckets(
 
 
 def stats_of(gradient: ShardedGradient, sums: Tensor) -> ForgetStats:
-    """Over all ranks."""
+    """Returns the stats over all ranks."""
     total = torch.tensor(gradient.world.total(sums.tolist()), dtype=torch.float64)
     return ForgetStats(total, sum(piece.shape.numel() for bucket in gradient.buckets for piece in bucket))

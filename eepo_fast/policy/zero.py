@@ -1,4 +1,4 @@
-"""The policy over many ranks: DeepSpeed's ZeRO, stages 0 to 3.
+"""Spreads the policy over many ranks with DeepSpeed's ZeRO, stages 0 to 3.
 
 Stage 0 keeps fp32 weights on every rank and computes under autocast; stages 1 to 3 keep the weights in the compute
 dtype and their fp32 masters cut over the ranks, as DeepSpeed does. The unlearning pass runs beside DeepSpeed: its
@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
-from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.policy.module import PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.micro_batches import Batching, MicroBatch
+from eepo_fast.policy.module import Gradient, PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
 from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
 from eepo_fast.policy.shards import (
     ShardedGradient,
@@ -39,7 +40,7 @@ from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError, WeightsVersion
 
 
-def import_deepspeed():
+def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it still uses
     try:
         import deepspeed
@@ -49,21 +50,21 @@ def import_deepspeed():
             "train.engine=torch on one device"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every step of its own
-    # compiled at its first use, on a CPU, under a lock file that a killed process leaves for ever; gloo does the same
+    # on a CPU it would be compiled at first use, under a lock file that a killed process leaves for ever; gloo is used
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -> dict:
-    """DeepSpeed's own configuration: what ours says, in its words."""
-    zero = {"stage": train.zero_stage, "overlap_comm": train.zero_stage == 2}
+def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -> dict[str, Any]:
+    """Returns DeepSpeed's own configuration: what ours says, in its words."""
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": train.zero_stage == 2}
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if train.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # ours, and their number, change from update to update:
-        "managed_gradient_accumulation": False,  # every step() ends one
+        "train_micro_batch_size_per_gpu": 1,  # has to be there; ours change in size and number, so
+        "managed_gradient_accumulation": False,  # every step() ends an accumulation
         "gradient_clipping": 0.0 if train.zero_stage == 0 else grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -74,8 +75,13 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -
     }
 
 
+def _sharded(parameter: Tensor) -> Tensor:
+    """Returns this rank's part of a weight at stage 3, flat, the last ranks' padded."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it to torch's class
+
+
 class ZeroPolicy:
-    """See `Policy`."""
+    """Is the `Policy` that many ranks share."""
 
     def __init__(
         self,
@@ -89,7 +95,7 @@ class ZeroPolicy:
         pad_id: int,
         optimizer: OptimizerConfig,
     ):
-        """model: on the host; DeepSpeed moves to the device what stays there."""
+        """Takes a model that is on the host; DeepSpeed moves to the device what stays there."""
         deepspeed = import_deepspeed()
         lone_group()
         with world.agree():
@@ -105,8 +111,8 @@ class ZeroPolicy:
         self.slices = {piece.name: piece for bucket in self.buckets for piece in bucket}
         self._parameters = dict(model.named_parameters())
         below_fp32 = compute_dtype != torch.float32
-        # DeepSpeed takes its masters from the weights rounded to 16 bits. It gives each weight other memory for that;
-        # what they had is kept here as it is, not a second time.
+        # DeepSpeed takes its masters from the weights rounded to 16 bits; the exact ones are set at the end. It gives
+        # each weight other memory, so that what they had is kept here without a copy.
         masters = {n: p.detach() for n, p in self._parameters.items()} if below_fp32 and self.stage else {}
         module = PolicyModule(
             model, temperature=temperature, autocast=compute_dtype if below_fp32 and self.stage == 0 else None
@@ -121,9 +127,7 @@ class ZeroPolicy:
                 dist_init_required=False,
             )
         self.module: PolicyModule = self.deepspeed.module
-        self.batching = dict(
-            max_tokens=train.micro_batch_tokens, pad_id=pad_id, packed=train.packing, device=self.device
-        )
+        self.batching = Batching(train.micro_batch_tokens, pad_id, train.packing, self.device)
         if self.stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # done in `step`, where its result is looked at
         if self.stage == 3:  # the head's weight is read by the module itself, not by its owner's forward
@@ -143,7 +147,7 @@ class ZeroPolicy:
         return 0.0  # nobody asks: it does nothing beside sampling
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return my_micro_batches(rollouts, self.world, **self.batching)
+        return my_micro_batches(rollouts, self.world, self.batching)
 
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         self.world.on_micro_batch()
@@ -176,7 +180,7 @@ class ZeroPolicy:
         return norm if applied else float("inf"), applied
 
     def _step_unsharded(self) -> tuple[float, bool]:
-        """DeepSpeed looks for non-finite gradients from stage 1 on; here it is for us to do."""
+        """Steps at stage 0, and looks for non-finite gradients itself, as DeepSpeed does from stage 1 on."""
         if self.world.size > 1:
             self.deepspeed.buffered_allreduce_fallback()
         norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip))
@@ -194,12 +198,12 @@ class ZeroPolicy:
         return ShardedGradient(self._parameters, self.buckets, self.world, self.device)
 
     def _own_slice(self, piece: Slice) -> Tensor:
-        """This rank's elements of nearest(master)."""
+        """Returns this rank's elements of nearest(master)."""
         parameter = self._parameters[piece.name]
         first, count = piece.held_by(self.world.rank)
         if self.stage < 3:
             return parameter.detach().reshape(-1)[first : first + count]
-        return parameter.ds_tensor.detach().reshape(-1)[:count].to(self.device)
+        return _sharded(parameter).detach().reshape(-1)[:count].to(self.device)
 
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         if self.stage < 3:
@@ -212,10 +216,11 @@ class ZeroPolicy:
             yield all_gather(bucket, flat, self.world)
 
     def forget(
-        self, engine: RolloutEngine, gradient: ShardedGradient, config: EepoConfig, *, seed: int, step: int
+        self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
     ) -> ForgetStats:
         """The engine holds nearest(master); each rank computes its slices of what that becomes, and the engine is given
         the result: the bytes of a sync, the bits that one rank would compute."""
+        assert isinstance(gradient, ShardedGradient), "a gradient that another kind of policy made"
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         weights = forgetful_buckets(gradient, self._own_slice, self.engine_dtype, config, sums, seed=seed, step=step)
         version = WeightsVersion(engine.weights_version.policy_version, True)
@@ -226,20 +231,21 @@ class ZeroPolicy:
 
     @torch.no_grad()
     def load_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """The fp32 weights, and what is computed with rounded from them."""
+        """Sets the fp32 weights, and those that are computed with, which are rounded from them."""
         for name, parameter in self._parameters.items():
             if self.stage:
                 self._set(parameter, name, masters[name])
             if self.stage < 3:
                 parameter.copy_(masters[name])
             else:
-                parameter.ds_tensor.copy_(self._padded_slice(name, masters[name]).view(parameter.ds_tensor.shape))
+                held = _sharded(parameter)
+                held.copy_(self._padded_slice(name, masters[name]).view(held.shape))
         if self.stage == 3 and (whole := self.deepspeed.optimizer.persistent_parameters):
             whole[0].partition(whole)  # small weights, kept gathered: gather them anew
             whole[0].all_gather(whole)
 
     def _padded_slice(self, name: str, whole: Tensor) -> Tensor:
-        """[slice size]: this rank's elements, then zeros."""
+        """Returns [slice size]: this rank's elements, then zeros."""
         piece = self.slices[name]
         first, count = piece.held_by(self.world.rank)
         padded = torch.zeros(piece.size, device=self.device)
@@ -247,7 +253,7 @@ class ZeroPolicy:
         return padded
 
     def _set(self, parameter: Tensor, name: str, value: Tensor, key: str | None = None) -> None:
-        """A master, or the part `key` of its optimizer state, from the whole tensor. At stage 3 DeepSpeed's calls for
+        """Sets a master, or the part `key` of its optimizer state, from all of it. At stage 3 DeepSpeed's calls for
         whole tensors refuse a weight that the ranks do not divide, so it is given slices there."""
         from deepspeed import utils as deepspeed_state
 
@@ -298,7 +304,7 @@ class ZeroPolicy:
         set_scheduler(self.base_optimizer, self.scheduler, num_steps)
 
     def _make_moments(self, count: float) -> None:
-        """The optimizer's state as its first step makes it, so that there is something to load into."""
+        """Makes the optimizer's state as its first step does, so that there is something to load into."""
         zero = self.deepspeed.optimizer
         if self.stage == 0:
             held = list(self._parameters.values())

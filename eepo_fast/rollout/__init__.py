@@ -1,1 +1,1 @@
-"""Rollout engines: they hold their own copy of the weights, sample from it, and never see a loss."""
+"""Rollout engines hold their own copy of the weights, sample from it, and never see a loss."""

@@ -1,4 +1,4 @@
-"""What the trainer asks of a rollout engine."""
+"""Says what the trainer asks of a rollout engine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from eepo_fast.types import Prompt, Rollout, WeightsVersion
 
 OnProgress = Callable[[int, int], None]
 """Is called with (completions finished, completions asked for) while an engine samples; may raise Interrupted."""
+Named = Mapping[str, Tensor]
+"""Whole tensors by the names of the policy's weights."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +37,24 @@ class SampleRequest:
 @dataclass(frozen=True)
 class Sampling:
     temperature: float
-    """0: greedy."""
+    """It is 0 for greedy sampling."""
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
 
 
 class RolloutEngine(Protocol):
-    weights_version: WeightsVersion
+    @property
+    def weights_version(self) -> WeightsVersion: ...
 
-    def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
-        """Own weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight once;
-        a bucket is read before the next is asked for. version: whose weights these are."""
+    def sync(self, weights: Iterable[Named], version: WeightsVersion) -> None:
+        """Sets its weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight
+        once; a bucket is read before the next is asked for. version: whose weights these are."""
 
     def forget(
-        self,
-        gradient: Mapping[str, Tensor],
-        *,
-        eta: float,
-        rounding: str,
-        seed: int,
-        step: int,
-        norm: float | None = None,
+        self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int, norm: float | None = None
     ) -> ForgetStats:
-        """Own weights ← round(own weights + eta·gradient), in place, until the next `sync`. norm: ‖gradient‖ where the
-        caller has it; an engine may hold it against the length of the step it has made."""
+        """Sets its weights ← round(its weights + eta·gradient), in place, until the next `sync`. norm: ‖gradient‖ where
+        the caller has it; an engine may hold it against the length of the step it has made."""
 
     def generate(
         self,
@@ -68,20 +64,20 @@ class RolloutEngine(Protocol):
         finished: Callable[[Rollout], None] | None = None,
         quorum: float = 1.0,
     ) -> list[Rollout]:
-        """All samples, in the order of the requests. A sample depends on its prompt, its seed and the weights, and on
-        what is sampled beside it only by rounding: matrix products of another shape are added up in another order, on
-        a GPU more than on a CPU, where no token was seen to change. vLLM's batch-invariant kernels
-        (`rollout.deterministic`) rule it out on a GPU, too. finished: given each that has ended, the very object that
-        is returned, while others are still being sampled. quorum: when this share of them has ended, the others are
-        preempted, and returned as they are; all have begun by then. An engine that samples in several batches does so
-        in each."""
+        """Returns all samples, in the order of the requests. A sample depends on its prompt, its seed and the weights,
+        and on what is sampled beside it only by rounding: matrix products of another shape are added up in another
+        order, on a GPU more than on a CPU, where no token was seen to change. vLLM's batch-invariant kernels
+        (`rollout.deterministic`) rule it out on a GPU, too. finished: is given each that has ended, the very object
+        that is returned, while others are still being sampled. quorum: when this share of them has ended, the others
+        are preempted, and returned as they are; all have begun by then. An engine that samples in several batches does
+        so in each."""
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
-        """Log-prob of each completion token under the engine's weights as they are now, in nats; NaN for a last token
-        that the engine has no room for. None where the engine cannot say at this temperature."""
+        """Returns each completion token's log-prob under the engine's weights as they are now, in nats; NaN for a last
+        token that the engine has no room for. None where the engine cannot say at this temperature."""
 
     def sleep(self) -> None:
-        """Give memory back until the next update or generation, if this engine was told to."""
+        """Gives memory back until the next update or generation, if this engine was told to."""
 
     def close(self) -> None: ...
 
@@ -92,7 +88,7 @@ def num_preemptible(num_samples: int, quorum: float) -> int:
 
 
 def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int, step: int) -> list[SampleRequest]:
-    """Requests for the rest of completions that were preempted: what they have said so far is read as a prompt."""
+    """Asks for the rest of completions that were preempted: what they have said so far is read as a prompt."""
     requests = []
     for r in rollouts:
         prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids)
@@ -103,7 +99,7 @@ def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, stage: int, sample_index: int) -> int:
-    """64-bit seed of one sample."""
+    """Returns the 64-bit seed of one sample."""
     text = f"{run_seed}|{step}|{prompt_id}|{stage}|{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

@@ -1,4 +1,4 @@
-"""Sampling shared out over the ranks' engines: each prompt is sampled on one of them; every rank gets all rollouts."""
+"""Shares sampling out over the ranks' engines: each prompt is sampled on one of them; every rank gets all rollouts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def generate_everywhere(
     finished: Callable[[Rollout], None] | None = None,
     quorum: float = 1.0,
 ) -> list[Rollout]:
-    """All samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and answers,
-    by which requests are dealt out; ranks of one engine take the same. decode: sets each completion where it was
-    sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call. quorum: each
-    engine waits for its own."""
+    """Returns all samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and
+    answers, by which requests are dealt out; ranks of one engine take the same. decode: gives each completion where it
+    was sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call. quorum:
+    each engine waits for its own."""
     hands = deal(expected_tokens, world.size // ranks_per_engine)
     share = sorted(hands[world.rank // ranks_per_engine])
     try:
@@ -53,7 +53,7 @@ def generate_everywhere(
 
 
 def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean number of tokens of each prompt's completions."""
+    """Returns the mean number of tokens of each prompt's completions."""
     lengths: dict[str, list[int]] = {}
     for r in rollouts:
         lengths.setdefault(r.prompt.id, []).append(r.num_tokens)
@@ -63,7 +63,7 @@ def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def score_everywhere(
     engine: RolloutEngine, rollouts: Sequence[Rollout], temperature: float, *, world: World, ranks_per_engine: int
 ) -> list[list[float]] | None:
-    """`engine.score` of all rollouts, which every rank has, shared out over the ranks' engines, on every rank."""
+    """Returns `engine.score` of all rollouts on every rank; they are shared out over the ranks' engines."""
     costs = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
     share = deal(costs, world.size // ranks_per_engine)[world.rank // ranks_per_engine]
     scored = engine.score([rollouts[i] for i in share], temperature)
@@ -75,7 +75,7 @@ def score_everywhere(
 
 
 def _pack(r: Rollout) -> tuple:
-    """What other ranks cannot know; log-probs are fp32 numbers."""
+    """Returns what other ranks cannot know; log-probs are fp32 numbers."""
     logprobs = np.asarray(r.rollout_logprobs, np.float32)
     state = (r.stage, tuple(r.weights_version), r.finished, r.preempted)
     return np.asarray(r.token_ids, np.int32), logprobs, state, r.completion

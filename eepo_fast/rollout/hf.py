@@ -1,4 +1,4 @@
-"""The embedded engine: a transformers model with a KV cache, on CPU or GPU.
+"""Has the embedded engine: a transformers model with a KV cache, on CPU or GPU.
 
 Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded prompt length, T new tokens, V words.
 """
@@ -6,7 +6,7 @@ Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import OnProgress, SampleRequest, Sampling, num_preemptible
+from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
 from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 SCORE_TOKENS = 8192  # scored at once
 
 
 class HfEngine:
-    """Its own copy of a model's weights in `dtype`; prompts are prefilled once a stage for all their samples."""
+    """Samples from a copy of a model in `dtype`; prompts are prefilled once a stage for all their samples."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class HfEngine:
         pad_id: int,
         device: torch.device | None = None,
     ):
-        """model: copied. device: the model's own where none is given."""
+        """Copies the model to the device: its own where none is given."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.model.set_attn_implementation("sdpa")  # the policy's may be for packed sequences, which these are not
         for parameter in self.model.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
@@ -48,7 +48,7 @@ class HfEngine:
         self.weights_version = WeightsVersion(0, False)
         self._expected: Tensor | None = self._checksums()  # what an update must have left; None while it is under way
 
-    def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
+    def sync(self, weights: Iterable[Named], version: WeightsVersion) -> None:
         self._expected = None  # a mixture, if it is interrupted
         sums: dict[str, Tensor] = {}
         for bucket in weights:
@@ -62,14 +62,7 @@ class HfEngine:
         self._expected = torch.stack([sums[name] for name in self.weights]).to(self.device)
 
     def forget(
-        self,
-        gradient: Mapping[str, Tensor],
-        *,
-        eta: float,
-        rounding: str,
-        seed: int,
-        step: int,
-        norm: float | None = None,
+        self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int, norm: float | None = None
     ) -> ForgetStats:
         assert gradient.keys() == self.weights.keys() and not self.weights_version.forgotten
         # from here on the weights are no longer the policy's, even if the update is interrupted
@@ -91,7 +84,7 @@ class HfEngine:
         return checksums([p.data for p in self.weights.values()])
 
     def _check_weights(self) -> None:
-        """EngineError where the weights are not, bit for bit, what the last update must have left."""
+        """Raises an EngineError where the weights are not, bit for bit, what the last update must have left."""
         if self._expected is None:
             raise EngineError("generate: the last update of the engine's weights did not finish")
         different = (self._checksums() != self._expected).nonzero().flatten().tolist()
@@ -125,7 +118,7 @@ class HfEngine:
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
     def _batches(self, requests: Sequence[SampleRequest], order: list[int]) -> Iterator[list[tuple[int, int]]]:
-        """(request, sample) pairs in batches of at most `max_sequences`; a request may be spread over batches."""
+        """Yields (request, sample) pairs in batches of at most `max_sequences`; these may divide a request."""
         rows = [(i, k) for i in order for k in range(len(requests[i].seeds))]
         for start in range(0, len(rows), self.max_sequences):
             yield rows[start : start + self.max_sequences]
@@ -139,12 +132,12 @@ class HfEngine:
         finished: Callable[[Rollout], None] | None,
         preemptible: int,
     ) -> dict[tuple[int, int], Rollout]:
-        """preemptible: so many of them are not waited for."""
+        """Samples the rows at once; `preemptible` of them are not waited for."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         limits = [requests[i].limit(k, sampling) for i, k in rows]
-        uniforms = np.stack([_uniforms(requests[i].seeds[k], max(limits)) for i, k in rows])
+        uniforms = torch.stack([_uniforms(requests[i].seeds[k], max(limits)) for i, k in rows])
         results: dict[tuple[int, int], Rollout] = {}
 
         def take(row: int, tokens: list[int], logprobs: list[float], ended: bool) -> None:
@@ -168,15 +161,15 @@ class HfEngine:
         self,
         prompts: list[list[int]],
         expand: Tensor,
-        uniforms: np.ndarray,
+        uniforms: Tensor,
         limits: list[int],
         sampling: Sampling,
         tick: Callable[[], None] | None,
         take: Callable[[int, list[int], list[float], bool], None],
         preemptible: int,
     ) -> None:
-        """tick: called after each token. take: given a sequence's row, tokens, log-probs and whether it has ended, as
-        soon as it does; the others at the limit."""
+        """Calls `tick` after each token, and `take` with a sequence's row, tokens, log-probs and whether it has ended,
+        as soon as it does; with the others at the end."""
         num_rows, limit = uniforms.shape
         length = max(map(len, prompts))
         padded = [[self.pad_id] * (length - len(p)) + p for p in prompts]
@@ -188,7 +181,7 @@ class HfEngine:
         cache.batch_select_indices(expand)
         mask = torch.nn.functional.pad(mask[expand], (0, limit), value=1)
         position = positions[expand, -1]
-        uniforms = torch.from_numpy(uniforms).to(self.device)
+        uniforms = uniforms.to(self.device)
         stops = torch.tensor(sampling.stop_token_ids, device=self.device)
         tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(num_rows, limit, device=self.device)
@@ -246,7 +239,7 @@ class HfEngine:
         return results
 
     def _score_batches(self, rollouts: Sequence[Rollout]) -> Iterator[list[int]]:
-        """Indices in batches of at most `SCORE_TOKENS`, padding included, or one."""
+        """Yields indices in batches of at most `SCORE_TOKENS`, padding included, or of one."""
         lengths = [len(r.prompt.token_ids) + r.num_tokens for r in rollouts]
         batch: list[int] = []
         for i in sorted(range(len(rollouts)), key=lambda i: lengths[i]):
@@ -264,12 +257,12 @@ class HfEngine:
         del self.model, self.weights
 
 
-def _uniforms(seed: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(count))
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [B] int64, its log-prob [B] fp32) by inverting the distribution function at `uniform` [B] float64 in
+    """Returns (token [B] int64, its log-prob [B] fp32): inverts the distribution function at `uniform` [B] float64 in
     [0, 1). Temperature 0 takes the most likely token and reports its log-prob at temperature 1."""
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:

@@ -1,4 +1,4 @@
-"""The rollout engine that a config asks for."""
+"""Makes the rollout engine that a config asks for."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from eepo_fast.rollout.vllm import VllmEngine
 
 
 def make_engine(rollout: RolloutConfig, model: PreTrainedModel, tokenizer, longest: int) -> RolloutEngine:
-    """longest: tokens of the longest prompt."""
-    settings = dict(dtype=getattr(torch, rollout.dtype), max_sequences=rollout.max_sequences)
+    """Returns the config's engine; `longest` has the longest prompt's tokens."""
+    dtype, most = getattr(torch, rollout.dtype), rollout.max_sequences
     if rollout.engine == "hf":
-        return HfEngine(model, pad_id=tokenizer.pad_token_id, device=default_device(), **settings)
+        device, pad_id = default_device(), tokenizer.pad_token_id
+        return HfEngine(model, dtype=dtype, max_sequences=most, pad_id=pad_id, device=device)
     return VllmEngine(
         model,
+        dtype=dtype,
+        max_sequences=most,
         max_model_len=longest + rollout.max_new_tokens,
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enable_sleep=rollout.sleep,
         deterministic=rollout.deterministic,
-        **settings,
     )

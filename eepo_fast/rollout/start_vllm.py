@@ -1,4 +1,4 @@
-"""How vLLM is started: in this process, on a stream of its own, on the policy's config, its complaints in one line."""
+"""Starts vLLM in this process, on a stream of its own, on the policy's config, with its complaints in one line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from eepo_fast.distributed import listen_on_loopback
+from eepo_fast.rollout.weights import VllmModel
 from eepo_fast.types import UserError
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ INVARIANT_FROM = (9, 0)
 backward pass, which the policy beside them needs."""
 
 
-def import_vllm(*, deterministic: bool = False):
-    """The module, set up to run in this process; UserError if it cannot be imported. deterministic: with batch
+def import_vllm(*, deterministic: bool = False) -> Any:
+    """Returns the module, set up to run in this process; UserError if it cannot be imported. deterministic: with batch
     invariance; UserError where it is not to be had."""
     if deterministic:
         _ask_for_batch_invariance()
@@ -61,7 +62,7 @@ def import_vllm(*, deterministic: bool = False):
 
 
 def _ask_for_batch_invariance() -> None:
-    """Read by vLLM when it is imported, and by cuBLAS and NCCL when they begin."""
+    """Sets what vLLM reads when it is imported, and cuBLAS and NCCL when they begin."""
     if not torch.cuda.is_available():
         raise _cannot_be_deterministic("no GPU")
     capability = torch.cuda.get_device_capability()
@@ -82,13 +83,13 @@ def _cannot_be_deterministic(found: str) -> UserError:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """vLLM refuses models and memory limits with exceptions of many kinds."""
+    """Makes a UserError of the many kinds of exceptions with which vLLM refuses models and memory limits."""
     try:
         yield
     except Exception as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         if len(lines) > 1 and "validation error" in lines[0]:
-            lines = lines[1:]  # which says what it is
+            lines = lines[1:]  # the first only counts them
         reason = lines[0].partition(" [type=")[0] if lines else type(error).__name__
         raise UserError(
             f"rollout.engine: vLLM does not start: {reason}; change the rollout section, or use rollout.engine=hf"
@@ -108,17 +109,17 @@ def engine_arguments(
     gpu_memory_utilization: float,
     enable_sleep: bool,
 ) -> dict[str, Any]:
-    """Of `vllm.LLM`, for a model whose weights it will be given."""
+    """Returns those of `vllm.LLM`, for a model whose weights it will be given."""
     on_gpu = torch.cuda.is_available()
     more: dict[str, Any] = {}
     if "RANK" in os.environ and dist.is_initialized():
         more["distributed_executor_backend"] = "external_launcher"
     if not on_gpu:
-        # a prompt cut in two takes back a draw of its seeded generator, which generators of a CPU cannot
+        # where a prompt is cut in two vLLM takes back a draw of its seeded generator, which those of a CPU cannot do
         more |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
     if dtype != torch.float32:
-        # the head multiplies the 16-bit weights as they are, and its sums are not rounded, as the policy's are not;
-        # vLLM 0.26 takes no notice of it
+        # the head's sums over 16-bit weights are not rounded then, as the policy's are not; vLLM 0.26 takes no notice
+        # of it
         more["hf_overrides"] = {"head_dtype": "float32"}
     return dict(
         model=str(config_folder(model)),
@@ -139,8 +140,8 @@ def engine_arguments(
 
 
 def config_folder(model: PreTrainedModel) -> Path:
-    """A folder with the model's config and nothing else, named by its content: the key under which vLLM keeps what it
-    has compiled has the model's path in it. Several ranks may make it at once."""
+    """Makes a folder with the model's config and nothing else, named by its content: the key under which vLLM keeps
+    what it has compiled has the model's path in it. Several ranks may make it at once."""
     config = type(model.config).from_dict(model.config.to_dict())
     config.architectures = [type(model).__name__]
     config.name_or_path = ""  # wherever it came from
@@ -167,8 +168,8 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def logits_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """In which a vLLM model of weights in `dtype` computes its logits; a warning where it is not the policy's."""
+def logits_dtype(model: VllmModel, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a vLLM model's logits, its weights being in `dtype`; warns where it is not the policy's."""
     found = [getattr(m, "head_dtype", None) for m in model.modules() if type(m).__name__ == "LogitsProcessor"]
     used = found[0] if found and isinstance(found[0], torch.dtype) else dtype
     if used != torch.float32:
@@ -184,17 +185,17 @@ def logits_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
 
 
 def engine_stream() -> torch.cuda.Stream | None:
-    """Of high priority: what streams beside sampling is matrix products that fill the GPU, and each of the many short
+    """Returns a stream of high priority: beside it run matrix products that fill the GPU, and each of the many short
     kernels of a token would wait until one of them makes room. None without a GPU."""
     return torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None
 
 
 @contextmanager
 def running_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """After what the calling thread has given the GPU so far, and before what it gives it next. vLLM keeps the stream
-    that it finds at its start and waits for that one: all of its calls have to be made on the same."""
+    """Runs the block after what the calling thread has given the GPU so far, and before what it gives it next. vLLM
+    keeps the stream that it finds at its start and waits for that one: all of its calls have to be made on it."""
     outer = None if stream is None else torch.cuda.current_stream()
-    if outer == stream:
+    if stream is None or outer is None or outer == stream:
         yield
         return
     stream.wait_stream(outer)
@@ -207,26 +208,27 @@ def running_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 @contextmanager
 def capturing_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """CUDA graphs keep the priority of the stream that they were captured on, wherever they are launched; vLLM makes
-    one of its own for that."""
+    """Has vLLM capture CUDA graphs on this stream, and not on one that it makes for that: they keep the priority of
+    the stream that they were captured on, wherever they are launched."""
     if stream is None:
         yield
         return
     from vllm.distributed import parallel_state
 
-    context = parallel_state.GraphCaptureContext
-    parallel_state.GraphCaptureContext = lambda _: context(stream)
+    names = vars(parallel_state)
+    context = names["GraphCaptureContext"]
+    names["GraphCaptureContext"] = lambda _: context(stream)
     try:
         yield
     finally:
-        parallel_state.GraphCaptureContext = context
+        names["GraphCaptureContext"] = context
 
 
 def on_own_stream(method: Callable) -> Callable:
-    """A method of an engine that has a `stream`."""
+    """Makes a method run on the `stream` of its object."""
 
     @functools.wraps(method)
-    def run(self, *arguments, **options):
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
         with running_on(self.stream):
             return method(self, *arguments, **options)
 

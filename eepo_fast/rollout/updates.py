@@ -7,27 +7,29 @@ are int64 [T], one for each of the T tensors of `held`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
-from torch import Tensor, nn
+from torch import Tensor
+from torch.cuda import Stream
 
+from eepo_fast.rollout.engine import Named
 from eepo_fast.rollout.start_vllm import on_own_stream
-from eepo_fast.rollout.weights import check_plan, gather, record_plan
+from eepo_fast.rollout.weights import VllmModel, check_plan, gather, record_plan
 from eepo_fast.types import EngineError
 
-Named = Mapping[str, Tensor]
 Shapes = Mapping[str, torch.Size]
 
 
 class Updater(Protocol):
     """The engine asks this of either way. An update returns the checksums that it must have left."""
 
-    num_weights: int
-    """A forget step has to read and write this many elements on this rank."""
+    @property
+    def num_weights(self) -> int:
+        """Returns how many elements a forget step has to read and write on this rank."""
 
     def find_weights(self) -> None:
         """Finds the weights again if their memory has moved."""
@@ -35,8 +37,8 @@ class Updater(Protocol):
     def sync(self, buckets: Iterable[Named]) -> Tensor:
         """Writes all weights, each once; a bucket is written before the next is asked for."""
 
-    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
-        """Takes a step on all weights. The options are eta, rounding, seed and step of `eepo_kernels.forget`."""
+    def forget(self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int) -> tuple[ForgetStats, Tensor]:
+        """Takes a step on all weights, as `eepo_kernels.forget` does."""
 
     def held(self) -> list[tuple[str, Tensor]]:
         """Returns what this rank's kernels read, each tensor with what a message calls it."""
@@ -45,7 +47,7 @@ class Updater(Protocol):
 class InPlace:
     """Writes every slice of a weight to where vLLM's kernels read it, as recorded in the plan."""
 
-    def __init__(self, model: nn.Module, shapes: Shapes, dtype: torch.dtype, group: dist.ProcessGroup | None):
+    def __init__(self, model: VllmModel, shapes: Shapes, dtype: torch.dtype, group: dist.ProcessGroup | None):
         """Raises PlanError, on all ranks of the group, if no plan holds; leaves vLLM's model without meaningful values.
         The group has the ranks that hold the model together; None is this rank alone."""
         self._model, self._shapes, self._group = model, shapes, group
@@ -54,7 +56,7 @@ class InPlace:
         self.num_weights = sum(view.numel() for view in self.plan.views)
 
     def find_weights(self) -> None:
-        if any(gather(self.plan.moved(self._model), self._group)):
+        if any(gather(self.plan.is_stale(self._model), self._group)):
             before = [copy.slice for copy in self.plan.copies]
             self.plan = record_plan(self._model, self._shapes, self._group)  # a PlanError here ends the run
             assert [copy.slice for copy in self.plan.copies] == before, "the loader takes other slices than before"
@@ -71,12 +73,14 @@ class InPlace:
         assert not missing, f"a sync without {missing[0]}"
         return torch.stack([sums[copy.slice] for copy in self.plan.copies])
 
-    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
+    def forget(self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int) -> tuple[ForgetStats, Tensor]:
         """Launches once; with tensor parallelism once more for slices that another rank counts, and sums over ranks."""
         sums, num_weights = [], 0
         for part in self.plan.by_ownership() if self._group else [self.plan]:
-            options |= dict(keys=part.keys, offsets=part.offsets, row_strides=part.row_strides)
-            stats = forget(part.views, part.sources(gradient), **options)
+            stats = forget(
+                part.views, part.sources(gradient), eta=eta, keys=part.keys, offsets=part.offsets,
+                row_strides=part.row_strides, rounding=rounding, seed=seed, step=step,
+            )  # fmt: skip
             num_weights += stats.num_weights
             if part.owned[0]:
                 sums.append(stats.sums)
@@ -93,8 +97,8 @@ class InPlace:
 class Reload:
     """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
 
-    def __init__(self, llm, model: nn.Module, shapes: Shapes, dtype: torch.dtype, stream: torch.cuda.Stream | None):
-        """llm is the `vllm.LLM` that holds the model and runs on the stream."""
+    def __init__(self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None):
+        """Takes the `vllm.LLM` that holds the model and runs on the stream."""
         self._llm, self._model, self.stream = llm, model, stream
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
@@ -111,10 +115,12 @@ class Reload:
         assert written == self.weights.keys()
         return self.reload()
 
-    def forget(self, gradient: Named, **options: Any) -> tuple[ForgetStats, Tensor]:
-        names = list(self.weights)
-        options |= dict(keys=[tensor_key(name) for name in names], offsets=[0] * len(names))
-        stats = forget(list(self.weights.values()), [gradient[name] for name in names], **options)
+    def forget(self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int) -> tuple[ForgetStats, Tensor]:
+        stats = forget(
+            list(self.weights.values()), [gradient[name] for name in self.weights], eta=eta,
+            keys=[tensor_key(name) for name in self.weights], offsets=[0] * len(self.weights),
+            rounding=rounding, seed=seed, step=step,
+        )  # fmt: skip
         return stats, self.reload()
 
     @on_own_stream
@@ -122,7 +128,7 @@ class Reload:
         """Has vLLM load the copy, and returns the checksums of what is there then; EngineError if it took too few."""
         taken = []
 
-        def weights():
+        def weights() -> Iterator[tuple[str, Tensor]]:
             for name, weight in self.weights.items():
                 yield name, weight
                 taken.append(name)

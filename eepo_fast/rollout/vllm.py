@@ -1,4 +1,4 @@
-"""vLLM in this process as the rollout engine: weights synced and forgotten in place, in what its kernels read.
+"""Runs vLLM in this process as the rollout engine: its weights are updated in place, where its kernels read them.
 
 The engine starts with no weights of its own; the first `sync` gives it the policy's. It samples only while the checksum
 of what it holds is the one its last update must have left.
@@ -24,7 +24,7 @@ from eepo_kernels import ForgetStats, checksums
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eepo_fast.rollout.engine import OnProgress, SampleRequest, Sampling, num_preemptible
+from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
 from eepo_fast.rollout.start_vllm import (
     capturing_on,
     engine_arguments,
@@ -36,7 +36,7 @@ from eepo_fast.rollout.start_vllm import (
     running_on,
 )
 from eepo_fast.rollout.updates import InPlace, Reload, Updater
-from eepo_fast.rollout.weights import PlanError, gather
+from eepo_fast.rollout.weights import PlanError, VllmModel, gather
 from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,9 @@ class VllmEngine:
         enable_sleep: bool = False,
         deterministic: bool = False,
     ):
-        """model: the policy's, for its architecture, names and shapes only. shapes: of its weights, each once, where
-        the model itself does not show them (a sharded one). deterministic: a sample's bits do not depend on what is
-        sampled beside it, on a GPU neither."""
+        """Takes the policy's model for its architecture, names and shapes only. shapes: of its weights, each once,
+        where the model itself does not show them (a sharded one). deterministic: a sample's bits do not depend on what
+        is sampled beside it, on a GPU neither."""
         vllm = import_vllm(deterministic=deterministic)
         self._vllm = vllm
         self.dtype = dtype
@@ -85,7 +85,7 @@ class VllmEngine:
             on_failure.callback(self.close)
             self.logits_dtype = logits_dtype(self._model, dtype)
             self._group: dist.ProcessGroup | None = None
-            """The ranks that this engine is spread over, for values on the CPU."""
+            """Ranks that this engine is spread over, for values on the CPU."""
             if tensor_parallel > 1:
                 from vllm.distributed.parallel_state import get_tp_group
 
@@ -101,7 +101,7 @@ class VllmEngine:
             on_failure.pop_all()
 
     @property
-    def _model(self) -> torch.nn.Module:
+    def _model(self) -> VllmModel:
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
     # -- updates
@@ -116,7 +116,7 @@ class VllmEngine:
             return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream)
 
     def _refuse_other_layouts(self) -> None:
-        """Layers whose kernels read another layout than the loader writes, rearranged after loading."""
+        """Raises a PlanError for layers whose kernels read another layout than the loader writes."""
         config = self.llm.llm_engine.model_config
         for name, found in (
             ("experts", config.get_num_experts()),
@@ -127,7 +127,7 @@ class VllmEngine:
                 raise PlanError(f"the model has {name}")
 
     @torch.no_grad()
-    def sync(self, weights: Iterable[Mapping[str, Tensor]], version: WeightsVersion) -> None:
+    def sync(self, weights: Iterable[Named], version: WeightsVersion) -> None:
         self._find_weights()
         # while it is under way, and if it is interrupted, the weights are nobody's
         self.weights_version, self._expected, self._step = version, None, None
@@ -135,14 +135,7 @@ class VllmEngine:
 
     @torch.no_grad()
     def forget(
-        self,
-        gradient: Mapping[str, Tensor],
-        *,
-        eta: float,
-        rounding: str,
-        seed: int,
-        step: int,
-        norm: float | None = None,
+        self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int, norm: float | None = None
     ) -> ForgetStats:
         assert gradient.keys() == self._shapes.keys() and not self.weights_version.forgotten
         self._checked(gradient)
@@ -158,14 +151,14 @@ class VllmEngine:
         self._finish_update(expected)
         return stats
 
-    def _checked(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _checked(self, tensors: Named) -> Named:
         """Returns the tensors as they are, once each is found to have the shape of its weight."""
         for name, tensor in tensors.items():
             assert tensor.shape == self._shapes[name], f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
         return tensors
 
     def _find_weights(self) -> None:
-        """Never write or read while asleep, nor in memory that has moved."""
+        """Wakes the engine, and finds its weights again where their memory has moved."""
         self.wake()
         self._updater.find_weights()
 
@@ -176,7 +169,7 @@ class VllmEngine:
         self._expected = expected  # last: whatever interrupts an update leaves an engine that refuses to sample
 
     def _check_weights(self) -> None:
-        """EngineError, on all ranks of the engine, if any of them does not hold what its last update must have left."""
+        """Raises an EngineError, on all its ranks, where one does not hold what the last update must have left."""
         complaints = [c for c in gather(self._complaint(), self._group) if c]
         if complaints:
             raise EngineError(f"generate: {complaints[0]}")
@@ -283,15 +276,9 @@ class VllmEngine:
         )
 
     def _rollout(
-        self,
-        request: SampleRequest,
-        k: int,
-        token_ids: list[int],
-        logprobs: list[float],
-        finished: bool,
-        *,
+        self, request: SampleRequest, k: int, token_ids: list[int], logprobs: list[float], finished: bool, *,
         preempted: bool = False,
-    ) -> Rollout:
+    ) -> Rollout:  # fmt: skip
         assert len(logprobs) == len(token_ids), "one log-prob a sampled token"
         return Rollout(
             prompt=request.prompt,
@@ -306,7 +293,7 @@ class VllmEngine:
 
     @on_own_stream
     def sleep(self) -> None:
-        """Give the KV cache's memory back and move the weights to the host, until the next update or generation."""
+        """Gives the KV cache's memory back and moves the weights to the host, until the next update or generation."""
         if self._enable_sleep and not self._asleep:
             self.llm.sleep(level=1)
             self._asleep = True

@@ -1,4 +1,4 @@
-"""The plan: where every element of the policy's weights lives in a vLLM model, recorded once from vLLM's own loader.
+"""Records once, from vLLM's own loader, where every element of the policy's weights lives in a vLLM model: the plan.
 
 vLLM fuses q, k, v and gate, up, pads vocabularies and shards over ranks; `load_weights` knows how. It is run once on
 stand-ins that hold no values, while every copy it makes is noted and not made. From then on an update is one
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,17 @@ class PlanError(Exception):
     """The loader does something that a plan of copies cannot say; the message names it."""
 
 
+class VllmModel(Protocol):
+    """A plan asks this of a vLLM model, and of the module that it is."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> object: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 class Copy(NamedTuple):
-    """One copy of the loader: a slice of a source tensor into a view of a parameter."""
+    """Notes one copy of the loader: a slice of a source tensor goes into a view of a parameter."""
 
     name: str
     """The source's name in the policy."""
@@ -40,19 +49,19 @@ class Copy(NamedTuple):
     """The destination, a view of the parameter's own memory."""
 
     def of(self, whole: Tensor) -> Tensor:
-        """The slice of the source, which must be contiguous."""
+        """Returns the slice of the source, which must be contiguous."""
         assert whole.is_contiguous()
         return whole.as_strided(self.shape, self.stride, whole.storage_offset() + self.offset)
 
     @property
     def slice(self) -> tuple:
-        """What it takes, comparable over ranks."""
+        """Returns what it takes, comparable over ranks."""
         return self.name, tuple(self.shape), tuple(self.stride), self.offset
 
 
 class Plan:
-    """The copies of this rank. owned: no rank before this one holds the same slice, so that a sum over the ranks that
-    takes each rank's own counts every element once."""
+    """Holds the copies of this rank. owned: no rank before this one holds the same slice, so that a sum over the ranks
+    that takes each rank's own counts every element once."""
 
     def __init__(self, copies: Sequence[Copy], parameters: Mapping[str, Tensor], owned: Sequence[bool]):
         self.copies = list(copies)
@@ -64,12 +73,12 @@ class Plan:
         self._pointers = {name: p.data_ptr() for name, p in parameters.items()}
 
     def restricted_to(self, names: Iterable[str]) -> Plan:
-        """The part of the plan whose sources are these."""
+        """Returns the part of the plan whose sources are these."""
         chosen = set(names)
         return self._only([copy.name in chosen for copy in self.copies])
 
     def by_ownership(self) -> list[Plan]:
-        """The part that counts in sums over ranks, and the rest where there is any."""
+        """Returns the part that counts in sums over ranks, and the rest where there is any."""
         parts = [self._only([owned == flag for owned in self.owned]) for flag in (True, False)]
         return [part for part in parts if part.copies]
 
@@ -78,11 +87,11 @@ class Plan:
         return Plan([c for c, _ in pairs], {}, [o for _, o in pairs])
 
     def sources(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """The slices of `weights` (contiguous, by source name) in the order of `views`."""
+        """Returns the slices of `weights` (contiguous, by source name) in the order of `views`."""
         return [copy.of(weights[copy.name]) for copy in self.copies]
 
-    def moved(self, model: nn.Module) -> bool:
-        """Have the engine's tensors been allocated anew (as sleeping may do)? Then the views are of dead memory."""
+    def is_stale(self, model: VllmModel) -> bool:
+        """Returns whether the engine's tensors are elsewhere now, as sleeping may do: the views are of dead memory."""
         return self._pointers != {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
@@ -95,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         self.parameters = parameters
         self.copies: list[Copy] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.copy_.default:
             return self._copy(*args[:2])
         if func in (aten.fill_.Scalar, aten.zero_.default) and _storage(args[0]) in self.parameters:
@@ -120,14 +129,14 @@ def _storage(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], group: dist.ProcessGroup | None = None) -> Plan:
-    """The plan for a vLLM model and a policy whose weights have these names and shapes. group: the ranks that hold the
-    model's tensor-parallel shards together, for objects of the CPU; all of them record at once and agree.
+def record_plan(model: VllmModel, shapes: Mapping[str, torch.Size], group: dist.ProcessGroup | None = None) -> Plan:
+    """Returns the plan for a vLLM model and a policy whose weights have these names and shapes. group: the ranks that
+    hold the model's tensor-parallel shards together, for objects of the CPU; all of them record at once and agree.
 
-    PlanError, on all ranks, if vLLM's loader skips a weight, transforms one, or leaves part of a parameter unwritten on
-    any of them."""
+    Raises PlanError, on all ranks, if vLLM's loader skips a weight, transforms one, or leaves part of a parameter
+    unwritten on any of them."""
     parameters = {name: p.data for name, p in model.named_parameters()}
-    copies, complaint = [], None
+    copies, complaint = list[Copy](), None
     try:
         copies = _record(model, shapes, parameters)
         _check_written(copies, parameters)
@@ -146,23 +155,23 @@ def record_plan(model: nn.Module, shapes: Mapping[str, torch.Size], group: dist.
     return Plan(copies, parameters, [copy.slice not in before for copy in copies])
 
 
-def gather(value, group: dist.ProcessGroup | None) -> list:
-    """The value of every rank of the group, in the order of ranks; [value] without one."""
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Returns the value of every rank of the group, in the order of ranks; [value] without one."""
     if group is None:
         return [value]
-    values = [None] * dist.get_world_size(group)
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _record(model: nn.Module, shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> list[Copy]:
+def _record(model: VllmModel, shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> list[Copy]:
     if len({_storage(p) for p in parameters.values()}) < len(parameters):
         raise PlanError("two parameters share one memory")
     any_parameter = next(iter(parameters.values()))
     recorder = _Recorder({_storage(p): (name, p) for name, p in parameters.items()})
 
     def stand_ins() -> Iterator[tuple[str, Tensor]]:
-        """Real memory, because a slice is recognised by its address; one at a time, so that it is no second model."""
+        """Yields real memory, as a slice is recognised by its address; one at a time, so that it is no second model."""
         for name, shape in shapes.items():
             stand_in = torch.empty(shape, dtype=any_parameter.dtype, device=any_parameter.device)
             recorder.stand_ins = {_storage(stand_in): name}
@@ -179,7 +188,7 @@ def _record(model: nn.Module, shapes: Mapping[str, torch.Size], parameters: Mapp
 
 
 def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-    """Together the ranks take every element of every source, each from one slice."""
+    """Checks that the ranks together take every element of every source."""
     taken: dict[str, list[Sequence]] = defaultdict(list)
     for name, *where in slices:
         taken[name].append(where)
@@ -190,7 +199,7 @@ def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], devi
 
 
 def _check_written(copies: Iterable[Copy], parameters: Mapping[str, Tensor]) -> None:
-    """Every element of every parameter is written, by one copy, and random bits can be counted along each of them."""
+    """Checks that one copy writes each element of every parameter, and that random bits can be counted along copies."""
     written: dict[int, list[Tensor]] = defaultdict(list)
     for copy in copies:
         written[_storage(copy.view)].append(copy.view)
@@ -210,7 +219,7 @@ def _check_written(copies: Iterable[Copy], parameters: Mapping[str, Tensor]) -> 
 
 
 def _has_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Contiguous rows, evenly far apart: then row and column give the flat index in the source."""
+    """Returns whether rows are contiguous and evenly far apart: they give the flat index in the source then."""
     dims = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
     if len(shape) and shape[-1] > 1:
         if dims[-1][1] != 1:
@@ -220,7 +229,7 @@ def _has_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _marked(numel: int, slices: Sequence[Sequence], device: torch.device) -> int:
-    """How many of `numel` elements are in the slices (shape, stride, offset)."""
+    """Returns how many of `numel` elements are in the slices (shape, stride, offset)."""
     if len(slices) == 1:
         return torch.Size(slices[0][0]).numel()
     marks = torch.zeros(numel, dtype=torch.bool, device=device)
@@ -231,11 +240,11 @@ def _marked(numel: int, slices: Sequence[Sequence], device: torch.device) -> int
 
 @torch.no_grad()
 def check_plan(
-    plan: Plan, model: nn.Module, shapes: Mapping[str, torch.Size], dtype: torch.dtype, sync: Callable,
+    plan: Plan, model: VllmModel, shapes: Mapping[str, torch.Size], dtype: torch.dtype, sync: Callable,
     group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Values written through the plan, and the same values loaded by vLLM itself, must leave the same bits in all of
-    the model. Leaves it with weights of no meaning; PlanError, on all ranks, where they differ on one."""
+    """Checks that values written through the plan leave the same bits in all of the model as when vLLM loads them.
+    It leaves the model with weights of no meaning; PlanError, on all ranks, where bits differ on one."""
     parameters = [p.data for p in model.parameters()]
     device = parameters[0].device
 

@@ -2,6 +2,8 @@
 micro-batches nothing does, with packing: the next is prepared while the device works on this one. (Without packing
 transformers looks at the positions of each.)"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +36,7 @@ def test_the_update_waits_for_no_micro_batch(make_trainer, changes):
     sections = {"eepo": {"alpha": 9.0}, "train": {"micro_batch_tokens": 30}, **changes}
     trainer = make_trainer(reference="grpo" in changes, **sections)
     prepare_model(trainer.policy.model, packed=True)
-    trainer.policy.batching["packed"] = True
+    trainer.policy.batching = replace(trainer.policy.batching, packed=True)
     backward, counts = trainer.policy.backward, []
     with Waits() as waits:
 

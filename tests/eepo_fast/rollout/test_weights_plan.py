@@ -86,9 +86,9 @@ def test_flat_indices_are_those_of_the_unsharded_source():
 def test_a_parameter_that_moved_is_noticed():
     model = Halves()
     plan = record_plan(model, SHAPES)
-    assert not plan.moved(model)
+    assert not plan.is_stale(model)
     model.norm.data = model.norm.data.clone()
-    assert plan.moved(model)
+    assert plan.is_stale(model)
 
 
 def broken(**methods):
