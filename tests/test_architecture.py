@@ -129,6 +129,24 @@ def test_a_docstring_that_begins_with_a_preposition_is_found():
     assert sorted(fragments(text + 'e = "of no docstring"\nf("by")\n')) == [2, 4, 6, 7]
 
 
+def unexplained(text):
+    """Lines that silence the type checker without a code, or without a reason after it."""
+    for number, line in enumerate(text.splitlines(), 1):
+        silent = re.search(r"#\s*(type:\s*ignore|mypy:)", line)
+        if silent and not re.fullmatch(r"# type: ignore\[[a-z, -]+\]  # \w.+", line[silent.start() :]):
+            yield number
+
+
+def test_who_silences_the_type_checker_says_why():
+    assert [f"{path}:{line}" for path in FILES for line in unexplained(path.read_text("utf-8"))] == []
+
+
+def test_an_unexplained_silence_is_found():
+    whole = "f()  # type: ignore[arg-type]  # their stubs\n"
+    bare = "f()  # type: ignore\nf()  # type: ignore[misc]\nf()  #type:ignore[misc]  # why\n# mypy: ignore-errors\n"
+    assert list(unexplained(whole + bare)) == [2, 3, 4, 5]
+
+
 def long_names(text):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 60:

@@ -56,6 +56,7 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console
         newest, complaints = newest_valid(path)
         for line in complaints:
             console.print(line, style="yellow", markup=False)
+        assert newest is not None  # there is one: find_checkpoints would have said so
         folder = newest
     else:
         complaint = verify(folder)

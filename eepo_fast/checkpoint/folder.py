@@ -77,7 +77,7 @@ def _scores(run_dir: Path, metric: str) -> dict[int, float]:
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Returns the newest checkpoint whose manifest holds, and one line for each newer one that is damaged; (None, [])
     where there is no checkpoint. UserError where all of them are damaged."""
-    complaints = []
+    complaints: list[str] = []
     for folder in reversed(folders(run_dir)):
         complaint = verify(folder)
         if complaint is None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,13 +53,13 @@ def changed_keys(saved: dict, config: Config) -> list[str]:
         for section, values in now.items()
         for key, value in values.items()
         # a key that an older version did not have was at its default
-        if value != saved.get(section, {}).get(key, _default(section, key))
+        if value != saved.get(section, {}).get(key, _default(config, section, key))
         and not {section, f"{section}.{key}"} & SAFE_TO_CHANGE
     ]
 
 
-def _default(section: str, key: str) -> Any:
-    return Config.model_fields[section].annotation.model_fields[key].get_default(call_default_factory=True)
+def _default(config: Config, section: str, key: str) -> Any:
+    return type(getattr(config, section)).model_fields[key].get_default(call_default_factory=True)
 
 
 def make_state(
@@ -89,11 +89,11 @@ def random_state() -> dict[str, Any]:
     """Returns the states of this process's generators, as JSON can hold them. Sampling does not use them (its seeds
     come from step and prompt): a reward, a model or an engine of the user's may."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, *rest = cast(tuple, np.random.get_state())  # numpy's stubs know the dictionary of legacy=False alone
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "numpy": [kind, keys.tolist(), *rest],
         "torch": _pack(torch.get_rng_state()),
         "cuda": [_pack(state) for state in devices],
     }

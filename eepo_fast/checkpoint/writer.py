@@ -47,11 +47,11 @@ class CheckpointWriter:
     def start(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> None:
         """Begins to save the policy as it is now. All ranks call this."""
         self.finish()
-        self._final = folder_of(self.config.run_dir, state.step)
+        self._final = final = folder_of(self.config.run_dir, state.step)
         model, optimizer = self._my_part()
         content = make_state(state, self.policy, self.config, self.fingerprint, self.total, evaluation or {})
         generators = self.world.gather(random_state())
-        work = (model, optimizer, content, generators)
+        work = (final, model, optimizer, content, generators)
         self._outcome = None
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
@@ -69,18 +69,18 @@ class CheckpointWriter:
         optimizer = {k: copied(v) for k, v in self.policy.moments() if k.partition(".")[2] in mine}
         return model, optimizer
 
-    def _write(self, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]) -> None:
+    def _write(self, final: Path, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]) -> None:
         try:
-            digests = self._write_files(model, optimizer, content, generators)
-            complaint = self._commit(self._final, digests) if self.world.size == 1 else None
+            digests = self._write_files(final, model, optimizer, content, generators)
+            complaint = self._commit(final, digests) if self.world.size == 1 else None
             self._outcome = digests if complaint is None else complaint
         except Exception as error:  # the main thread says it
             self._outcome = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
     def _write_files(
-        self, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]
+        self, final: Path, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]
     ) -> dict[str, str]:
-        temporary, rank, size = temporary_of(self._final), self.world.rank, self.world.size
+        temporary, rank, size = temporary_of(final), self.world.rank, self.world.size
         part = "" if size == 1 else f"-{rank + 1:05d}-of-{size:05d}"
         own = temporary / f"rank{rank}"  # this rank's alone, until its files are moved to where they belong
         shutil.rmtree(own, ignore_errors=True)
@@ -116,14 +116,14 @@ class CheckpointWriter:
         if self._final is None or any(p is None for p in everyone):
             return None
         final, step, self._final = self._final, int(self._final.name.removeprefix("step_")), None
-        self._thread.join()
+        self.close()
         self._outcome = None  # said once, and not at every later meeting
         label = (lambda rank: f"rank {rank}: ") if self.world.size > 1 else (lambda rank: "")
         wrong = [f"{label(rank)}{p}" for rank, p in enumerate(everyone) if isinstance(p, str)]
         complaint = wrong[0] if wrong else None
         if self.world.is_main:
             if complaint is None and self.world.size > 1:
-                complaint = self._commit(final, {name: d for part in everyone for name, d in part.items()})
+                complaint = self._commit(final, {k: v for p in everyone if isinstance(p, dict) for k, v in p.items()})
             if complaint is not None:
                 shutil.rmtree(temporary_of(final), ignore_errors=True)
         complaint = self.world.gather(complaint)[0]
@@ -150,7 +150,7 @@ class CheckpointWriter:
         """Waits until the checkpoint that is being written is one. All ranks call this."""
         if self._final is None:
             return None
-        self._thread.join()
+        self.close()
         return self.settle(self.world.gather(self._outcome))
 
     def close(self) -> None:
@@ -169,11 +169,11 @@ class CheckpointWriter:
 
 def _weight_map(shards: Sequence[Path]) -> dict[str, Any]:
     """Returns transformers' index of sharded weights."""
-    places, total = {}, 0
+    places: dict[str, str] = {}
     for path in shards:
         with safe_open(path, framework="pt") as file:
             places |= {name: path.name for name in file.keys()}  # noqa: SIM118
-        total += path.stat().st_size
+    total = sum(path.stat().st_size for path in shards)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 

@@ -122,7 +122,8 @@ def _batch(
     rng: random.Random, tasks: Sequence[tuple[int, int]], tokenizer, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
-    inputs, labels = [], []
+    inputs: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
     while len(inputs) < size:
         numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]
         problem, answer = arithmetic_problem(rng, numbers, max_number)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ def summarise(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
     }
 
 
-def average(sets: dict[str, Sequence[dict[str, Any]]], ks: Sequence[int]) -> dict[str, dict[str, float]]:
+def average(sets: Mapping[str, Sequence[dict[str, Any]]], ks: Sequence[int]) -> dict[str, dict[str, float]]:
     """Returns the unweighted average over sets of every metric that all of them have."""
     found = [scores(rows, ks) for rows in sets.values()]
     result = {}

@@ -106,8 +106,7 @@ def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revisio
         name, source, found, licence, config.files, subset, split, config.columns.model_dump(), config.answer_marker,
         len(rows), hashlib.sha256(content).hexdigest(),
     )  # fmt: skip
-    same = known is not None and _request(known) == _request(manifest)
-    if same and known.sha256 != manifest.sha256:
+    if known is not None and _request(known) == _request(manifest) and known.sha256 != manifest.sha256:
         raise UserError(
             f"{source} at {found} gives other rows than when {path} was written (sha256 {manifest.sha256}, expected "
             f"{known.sha256}); remove that file to accept them"

@@ -113,12 +113,12 @@ class MathGrader:
         return 0.0, "ok"
 
     def _settle_paper(self, gold: str, answer: str) -> tuple[float, str] | Job:
-        answer = clean(answer)
-        if answer is None:
+        cleaned = clean(answer)
+        if cleaned is None:
             return 0.0, "no_answer"
-        if all(text.isascii() and text.removeprefix("-").isdigit() for text in (gold, answer)):
-            return float(int(gold) == int(answer)), "ok"
-        return Job(0, self.mode, gold, answer)
+        if all(text.isascii() and text.removeprefix("-").isdigit() for text in (gold, cleaned)):
+            return float(int(gold) == int(cleaned)), "ok"
+        return Job(0, self.mode, gold, cleaned)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
         """Returns the indices of the golds that are neither numbers nor words nor mathematics: nothing but the same
@@ -127,11 +127,7 @@ class MathGrader:
             with closing(MathGrader()) as strict:
                 return strict.unreadable(golds)
         left = list(range(len(golds)))
-        for change in (
-            lambda gold: gold,
-            lambda gold: UNIT_BEHIND.sub("", gold),
-            lambda gold: NAME_BEFORE.sub("", gold),
-        ):
+        for change in (str, lambda gold: UNIT_BEHIND.sub("", gold), lambda gold: NAME_BEFORE.sub("", gold)):
             for probe in PROBES:
                 grades = self.grade_answers([change(golds[i]) for i in left], [probe] * len(left))
                 left = [i for i, grade in zip(left, grades, strict=True) if grade.status == "error"]

@@ -40,6 +40,8 @@ class Worker:
             text=True,
             encoding="utf-8",
         )
+        assert self.process.stdin and self.process.stdout
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.job: Job | None = None
         self.ready = False
         self.started = time.monotonic()
@@ -49,15 +51,15 @@ class Worker:
         job.started = time.monotonic()
         self.job = job
         with suppress(BrokenPipeError):  # the worker just died: the loop finds its end of file
-            self.process.stdin.write(json.dumps([job.mode, job.gold, job.answer]) + "\n")
-            self.process.stdin.flush()
+            self.stdin.write(json.dumps([job.mode, job.gold, job.answer]) + "\n")
+            self.stdin.flush()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         with suppress(BrokenPipeError):  # closing flushes what the dead process never read
-            self.process.stdin.close()
-        self.process.stdout.close()
+            self.stdin.close()
+        self.stdout.close()
 
 
 class Pool:
@@ -75,7 +77,8 @@ class Pool:
     def run(self, jobs: Sequence[Job], deadline: float | None = None) -> dict[int, Grade]:
         """Returns a grade for each job's index. What is not done by `deadline` (of time.monotonic) is a `timeout`.
         UserError where a worker cannot start or fails its self-test."""
-        waiting, grades = deque(jobs), {}
+        waiting = deque(jobs)
+        grades: dict[int, Grade] = {}
         while len(grades) < len(jobs):
             if deadline is not None and time.monotonic() > deadline:
                 self._give_up(waiting, grades)
@@ -124,9 +127,9 @@ class Pool:
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 if worker.job is not None or not worker.ready:
-                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                    selector.register(worker.stdout, selectors.EVENT_READ, worker)
             events = selector.select(timeout=0.1)
-        return [(key.data, key.data.process.stdout.readline() or None) for key, _ in events]
+        return [(key.data, key.data.stdout.readline() or None) for key, _ in events]
 
     def _kill_overdue(self, grades: dict[int, Grade]) -> None:
         for worker in list(self.workers):
@@ -134,16 +137,17 @@ class Pool:
             if not worker.ready and now - worker.started > START_SECONDS:
                 raise UserError(f"grader: no answer from its self-test within {START_SECONDS:.0f} s; {BROKEN}")
             if worker.job is not None and now - worker.job.started > self.answer_seconds:
-                self._time_out(worker, grades)
+                self._time_out(worker, worker.job, grades)
 
     def _give_up(self, waiting: deque[Job], grades: dict[int, Grade]) -> None:
-        for worker in [w for w in self.workers if w.job is not None]:
-            self._time_out(worker, grades)
+        for worker, job in [(w, w.job) for w in self.workers]:
+            if job is not None:
+                self._time_out(worker, job, grades)
         grades.update({job.index: Grade(0.0, "timeout", 0.0) for job in waiting})
 
-    def _time_out(self, worker: Worker, grades: dict[int, Grade]) -> None:
+    def _time_out(self, worker: Worker, job: Job, grades: dict[int, Grade]) -> None:
         self._remove(worker)
-        grades[worker.job.index] = Grade(0.0, "timeout", time.monotonic() - worker.job.started)
+        grades[job.index] = Grade(0.0, "timeout", time.monotonic() - job.started)
 
     def _remove(self, worker: Worker) -> None:
         worker.kill()

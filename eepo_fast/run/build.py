@@ -162,8 +162,11 @@ def _check_same_model(model: PreTrainedModel, tokenizer, prompts: list[Prompt], 
 def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: World) -> tuple[Policy, Policy | None]:
     """Returns (policy, reference). The reference is whole on every rank, beside a sharded policy in model.dtype."""
     train, dtype, device = config.train, getattr(torch, config.model.dtype), default_device()
-    shared = dict(compute_dtype=dtype, temperature=config.rollout.temperature, pad_id=tokenizer.pad_token_id)
-    plain = dict(micro_batch_tokens=train.micro_batch_tokens, packed=train.packing, liger=train.liger)
+    temperature, pad_id = config.rollout.temperature, tokenizer.pad_token_id
+    plain = partial(
+        TorchPolicy, compute_dtype=dtype, temperature=temperature, pad_id=pad_id, packed=train.packing,
+        micro_batch_tokens=train.micro_batch_tokens, liger=train.liger,
+    )  # fmt: skip
     sharded = train.engine == "deepspeed"
     with world.agree():
         check_head(model)  # before the policy or its copy, the reference, is prepared
@@ -171,15 +174,15 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
     if config.grpo.kl_coef:
         frozen = frozen_copy(model, device, dtype if sharded else None)
         with world.agree():
-            reference = TorchPolicy(frozen, world=world, **shared, **plain)
+            reference = plain(frozen, world=world)
     if sharded:
-        engine_dtype = getattr(torch, config.rollout.dtype)
         policy = ZeroPolicy(
-            model, world=world, train=train, engine_dtype=engine_dtype, optimizer=config.optimizer, **shared
-        )
+            model, world=world, train=train, compute_dtype=dtype, engine_dtype=getattr(torch, config.rollout.dtype),
+            temperature=temperature, pad_id=pad_id, optimizer=config.optimizer,
+        )  # fmt: skip
         return policy, reference
-    options = dict(optimizer=config.optimizer, gradient_checkpointing=train.gradient_checkpointing)
-    return TorchPolicy(model.to(device), **shared, **plain, **options), reference
+    model = model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
+    return plain(model, optimizer=config.optimizer, gradient_checkpointing=train.gradient_checkpointing), reference
 
 
 def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -188,7 +191,7 @@ def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     there = {p: p.detach().to(device, dtype, copy=True) for p in model.parameters()}
     # a copy that is being made knows what is copied already by its id()
     known = {id(p): torch.nn.Parameter(weight, requires_grad=False) for p, weight in there.items()}
-    return copy.deepcopy(model, known).to(device)
+    return copy.deepcopy(model, known).to(device)  # type: ignore[arg-type]  # its decorator hides it
 
 
 def _check_engine(parts: Parts, temperature: float) -> None:
@@ -229,8 +232,8 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
         check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
         check_engine_memory(config, device_memory_gib(world.size), on_gpu=torch.cuda.is_available())
         chosen_trackers(config)
-        folder = _prepare_folder(config, resume, display) if world.is_main else None
-    folder, finished = world.gather(folder)[0]
+        prepared = _prepare_folder(config, resume, display) if world.is_main else None
+    folder, finished = world.gather(prepared)[0]
     if finished:
         display.say(f"run {config.run_dir} is finished")
         return config.run_dir
@@ -241,15 +244,8 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
             grader.start()
         note = partial(_note_hang, config.run_dir)
         with watching(world.rank, world.size, world.store, config.run.timeout_s, note) as watchdog:
-            _run(
-                config,
-                grader,
-                folder,
-                resume,
-                display,
-                replace(world, on_micro_batch=watchdog.advance),
-                watchdog,
-            )
+            world = replace(world, on_micro_batch=watchdog.advance)
+            _run(config, grader, folder, resume, display, world, watchdog)
     return config.run_dir
 
 
@@ -260,9 +256,9 @@ def _note_hang(run_dir: Path, complaint: str) -> None:
 def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
     """Returns (checkpoint to go on from, is the run finished); UserError where the run's folder cannot be used."""
     run_dir = config.run_dir
-    for folder in (run_dir, *run_dir.parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"run folder {run_dir}: {folder} is a file; choose another run.root")
+    for place in (run_dir, *run_dir.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"run folder {run_dir}: {place} is a file; choose another run.root")
     if run_dir.is_dir() and any(run_dir.iterdir()) and not resume:
         raise UserError(f"run folder {run_dir} is not empty; add --resume to go on, or choose another run.name")
     folder = _checkpoint_to_resume(config, display) if resume else None

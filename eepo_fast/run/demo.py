@@ -67,6 +67,7 @@ def run_method(method: str, seed: int, root: str, display: Display) -> tuple[Pat
         shutil.rmtree(config.run_dir)
     run_dir = train(config, display=display)
     folder, _ = checkpoint.newest_valid(run_dir)
+    assert folder is not None  # a run that ends has saved
     return run_dir, evaluate_folder(folder / "model", config)
 
 
@@ -101,7 +102,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
 
 def late_mean(curve: list[dict[str, float | None]], key: str) -> float | None:
     """Returns the mean over the last fifth of the iterations; None where the metric does not exist."""
-    values = [row[key] for row in curve[-max(1, len(curve) // 5) :] if row[key] is not None]
+    values = [value for row in curve[-max(1, len(curve) // 5) :] if (value := row[key]) is not None]
     return sum(values) / len(values) if values else None
 
 

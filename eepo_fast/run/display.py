@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -102,7 +102,7 @@ class LivePanel(Training):
         self.progress.update(self.task, completed=row["step"])
 
     def render(self) -> Panel:
-        parts = [self.progress]
+        parts: list[RenderableType] = [self.progress]
         if self.rows:
             parts += [self._curves(), self._facts(), self._times()]
         return Panel(Group(*parts), title=self.name, subtitle=self.doing or None, title_align="left", expand=True)

@@ -13,6 +13,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eepo_fast.config import Config
 from eepo_fast.policy.footprint import AUTOCAST, BUCKET_ELEMENTS, KEYS, Shape, kept_bytes, pass_bytes, score_bytes
@@ -107,7 +108,7 @@ def _best_seconds(run, repeats: int = 5) -> float:
 def find_shape(config: Config) -> Shape:
     """Returns the shape from model.dimensions, completed from the folder's config.json where there is one. UserError
     where they do not say enough."""
-    known = dict(config.model.dimensions)
+    known: dict[str, Any] = dict(config.model.dimensions)
     path = Path(config.model.path).expanduser() / "config.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8")) | known
@@ -129,8 +130,7 @@ def memory(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     itemsize = 4 if config.model.dtype == "float32" or not sharded or stage == 0 else 2
     compute = 4 if config.model.dtype == "float32" else 2
     cut = n if sharded else 1
-    parts = {}
-    parts["weights"] = itemsize * w
+    parts: dict[str, float] = {"weights": itemsize * w}
     if sharded and stage == 3:  # two layers and the head are whole while they are used
         held = 0 if train.offload_parameters else w / cut
         parts["weights"] = itemsize * (held + 2 * shape.layer_weights + shape.vocab_size * shape.hidden_size)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, make_config
@@ -194,11 +194,11 @@ def showing(display: Display, eval_set: EvalSet) -> Iterator[tuple[OnProgress, O
     with display.task(eval_set.name) as update:
         done = [0, len(eval_set.problems)]
 
-        def problems(*counts: int) -> None:
-            done[:] = counts
-            update(*counts, f"{counts[0]} of {counts[1]} problems")
+        def problems(now: int, total: int) -> None:
+            done[:] = now, total
+            update(now, total, f"{now} of {total} problems")
 
-        yield problems, lambda now, asked: update(*done, f"sampling, {now} of {asked} completions finished")
+        yield problems, lambda now, asked: update(done[0], done[1], f"sampling, {now} of {asked} completions finished")
 
 
 @contextmanager
@@ -246,7 +246,7 @@ def fingerprint(model) -> str:
     return digest.hexdigest()[:16]
 
 
-def evaluate_completions(file: Path, options: EvalOptions, mode: str, display: Display) -> dict[str, Any]:
+def evaluate_completions(file: Path, options: EvalOptions, mode: Literal["strict", "paper"], display: Display) -> dict:
     """Grades completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They are
     reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
     from eepo_fast.config import DataConfig, RewardConfig

@@ -30,7 +30,7 @@ COMMUNICATION = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os
 
 
 class Note(NamedTuple):
-    count: int
+    entered: int
     phase: str
     waits: bool
     age: float
@@ -95,10 +95,10 @@ class Watchdog:
         limit = f"(run.timeout_s={self.timeout_s:g})"
         if self.store is None:
             return f"{self._phase} hangs: nothing has moved {limit}"
-        before = self._read()
+        before = self._read(self.store)
         time.sleep(GRACE_S)
         self._write_note()
-        notes = self._read()
+        notes = self._read(self.store)
         if before is None or notes is None:
             return f"rank 0 hangs: its store does not answer rank {self.rank}, in {self._phase} {limit}"
         silent = [r for r in range(self.size) if r != self.rank and notes[r].beat == before[r].beat]
@@ -112,7 +112,7 @@ class Watchdog:
         rest = self.size - len(hanging)
         return f"rank {which} hangs in {notes[hanging[0]].phase} {limit}; {rest} of {self.size} ranks wait for it"
 
-    def _read(self) -> list[Note] | None:
+    def _read(self, store: Store) -> list[Note] | None:
         """Returns every rank's note; None where the store, which is on rank 0's node, does not answer."""
         found: list[Note] = []
 
@@ -120,8 +120,8 @@ class Watchdog:
             with suppress(RuntimeError):
                 for rank in range(self.size):
                     key = f"eepo/note/{rank}"
-                    known = self.store.check([key])
-                    found.append(Note(*json.loads(self.store.get(key))) if known else Note(-1, "starting", False, 0, 0))
+                    known = store.check([key])
+                    found.append(Note(*json.loads(store.get(key))) if known else Note(-1, "starting", False, 0, 0))
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
@@ -150,8 +150,8 @@ class Watchdog:
 
 def _fewest(ranks: list[int], notes: list[Note]) -> list[int]:
     """Returns those of the ranks that the others of them wait for."""
-    least = min((notes[r].count for r in ranks), default=0)
-    return [r for r in ranks if notes[r].count == least]
+    least = min((notes[r].entered for r in ranks), default=0)
+    return [r for r in ranks if notes[r].entered == least]
 
 
 def _stderr() -> TextIO:
@@ -159,7 +159,7 @@ def _stderr() -> TextIO:
     try:
         sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
-        return sys.__stderr__
+        return sys.__stderr__ or open(os.devnull, "w")  # there is none where it was closed
     return sys.stderr
 
 

@@ -5,6 +5,8 @@ Shapes: N tokens, n rows of a chunk, m rows of the gradient buffer, D hidden siz
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,14 +64,16 @@ class Head:
         # bf16 logits are too coarse for exp of a difference. A GPU's GEMM hands out fp32; a CPU's needs fp32 inputs.
         self.gemm_dtype = options.dtype if weight.is_cuda else self.stats_dtype
         self.input_dtype = options.dtype
-        self.out_dtype = {} if self.gemm_dtype == self.stats_dtype else {"out_dtype": self.stats_dtype}
+        same, wide = self.gemm_dtype == self.stats_dtype, self.stats_dtype
+        self.mm: Callable[..., Tensor] = torch.mm if same else partial(torch.mm, out_dtype=wide)
+        self.addmm: Callable[..., Tensor] = torch.addmm if same else partial(torch.addmm, out_dtype=wide)
         self.weight = self.rounded(weight)
         self.bias = None if bias is None else bias.detach().to(self.stats_dtype).contiguous()
         self.temperature = options.temperature
         if options.backend == "triton":
             from eepo_kernels.row_stats import TritonRows
 
-            self.rows_class = TritonRows
+            self.rows_class: type[TritonRows] | type[TorchRows] = TritonRows
         else:
             self.rows_class = TorchRows
         # The row count is read one chunk late, so that a chunk stays while the next one's logits are made.
@@ -107,7 +111,7 @@ class Head:
     def logits(self, hidden: Tensor, turn: int) -> Tensor:
         """Returns the logits [n, V] in the buffer of this turn, before bias and temperature."""
         out = self.buffers[turn % self.num_slots][: len(hidden)]
-        return torch.mm(self.rounded(hidden), self.weight.T, **self.out_dtype, out=out)
+        return self.mm(self.rounded(hidden), self.weight.T, out=out)
 
     def rows(self, logits: Tensor, targets: Tensor):
         return self.rows_class(logits, targets, self.bias, self.temperature)
@@ -121,6 +125,10 @@ def _whole_tiles(wanted: int, num_rows: int) -> int:
     """Returns how many rows a chunk has: many are cut to a multiple of a GEMM's tile."""
     wanted = wanted // 128 * 128 if wanted >= 256 else wanted
     return max(1, min(wanted, num_rows))
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale)
 
 
 class GradientPack:
@@ -151,7 +159,7 @@ class GradientPack:
             peak = torch.stack([c.abs().amax() for c in coefficients]).amax().float()
             usable = (self.scale == 0) & (peak > 0) & peak.isfinite()
             self.scale = torch.where(usable, torch.exp2(torch.floor(torch.log2(FP16_TARGET / peak))), self.scale)
-            coefficients = [c * self._divisor() for c in coefficients]
+            coefficients = [c * _divisor(self.scale) for c in coefficients]
         done = 0
         while done < num_active:
             take = min(len(self.index) - self.fill, num_active - done)
@@ -163,9 +171,6 @@ class GradientPack:
             if self.fill == len(self.index):
                 self.flush()
 
-    def _divisor(self) -> Tensor:
-        return torch.where(self.scale == 0, 1.0, self.scale)
-
     def flush(self) -> None:
         if self.fill == 0:
             return
@@ -173,13 +178,13 @@ class GradientPack:
         dlogits, hidden = self.dlogits[:padded], self.packed_hidden[:padded]
         dlogits[self.fill :], hidden[self.fill :] = 0, 0
         if self.d_hidden is not None:
-            product = torch.mm(dlogits, self.head.weight, **self.head.out_dtype)[: self.fill]
+            product = self.head.mm(dlogits, self.head.weight)[: self.fill]
             if self.scale is not None:
-                product /= self._divisor()
+                product /= _divisor(self.scale)
             self.d_hidden.index_copy_(0, self.index[: self.fill], product.to(self.d_hidden.dtype))
         if self.d_weight is not None:
             beta = 1 if self.flushed else 0  # the first product overwrites
-            torch.addmm(self.d_weight, dlogits.T, hidden, **self.head.out_dtype, beta=beta, out=self.d_weight)
+            self.head.addmm(self.d_weight, dlogits.T, hidden, beta=beta, out=self.d_weight)
         if self.d_bias is not None:
             self.d_bias += dlogits.sum(0, dtype=self.d_bias.dtype)
         self.fill, self.flushed = 0, True
@@ -191,7 +196,7 @@ class GradientPack:
         if self.scale is not None:
             for total in (self.d_weight, self.d_bias):
                 if total is not None:
-                    total /= self._divisor()
+                    total /= _divisor(self.scale)
         return [self.d_hidden, self.d_weight, self.d_bias]
 
 

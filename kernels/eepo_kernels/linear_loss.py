@@ -123,7 +123,8 @@ class _TargetCheck:
 
 
 def _empty_stats(hidden: Tensor, dtype: torch.dtype) -> TokenStats:
-    return TokenStats(*(torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3)))
+    logprobs, entropy, log1mp = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
+    return TokenStats(logprobs, entropy, log1mp)
 
 
 def _fill(whole: TokenStats, part: TokenStats, rows: slice) -> None:
@@ -195,8 +196,8 @@ def _linear_logprobs_backward(
             rows = head.rows(head.logits(hidden[chosen], turn), targets[chosen])
             everything = torch.arange(len(chosen), device=tokens.device)
             pack.add(rows, everything, len(chosen), [g[chosen] for g in upstream], chosen)
-        inputs = (hidden, weight, bias)
-        return _packed([None if g is None else g.to(i.dtype) for g, i in zip(pack.outputs(), inputs, strict=True)])
+        pairs = zip(pack.outputs(), (hidden, weight, bias), strict=True)
+        return _packed([g if g is None or i is None else g.to(i.dtype) for g, i in pairs])
 
 
 @_linear_logprobs_backward.register_fake
@@ -254,7 +255,7 @@ def _forward_with_gradients(hidden, weight, bias, targets, loss_fn, options, nee
     pack = GradientPack(head, hidden, weight, bias, needs) if any(needs) else None
     out = _empty_stats(hidden, head.stats_dtype)
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    waiting: Pending | None = None
+    waiting = None
     for turn, rows in enumerate(head.slices(len(targets))):
         logits = head.logits(hidden[rows], turn)
         if turn == 0:
@@ -283,7 +284,7 @@ def _loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, history: TokenSta
     """Returns the sum of the chunk's losses and its derivative in each statistic: [n] each, zeros for one not used."""
     leaves = [s.detach().requires_grad_() for s in stats[:3]]
     with torch.enable_grad():
-        losses = loss_fn(TokenStats(*leaves, history=history), rows)
+        losses = loss_fn(TokenStats(leaves[0], leaves[1], leaves[2], history), rows)
         assert losses.shape == rows.shape, f"loss_fn must return {tuple(rows.shape)}, not {tuple(losses.shape)}"
         total = losses.sum(dtype=torch.float64)
     if not total.requires_grad:
@@ -315,7 +316,8 @@ def _reference_inputs(hidden, weight, bias, targets, options: Options) -> tuple[
     """Returns, for `backend="reference"`, the values that options.dtype holds, in the dtype of the statistics."""
     _TargetCheck(targets, len(weight)).raise_if_wrong()
     wide = torch.float64 if options.dtype == torch.float64 else torch.float32
-    return tuple(None if t is None else t.to(options.dtype).to(wide) for t in (hidden, weight, bias))
+    hidden, weight = (t.to(options.dtype).to(wide) for t in (hidden, weight))
+    return hidden, weight, None if bias is None else bias.to(options.dtype).to(wide)
 
 
 @ranged

@@ -66,6 +66,12 @@ def library(device_type: str) -> ctypes.CDLL | None:
     return loaded
 
 
+def _loaded(device_type: str) -> ctypes.CDLL:
+    found = library(device_type)
+    assert found is not None, f"the build has none for {device_type}: whoever calls this has asked"
+    return found
+
+
 def as_rows(tensor: Tensor) -> tuple[int, int, int] | None:
     """Returns (rows, columns, row stride) of a tensor seen as a matrix with contiguous rows; None if it is not one."""
     if tensor.is_contiguous():
@@ -93,8 +99,9 @@ def matrix_table(
     """Returns [tensors, FIELDS] int64, EepoMatrix a row. Every pair has one shape and rows that are contiguous."""
     table = []
     for d, s, key, offset, flat_stride in zip(dst, src, keys, offsets, row_strides, strict=True):
-        num_rows, num_columns, d_stride = as_rows(d)
-        s_rows, _, s_stride = as_rows(s)
+        d_matrix, s_matrix = as_rows(d), as_rows(s)
+        assert d_matrix is not None and s_matrix is not None, "whoever calls this has asked"
+        (num_rows, num_columns, d_stride), (s_rows, _, s_stride) = d_matrix, s_matrix
         columns = d.shape[-1] if d.dim() else 1
         if d.numel() and (num_rows > 1 or s_rows > 1 or flat_stride != columns):
             # one of the two, or the source they come from, is not one run: go row by row
@@ -111,7 +118,7 @@ def run(table: Tensor, update: Update, device: torch.device) -> Tensor:
     on a GPU nothing waits for it."""
     if device.type == "cpu":
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
-        library("cpu").eepo_weight_update_cpu(
+        _loaded("cpu").eepo_weight_update_cpu(
             ctypes.c_void_p(table.data_ptr()), ctypes.c_int64(len(table)), ctypes.byref(update),
             ctypes.c_void_p(sums.data_ptr()), ctypes.c_int32(torch.get_num_threads()),
         )  # fmt: skip
@@ -121,7 +128,7 @@ def run(table: Tensor, update: Update, device: torch.device) -> Tensor:
 
 def _run_cuda(table: Tensor, update: Update, device: torch.device) -> Tensor:
     """Launches once for each pair of dtypes among the matrices: most models have one."""
-    cuda = library("cuda")
+    cuda = _loaded("cuda")
     pairs = table[:, -2] * len(DTYPES) + table[:, -1]
     groups = [table[pairs == pair] for pair in pairs.unique()]
     pieces = [_pieces(group[:, 2] * group[:, 3]) for group in groups]
@@ -149,7 +156,7 @@ def _run_cuda(table: Tensor, update: Update, device: torch.device) -> Tensor:
 
 def _pieces(num_elements: Tensor) -> tuple[Tensor, int]:
     """Returns (pieces before each of these matrices, of all of them); a block of a GPU takes a piece at a time."""
-    size = library("cuda").eepo_piece_size()
+    size = _loaded("cuda").eepo_piece_size()
     pieces = (num_elements + size - 1) // size
     return pieces.cumsum(0) - pieces, int(pieces.sum())
 
@@ -176,7 +183,7 @@ def checksum_table(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> 
     table = []
     for t, dtype in zip(tensors, dtypes, strict=True):
         columns = t.shape[-1] if t.dim() > 1 else 1
-        stride = columns if t.is_contiguous() else as_rows(t)[2]
+        stride = columns if t.is_contiguous() else t.stride(-2)
         num_rows = t.numel() // columns if columns else 0
         table.append((t.data_ptr(), num_rows, columns, stride, DTYPES[t.dtype], DTYPES[dtype]))
     return torch.tensor(table, dtype=torch.int64).view(-1, CHECKED_FIELDS)
@@ -187,7 +194,7 @@ def run_checksums(table: Tensor, device: torch.device) -> Tensor:
     nothing waits for."""
     if device.type == "cpu":
         sums = torch.empty(len(table), dtype=torch.int64)
-        library("cpu").eepo_checksums_cpu(
+        _loaded("cpu").eepo_checksums_cpu(
             ctypes.c_void_p(table.data_ptr()), ctypes.c_int64(len(table)), ctypes.c_void_p(sums.data_ptr()),
             ctypes.c_int32(torch.get_num_threads()),
         )  # fmt: skip
@@ -196,7 +203,7 @@ def run_checksums(table: Tensor, device: torch.device) -> Tensor:
 
 
 def _run_checksums_cuda(table: Tensor, device: torch.device) -> Tensor:
-    cuda = library("cuda")
+    cuda = _loaded("cuda")
     first_piece, num_pieces = _pieces(table[:, 1] * table[:, 2])
     with torch.cuda.device(device):
         sums = torch.zeros(len(table), dtype=torch.int64, device=device)

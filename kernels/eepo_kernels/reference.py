@@ -69,7 +69,7 @@ def fused_linear_loss(
 ) -> tuple[Tensor, TokenStats]:
     """Computes `eepo_kernels.fused_linear_loss` with all the logits [N, V] in memory and autograd's gradients."""
     stats = linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
-    detached = TokenStats(*(s.detach() for s in stats[:3]))
+    detached = TokenStats(stats.logprobs.detach(), stats.entropy.detach(), stats.log1mp.detach())
     rows = torch.arange(targets.numel(), device=targets.device)
     loss = loss_fn(stats._replace(history=detached), rows).sum()
     return loss, detached

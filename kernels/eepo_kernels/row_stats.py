@@ -266,7 +266,7 @@ class TritonRows:
         return self.logits if self.bias is None else self.bias
 
     def stats(self) -> TokenStats:
-        return TokenStats(*self.columns[:3])
+        return TokenStats(self.columns[0], self.columns[1], self.columns[2])
 
     def write_grads(self, index: Tensor, coefficients: list[Tensor], out: Tensor) -> None:
         """Writes dL/dlogits of rows `index` [k] int64 to out [k, V], for `coefficients` [n] each, as in the kernel. The

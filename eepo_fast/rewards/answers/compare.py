@@ -70,35 +70,35 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     unions = split(gold, "\\cup"), split(answer, "\\cup")
     if max(map(len, unions)) > 1:
         return _unordered(*unions, ask)
-    matrices = _matrix(gold), _matrix(answer)
-    if matrices[0] or matrices[1]:
-        return bool(matrices[0] and matrices[1]) and _rows(*matrices, ask)
-    groups = group(gold), group(answer)
-    if groups[0] and groups[1]:
-        return groups[0][0] == groups[1][0] and _ordered(groups[0][1], groups[1][1], ask)
-    if groups[0] or groups[1]:
+    gold_matrix, answer_matrix = _matrix(gold), _matrix(answer)
+    if gold_matrix or answer_matrix:
+        return _rows(gold_matrix, answer_matrix, ask) if gold_matrix and answer_matrix else False
+    gold_group, answer_group = group(gold), group(answer)
+    if gold_group and answer_group:
+        return gold_group[0] == answer_group[0] and _ordered(gold_group[1], answer_group[1], ask)
+    if gold_group or answer_group:
         return False
     return compare_leaves(gold, answer, ask)
 
 
-def _assignments(text: str) -> dict[str, str] | None:
-    """Returns the values of x=1,y=2 or (x,y)=(1,2) by their names, two or more; None for other texts."""
+def _assignments(text: str) -> dict[str, str]:
+    """Returns the values of x=1,y=2 or (x,y)=(1,2) by their names, two or more; none for other texts."""
     if "=" not in text:
-        return None
+        return {}
     sides = split(text, "=")
-    groups = [group(side) for side in sides] if len(sides) == 2 else []
-    if groups and all(groups):
+    groups = [found for side in sides if (found := group(side))]
+    if len(sides) == len(groups) == 2:
         names, values = groups[0][1], groups[1][1]
     else:
         pairs = [split(part, "=") for part in split(text, ",", ";")]
         if any(len(pair) != 2 for pair in pairs):
-            return None
+            return {}
         names, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     distinct = len(set(names)) == len(names) == len(values) > 1
-    return dict(zip(names, values, strict=True)) if distinct and all(VARIABLE.fullmatch(n) for n in names) else None
+    return dict(zip(names, values, strict=True)) if distinct and all(VARIABLE.fullmatch(n) for n in names) else {}
 
 
-def _compare_assignments(gold: str, answer: str, golds: dict | None, answers: dict | None, ask: Ask) -> bool | None:
+def _compare_assignments(gold: str, answer: str, golds: dict, answers: dict, ask: Ask) -> bool | None:
     """Compares values by name, or in order where one side has no names; x_1=2, x_2=1 is a list of roots."""
     if golds and answers:
         if set(golds) != set(answers):
@@ -209,7 +209,7 @@ def _unordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
 def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, ask: Ask) -> bool | None:
     for place, found in ((0, gold_relation), (1, answer_relation)):
         if found and not found[0][0] and found[1] in (["="], ["\\approx"]):  # = 5, \approx 5
-            return compare(*[found[0][1] if i == place else text for i, text in enumerate((gold, answer))], ask)
+            return compare(gold if place else found[0][1], found[0][1] if place else answer, ask)
     if gold_relation and answer_relation:
         return _compare_both(gold_relation, answer_relation, ask)
     if gold_relation:
@@ -243,7 +243,7 @@ def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool 
     if first and last and abs(first.value - last.value) > abs(first.value) / 20:
         return False  # no approximation, but two answers
     result = compare(gold, exact[-1], ask)
-    if not result and "\\approx" in signs and read_number(gold) and read_number(gold).ulp:
+    if not result and "\\approx" in signs and (number := read_number(gold)) and number.ulp:
         result = compare(gold, sides[-1], ask)
     for side in exact[:-1]:
         if result is not False and not re.search(

@@ -59,11 +59,12 @@ def as_union(text: str) -> str:
         return "\\cup".join(map(_written, _read(text)))
     except ValueError:
         pass
-    relations = [relation(part) for part in split(text, ",", ";")]  # their ends need not be plain numbers
-    if len(relations) > 1 and all(relations):
+    parts = split(text, ",", ";")
+    relations = [found for part in parts if (found := relation(part))]  # their ends need not be plain numbers
+    if len(relations) == len(parts) > 1:
         names = {side for sides, _ in relations for side in sides if NAME.fullmatch(side)}
-        intervals = [as_interval(*found) for found in relations]
-        if len(names) == 1 and all(intervals):
+        intervals = [interval for found in relations if (interval := as_interval(*found))]
+        if len(names) == 1 and len(intervals) == len(parts):
             return "\\cup".join(intervals)
     return text
 

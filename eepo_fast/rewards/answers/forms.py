@@ -30,18 +30,18 @@ def split(text: str, *separators: str) -> list[str]:
     """Splits at separators outside of all brackets; the kinds of a pair may differ, as they do in intervals."""
     if not any(separator in text for separator in separators):
         return [text]
-    parts, current, depth = [], [], 0
+    parts, current, depth = [], "", 0
     for token in TOKEN.findall(text):
         if token in OPENING:
             depth += 1
         elif token in CLOSING:
             depth -= 1
         if depth == 0 and token in separators:
-            parts.append("".join(current))
-            current = []
+            parts.append(current)
+            current = ""
         else:
-            current.append(token)
-    parts.append("".join(current))
+            current += token
+    parts.append(current)
     return [part.strip() for part in parts]
 
 

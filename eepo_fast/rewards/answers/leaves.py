@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from eepo_fast.rewards.answers.numbers import read_number, same_number
+from eepo_fast.rewards.answers.numbers import Number, read_number, same_number
 from eepo_fast.rewards.answers.units import same_unit, without_unit
 
 Ask = Callable[[str, str, str], bool | None]
@@ -62,25 +62,23 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
             and compare_leaves(parts[0][0], parts[1][0], ask)
         )
     if ":" in gold or ":" in answer:
-        parts = gold.split(":"), answer.split(":")
+        golds, answers = gold.split(":"), answer.split(":")
         if CLOCK.search(gold_unit + answer_unit):  # 9 a.m. is 9:00 a.m.
-            parts = tuple(part[:-1] if len(part) == 2 and part[1] == "00" else part for part in parts)
-        return len(parts[0]) == len(parts[1]) and _parts(*parts, ask)
-    bases = BASE.fullmatch(gold), BASE.fullmatch(answer)
-    if bases[0] or bases[1]:
-        return bool(bases[0]) and (bases[0].group(1) if not bases[1] else bases[0].groups()) == (
-            answer if not bases[1] else bases[1].groups()
-        )
-    numbers = read_number(gold), read_number(answer)
-    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty") and not (
-        numbers[0] and percents[1]
-    ):
+            golds, answers = (part[:-1] if len(part) == 2 and part[1] == "00" else part for part in (golds, answers))
+        return len(golds) == len(answers) and _parts(golds, answers, ask)
+    gold_base, answer_base = BASE.fullmatch(gold), BASE.fullmatch(answer)
+    if gold_base and answer_base:
+        return gold_base.groups() == answer_base.groups()
+    if gold_base or answer_base:
+        return gold_base is not None and gold_base.group(1) == answer
+    number, other = read_number(gold), read_number(answer)
+    if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty") and not (number and percents[1]):
         return True
-    if numbers[0] and numbers[1]:
-        if same_number(*numbers) and not (percents[1] and not percents[0] and _is_share(gold)):
+    if number and other:
+        if same_number(number, other) and not (percents[1] and not percents[0] and _is_share(gold, number)):
             return True
         if percents[0] != percents[1]:  # the sign stands for a hundredth
-            marked, plain = numbers if percents[0] else numbers[::-1]
+            marked, plain = (number, other) if percents[0] else (other, number)
             return marked.value == 100 * plain.value
         return False
     if gold.isalpha() and len(gold) == 1 and re.fullmatch(r"\(?" + gold + r"\)?", answer):
@@ -100,9 +98,8 @@ def _letters(unit: str) -> list[str] | str:
     return sorted(match[1].replace("^1", "").replace(".", "")) if match else unit
 
 
-def _is_share(gold: str) -> bool:
+def _is_share(gold: str, number: Number) -> bool:
     """Returns whether a percent sign behind this number can only mean a hundredth; 18 may have had one, left out."""
-    number = read_number(gold)
     return number.value != 0 and (abs(number.value) <= 1 or "/" in gold or "\\frac" in gold)
 
 

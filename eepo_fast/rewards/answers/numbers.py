@@ -63,8 +63,8 @@ def read_number(text: str) -> Number | None:
         return _quotient(match.group(1), match.group(2), match.group(3))
     match = MIXED.fullmatch(text)
     if match:
-        whole, above, below = (int(n) for n in match.groups()[1:])
-        return Number(_sign(match.group(1)) * (whole + Fraction(above, below))) if below else None
+        integer, numerator, denominator = (int(n) for n in match.groups()[1:])
+        return Number(_sign(match.group(1)) * (integer + Fraction(numerator, denominator))) if denominator else None
     match = REPEATING.fullmatch(text)
     if match:
         sign, whole, start, period = match.groups()
@@ -118,7 +118,7 @@ def same_number(gold: Number, answer: Number) -> bool:
 
 def rounds_to(gold: Number, value: Fraction) -> bool:
     """Returns whether `gold` is a decimal that `value` may have been rounded to."""
-    return gold.looks_rounded and abs(value - gold.value) <= gold.ulp / 2
+    return gold.ulp is not None and gold.looks_rounded and abs(value - gold.value) <= gold.ulp / 2
 
 
 def approximates(answer: Number, value: Fraction) -> bool:

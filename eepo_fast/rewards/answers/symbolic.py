@@ -79,7 +79,7 @@ def ask(question: str, gold: str, answer: str) -> bool:
     return equal(gold_expression, answer_expression, read_number(gold), read_number(answer))
 
 
-def _unfinished(text: str) -> set[str]:
+def _unfinished(text: str) -> frozenset[str]:
     return UNFINISHED.intersection(COMMAND.findall(text))
 
 
