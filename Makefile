@@ -57,7 +57,7 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tests/unsafe_calls.py eepo_fast kernels bench
-	$(PY) -m mypy
+	$(PY) -m pyrefly check --summary=none
 
 # The kill tests at length; prints and keeps their figures. A quarter of an hour and more.
 chaos: $(VLLM)

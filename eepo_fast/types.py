@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+AEPO_STAGE = 3  # the stage of AEPO's extra samples: their seeds, and how the rollout log tells them apart
+
 
 class UserError(Exception):
     """A user's mistake. The command line prints the message alone, on one line, and exits with 2."""

@@ -108,6 +108,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if any(re.search(pattern, item.nodeid) for pattern in SLOW):
             item.add_marker("slow")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if config.getoption("--chaos"):
             item.add_marker(pytest.mark.timeout(CHAOS_S))
         elif any(item.get_closest_marker(mark) for mark in ("slow", "gpu")) or "launch" in item.fixturenames:

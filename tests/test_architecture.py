@@ -132,7 +132,7 @@ def test_a_docstring_that_begins_with_a_preposition_is_found():
 def unexplained(text):
     """Lines that silence the type checker without a code, or without a reason after it."""
     for number, line in enumerate(text.splitlines(), 1):
-        silent = re.search(r"#\s*(type:\s*ignore|mypy:)", line)
+        silent = re.search(r"#\s*(type:\s*ignore|pyrefly:)", line)
         if silent and not re.fullmatch(r"# type: ignore\[[a-z, -]+\]  # \w.+", line[silent.start() :]):
             yield number
 
@@ -143,7 +143,7 @@ def test_who_silences_the_type_checker_says_why():
 
 def test_an_unexplained_silence_is_found():
     whole = "f()  # type: ignore[arg-type]  # their stubs\n"
-    bare = "f()  # type: ignore\nf()  # type: ignore[misc]\nf()  #type:ignore[misc]  # why\n# mypy: ignore-errors\n"
+    bare = "f()  # type: ignore\nf()  # type: ignore[misc]\nf()  #type:ignore[misc]  # why\n# pyrefly: ignore\n"
     assert list(unexplained(whole + bare)) == [2, 3, 4, 5]
 
 

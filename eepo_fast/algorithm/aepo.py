@@ -30,15 +30,14 @@ from torch import Tensor
 
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.algorithm.iteration import Iteration
-from eepo_fast.algorithm.losses import Term, reinforce_loss
+from eepo_fast.algorithm.losses import Term, num_known_tokens, reinforce_loss
 from eepo_fast.config import AepoConfig
 from eepo_fast.config.schema import SHARE_OF_PROMPTS
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rollout.engine import SampleRequest, make_requests
-from eepo_fast.types import Prompt, Rollout, RolloutBatch
+from eepo_fast.types import AEPO_STAGE, Prompt, Rollout, RolloutBatch
 
-AEPO_STAGE = 3  # of the extra samples: their seeds, and how the rollout log tells them apart
 SMALLEST_ADVANTAGE = 0.05
 
 
@@ -67,7 +66,7 @@ class Aepo:
         rows = rows if self.config.mode == "term" else [*self.used, *rows[len(self.used) :]]
         if self.used:
             scale, over = (self.config.coef, self.rollouts) if self.config.mode == "term" else (1.0, rows)
-            term = _term(self.used, scale / _known_tokens(over))
+            term = _term(self.used, scale / num_known_tokens(over))
             with it.phase("aepo_norm"):
                 self.grad_norm = it.within_memory(it.policy, partial(measure, it.policy, term))
         return rows
@@ -93,7 +92,7 @@ class Aepo:
         share = self.rollouts[update::num_updates] if self.config.mode == "term" else []
         used = set(self.used)
         right = [r for r in share if r in used]
-        return [_term(right, self.config.coef / _known_tokens(share))] if right else []
+        return [_term(right, self.config.coef / num_known_tokens(share))] if right else []
 
     def metrics(self) -> dict[str, float]:
         rewards = [r.reward for r in self.rollouts if r.reward is not None]
@@ -107,10 +106,6 @@ class Aepo:
             "aepo/grad_norm": self.grad_norm,
             "tokens/aepo": sum(r.num_tokens for r in self.rollouts),
         }
-
-
-def _known_tokens(rollouts: Sequence[Rollout]) -> int:
-    return sum(r.num_tokens for r in rollouts if r.reward is not None)
 
 
 def extra_requests(

@@ -115,6 +115,11 @@ class Term:
         return self.loss(micro, token_weights(micro, self.rollouts, self.weight))
 
 
+def num_known_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Returns what a token mean divides by: the tokens of the rollouts whose reward is known."""
+    return sum(r.num_tokens for r in rollouts if r.reward is not None)
+
+
 def token_weights(micro: MicroBatch, rollouts: Sequence[Rollout], weight: float) -> Tensor:
     """Returns [N] fp32: `weight` for tokens of these rollouts, 0 for those of others in the micro-batch."""
     members = set(rollouts)
@@ -153,7 +158,7 @@ class PolicyTokens:
     on_policy: Tensor
     """bool: sampled by the very weights that are differentiated, so that old_logprobs are policy_logprobs, detached."""
     weights: Tensor
-    """1 / (tokens of the mini-batch); 0 for tokens that are left out."""
+    """A token's weight in the sum: 1 / (tokens of the mini-batch), 0 for one that is left out."""
     ref_logprobs: Tensor | None = None
 
     @classmethod

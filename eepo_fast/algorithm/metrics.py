@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -25,7 +26,7 @@ from eepo_fast.config import Config
 from eepo_fast.data.problems import token_texts
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.types import Rollout, RolloutBatch
+from eepo_fast.types import AEPO_STAGE, Rollout, RolloutBatch
 
 LOGGED_COLUMNS = {  # of the rollout log, with `log.token_details`: fields of a Rollout
     "policy_logprobs": "prox_logprobs",
@@ -93,8 +94,8 @@ class UpdateStats:
             sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
             forgotten = micro.concatenate([[v.forgotten for v in r.token_versions] for r in micro.rollouts]).bool()
             self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
-            # AEPO's samples, stage 3, carry log-probs at their own temperature
-            self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < 3))
+            # AEPO's samples carry log-probs at their own temperature
+            self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < AEPO_STAGE))
 
     def add(self, other: UpdateStats) -> None:
         """Adds those of another mini-batch."""
@@ -244,7 +245,7 @@ def log_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: b
     path = folder / f"step_{step:06d}.jsonl"
     with path.with_suffix(".tmp").open("w", encoding="utf-8", errors="replace") as file:
         for r in (*batch.rollouts, *batch.extra):
-            row = {
+            row: dict[str, Any] = {
                 "prompt_id": r.prompt.id,
                 "prompt": r.prompt.text,
                 "problem": r.prompt.problem.problem,
@@ -259,6 +260,7 @@ def log_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: b
                 "num_tokens": r.num_tokens,
                 "finished": r.finished,
                 "num_before": r.num_before,
+                "segments": [[*s.weights_version, len(s.tokens)] for s in r.segments],
             }
             if token_details:
                 row["tokens"] = token_texts(tokenizer, r.token_ids)

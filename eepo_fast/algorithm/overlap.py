@@ -20,7 +20,7 @@ from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import input_length
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling
+from eepo_fast.rollout.engine import CanGenerate, OnProgress, RolloutEngine, SampleRequest, Sampling
 from eepo_fast.types import Grade, Rollout
 
 CHUNKS_GRADED = 8  # so many of an iteration's completions are graded at once, while others are being sampled
@@ -215,15 +215,16 @@ class Yielding:
         self,
         requests: Sequence[SampleRequest],
         sampling: Sampling,
-        progress: OnProgress | None,
-        finished: Callable[[Rollout], None],
-        quorum: float,
+        progress: OnProgress | None = None,
+        finished: Callable[[Rollout], None] | None = None,
+        quorum: float = 1.0,
     ) -> list[Rollout]:
         handed: list[Rollout] = []
 
         def noted(rollout: Rollout) -> None:
             handed.append(rollout)
-            finished(rollout)
+            if finished is not None:
+                finished(rollout)
 
         try:
             return self.engine.generate(requests, sampling, progress, noted, quorum)
@@ -312,7 +313,7 @@ class Ahead:
             self.streamed = StreamedUnlearning(policy, config, num_completions, num_prompts, self.unlearning)
         return self.streamed
 
-    def beside(self, engine: RolloutEngine, streamed: StreamedUnlearning | None) -> RolloutEngine | Yielding:
+    def beside(self, engine: RolloutEngine, streamed: StreamedUnlearning | None) -> CanGenerate:
         """Returns the engine to sample with, which may take back what `streamed` and the scores hold. Not where it is
         spread over ranks: those that have memory left wait inside it for the one that has none."""
         alone = self.unlearning.pool is None or (streamed is None and self.scored is None)

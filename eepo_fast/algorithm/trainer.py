@@ -19,7 +19,7 @@ from eepo_fast.algorithm import metrics as M
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.algorithm.guards import check_updates
 from eepo_fast.algorithm.iteration import Iteration, Setup
-from eepo_fast.algorithm.losses import PolicyTokens, Term, token_weights, update_loss
+from eepo_fast.algorithm.losses import PolicyTokens, Term, num_known_tokens, token_weights, update_loss
 from eepo_fast.algorithm.methods import make_additions, make_stages
 from eepo_fast.algorithm.overlap import set_ref_logprobs
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
@@ -101,7 +101,7 @@ class Trainer(Setup):
         """Adds the gradient of a mini-batch, and of what methods add to it, to what the next step applies."""
         stats = M.UpdateStats()
         known = [r for r in mini_batch if r.reward is not None]
-        weight = 1 / max(1, sum(r.num_tokens for r in known))
+        weight = 1 / max(1, num_known_tokens(mini_batch))
         added = [r for term in terms for r in term.rollouts]
         for micro in self.policy.micro_batches([*mini_batch, *added]):
             weights = token_weights(micro, known, weight)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -76,7 +77,8 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder / "model").save_pretrained(temporary)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
+        tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp's is for its owner alone
         if out.exists():
             out.rmdir()

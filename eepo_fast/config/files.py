@@ -101,7 +101,7 @@ def _describe(error: ValidationError) -> str:
         return f"config key {key}: is {RENAMED[key]} now, found the old name; rename it"
     if first["type"] == "extra_forbidden":
         known = [*Config.model_fields]
-        known += [f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields]
+        known += [f"{s}.{k}" for s in Config.model_fields for k in _keys_of(s)]
         # a key's own name says more than its section: compare both ways
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not near:
@@ -120,10 +120,15 @@ def _describe(error: ValidationError) -> str:
     return f"config key {key}: {expected}, found {first['input']!r}"
 
 
+def _keys_of(section: str) -> list[str]:
+    section_class: Any = Config.model_fields[section].annotation
+    return list(section_class.model_fields)
+
+
 def _siblings(key: str) -> list[str]:
     section = key.split(".")[0]
     if "." in key and section in Config.model_fields:
-        return sorted(Config.model_fields[section].annotation.model_fields)
+        return sorted(_keys_of(section))
     return sorted(Config.model_fields)
 
 
@@ -147,8 +152,9 @@ def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = Non
         config = Config.model_validate(without_unread(values))
     except ValidationError as error:
         raise UserError(_describe(error)) from None
-    for line in lines if say else ():
-        say(line)
+    if say is not None:
+        for line in lines:
+            say(line)
     return config
 
 

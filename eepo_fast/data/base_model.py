@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,7 +26,7 @@ from eepo_fast.config import DataConfig
 from eepo_fast.data.problems import BASE, arithmetic_problem, arithmetic_split
 
 ALPHABET = "0123456789+-*()=,:"
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "version": 1,
     "hidden_size": 128,
     "intermediate_size": 384,

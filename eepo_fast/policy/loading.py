@@ -31,7 +31,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         if path.endswith(".gguf"):
             model, tokenizer = _load_gguf(Path(path))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
             absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])

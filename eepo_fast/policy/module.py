@@ -222,7 +222,7 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # torch's hints know no numbers on a module
+            module.attention_dropout = 0.0  # type: ignore[bad-assignment]  # torch's hints know no numbers on a module
 
 
 def my_micro_batches(rollouts: Sequence[Rollout], world: World, batching: Batching) -> list[MicroBatch]:

@@ -77,7 +77,7 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype, grad_clip: float) -
 
 def _sharded(parameter: Tensor) -> Tensor:
     """Returns this rank's part of a weight at stage 3, flat, the last ranks' padded."""
-    return parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it to torch's class
+    return parameter.ds_tensor  # type: ignore[missing-attribute]  # DeepSpeed adds it to torch's class
 
 
 class ZeroPolicy:

@@ -201,7 +201,7 @@ def charts(groups: Sequence[Group], panels: Sequence[Panel]) -> list[dict[str, A
 
 
 def curve(trace: Trace) -> dict[str, Any]:
-    band = {} if trace.low is None else {"low": rounded(trace.low), "high": rounded(trace.high)}
+    band = dict(zip(("low", "high"), map(rounded, trace.band), strict=True)) if trace.band else {}
     look = {"colour": trace.colour, "dash": trace.style, "sparse": trace.sparse}
     return {"name": trace.name, "x": trace.x, "y": rounded(trace.y), **band, **look}
 

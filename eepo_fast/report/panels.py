@@ -28,15 +28,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Trace:
-    """A curve is drawn from this, in the pictures and on the page. `low` and `high` bound its band, over seeds or
+    """A curve is drawn from this, in the pictures and on the page. Its band is bound by (low, high), over seeds or
     problems. Where it is `sparse` its points are marked, and not smoothed. `label` goes into the legend of its panel
     and is None where the key of all panels says it."""
 
     name: str
     x: list[int]
     y: Values
-    low: Values | None
-    high: Values | None
+    band: tuple[Values, Values] | None
     colour: str
     style: str
     sparse: bool
@@ -61,15 +60,15 @@ class Panel:
             if any(v is not None for v in y):
                 name = line.label if alone else f"{group.name}: {line.label}"
                 label = line.label if alone or (g == 0 and len(self.lines) > 1) else None
-                band = (low, high) if len(group.runs) > 1 else (None, None)
-                found.append(Trace(name, x, y, *band, colour(groups, g, i), line.style, None in y, label))
+                band = (low, high) if len(group.runs) > 1 else None
+                found.append(Trace(name, x, y, band, colour(groups, g, i), line.style, None in y, label))
         return found
 
     def levels(self, groups: Sequence[Group]) -> list[float]:
         """Returns the values of its horizontal lines: the setting in those runs that use it."""
         runs, section = [run for group in groups for run in group.runs], self.level.partition(".")[0]
-        used = {run.settings.get(self.level) for run in runs if run.settings.get(f"{section}.enabled")}
-        return sorted(used - {None})
+        used = {run.settings[self.level] for run in runs if run.settings.get(f"{section}.enabled")}
+        return sorted(used)
 
 
 def _stages(prefix: str) -> tuple[Line, ...]:
@@ -199,7 +198,7 @@ def pass_at_k(groups: Sequence[Group]) -> dict[str, list[Trace]]:
             low = [100 * min(c["value" if len(s) > 1 else "low"] for c in s) for s in seeds]
             high = [100 * max(c["value" if len(s) > 1 else "high"] for c in s) for s in seeds]
             look = (colour(groups, g, 0), SOLID, True)
-            traces[name].append(Trace(groups[g].label, sorted(cells), mean, low, high, *look))
+            traces[name].append(Trace(groups[g].label, sorted(cells), mean, (low, high), *look))
     return traces
 
 

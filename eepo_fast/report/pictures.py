@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -59,14 +60,14 @@ def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) ->
 
 
 def draw_trace(axis: plt.Axes, trace: Trace, label: str | None) -> None:
-    """The curve goes through what is known of it; it has its band where that is everything."""
+    """Draws a curve through what is known of it, and its band where that is everything."""
     window = 1 if trace.sparse else window_for(len(trace.x))
     known = [k for k, v in enumerate(trace.y) if v is not None]
-    marks = {"marker": "o", "markersize": 3} if trace.sparse else {}
+    marks: dict[str, Any] = {"marker": "o", "markersize": 3} if trace.sparse else {}
     x, y = [trace.x[k] for k in known], smooth(trace.y, window)[known]
     axis.plot(x, y, DASHES[trace.style], color=trace.colour, label=label, **marks)
-    if trace.low is not None and len(known) == len(trace.x):
-        low, high = smooth(trace.low, window), smooth(trace.high, window)
+    if trace.band is not None and len(known) == len(trace.x):
+        low, high = (smooth(values, window) for values in trace.band)
         axis.fill_between(x, low, high, color=trace.colour, alpha=0.15, lw=0)
 
 

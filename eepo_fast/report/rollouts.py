@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eepo_fast.report.runs import Run
-from eepo_fast.types import UserError
+from eepo_fast.types import AEPO_STAGE, UserError
 
 SCALE, MISSING = 1000, -32768
 LIMIT = 32_000  # thousandths: log-probs below -32 are as good as -32
@@ -91,7 +91,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
     if "tokens" not in row:
         return found
     change, before = row.get("forget_change"), row.get("num_before", 0)
-    if change is None and row["stage"] < 3 and row["weights_version"][1]:
+    if change is None and row["stage"] < AEPO_STAGE and row["weights_version"][1]:
         pairs = zip(row["rollout_logprobs"], row["policy_logprobs"], strict=True)
         change = [None if a is None or b is None or i < before else a - b for i, (a, b) in enumerate(pairs)]
     found["before"] = before

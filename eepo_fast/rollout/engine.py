@@ -42,20 +42,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
 
 
-class RolloutEngine(Protocol):
-    @property
-    def weights_version(self) -> WeightsVersion: ...
-
-    def sync(self, weights: Iterable[Named], version: WeightsVersion) -> None:
-        """Sets its weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight
-        once; a bucket is read before the next is asked for. version: whose weights these are."""
-
-    def forget(
-        self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int, norm: float | None = None
-    ) -> ForgetStats:
-        """Sets its weights ← round(its weights + eta·gradient), in place, until the next `sync`. norm: ‖gradient‖ where
-        the caller has it; an engine may hold it against the length of the step it has made."""
-
+class CanGenerate(Protocol):
     def generate(
         self,
         requests: Sequence[SampleRequest],
@@ -71,6 +58,21 @@ class RolloutEngine(Protocol):
         that is returned, while others are still being sampled. quorum: when this share of them has ended, the others
         are preempted, and returned as they are; all have begun by then. An engine that samples in several batches does
         so in each."""
+
+
+class RolloutEngine(CanGenerate, Protocol):
+    @property
+    def weights_version(self) -> WeightsVersion: ...
+
+    def sync(self, weights: Iterable[Named], version: WeightsVersion) -> None:
+        """Sets its weights ← nearest(weights), all of them, in place. They come in one bucket or several, each weight
+        once; a bucket is read before the next is asked for. version: whose weights these are."""
+
+    def forget(
+        self, gradient: Named, *, eta: float, rounding: str, seed: int, step: int, norm: float | None = None
+    ) -> ForgetStats:
+        """Sets its weights ← round(its weights + eta·gradient), in place, once between two `sync`s. norm: ‖gradient‖
+        where the caller has it; an engine may hold it against the length of the step it has made."""
 
     def score(self, rollouts: Sequence[Rollout], temperature: float) -> list[list[float]] | None:
         """Returns each completion token's log-prob under the engine's weights as they are now, in nats; NaN for a last

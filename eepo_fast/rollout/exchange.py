@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from eepo_fast.distributed import World, deal
-from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling
+from eepo_fast.rollout.engine import CanGenerate, OnProgress, RolloutEngine, SampleRequest, Sampling
 from eepo_fast.types import Interrupted, Rollout, Segment, WeightsVersion
 
 
 def generate_everywhere(
-    engine: RolloutEngine,
+    engine: CanGenerate,
     requests: Sequence[SampleRequest],
     sampling: Sampling,
     *,

@@ -181,7 +181,7 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
             temperature=temperature, pad_id=pad_id, optimizer=config.optimizer,
         )  # fmt: skip
         return policy, reference
-    model = model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
+    model = model.to(device)  # type: ignore[bad-argument-type]  # transformers' decorator hides what `to` takes
     return plain(model, optimizer=config.optimizer, gradient_checkpointing=train.gradient_checkpointing), reference
 
 
@@ -191,7 +191,7 @@ def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     there = {p: p.detach().to(device, dtype, copy=True) for p in model.parameters()}
     # a copy that is being made knows what is copied already by its id()
     known = {id(p): torch.nn.Parameter(weight, requires_grad=False) for p, weight in there.items()}
-    return copy.deepcopy(model, known).to(device)  # type: ignore[arg-type]  # its decorator hides it
+    return copy.deepcopy(model, known).to(device)  # type: ignore[bad-argument-type]  # its decorator hides it
 
 
 def _check_engine(parts: Parts, temperature: float) -> None:

@@ -234,7 +234,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, *_):
+    def backward(ctx, upstream, *_):  # type: ignore[bad-override]  # torch's hints take any arguments
         """Scales the gradients in place, so that they are not there twice; autograd refuses a second use of them."""
         saved = iter(ctx.saved_tensors)
         grads = []

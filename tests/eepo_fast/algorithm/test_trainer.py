@@ -128,7 +128,7 @@ def test_missing_rewards_are_left_out_and_counted(make_trainer, coin_grader):
 def test_non_finite_updates_are_dropped_and_three_in_a_row_stop(make_trainer, monkeypatch):
     trainer = make_trainer(eepo={"enabled": False})
 
-    def poison(batch):
+    def poison(batch, *_):
         for rollout in (batch.rollouts[0], batch.rollouts[-1]):
             rollout.advantage = math.nan
 
