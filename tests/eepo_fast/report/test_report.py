@@ -110,7 +110,7 @@ def test_the_pictures_and_the_page_draw_the_same_curves(runs, tmp_path, monkeypa
     for trace, curve in zip(drawn, shown, strict=True):
         assert (trace.x, trace.colour, trace.style) == (curve["x"], curve["colour"], curve["dash"])
         assert [v is None for v in trace.y] == [v is None for v in curve["y"]]
-        assert (trace.low is not None, trace.sparse) == ("low" in curve, curve["sparse"])
+        assert (trace.band is not None, trace.sparse) == ("low" in curve, curve["sparse"])
 
 
 def test_numbers_survive_packing(runs):
