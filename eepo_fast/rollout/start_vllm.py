@@ -57,7 +57,7 @@ def import_vllm(*, deterministic: bool = False) -> Any:
 
         # prepacking, of all linear layers or of small ones with AMX, empties the weights that updates are written into
         vllm._custom_ops._supports_onednn = False
-        utils._CPU_SGL_GEMM_MAX_WEIGHT_BYTES = -1  # type: ignore[bad-assignment]  # no constant, for once
+        utils._CPU_SGL_GEMM_MAX_WEIGHT_BYTES = -1
     return vllm
 
 

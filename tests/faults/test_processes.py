@@ -361,11 +361,14 @@ def test_a_signal_to_two_ranks_saves_one_iteration_to_go_on_from(torchrun, outco
     assert code == 0 and outcome(config.run_dir) == outcome(whole.run_dir), "bit for bit, on two ranks"
 
 
-def test_a_stderr_without_a_file_keeps_the_watch(monkeypatch):
-    """A notebook's."""
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_stderr_without_a_file_keeps_the_watch(monkeypatch, closed):
+    """A notebook's, and one that was closed before Python began."""
     import io
 
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None if closed else io.StringIO())
+    if closed:
+        monkeypatch.setattr(sys, "__stderr__", None)
     said = []
     dog = watchdog.Watchdog(0, 1, None, 0.4, said.append)
     deadline = time.monotonic() + 10
