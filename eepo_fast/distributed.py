@@ -130,9 +130,8 @@ def launched_ranks() -> int:
 def start_world() -> World:
     """Joins the other processes of torchrun, if there are any, and takes this rank's device. As a context manager the
     world closes its process groups, whichever way it is left."""
-    os.environ.setdefault(
-        "DS_ACCELERATOR", default_device().type
-    )  # else deepspeed, where installed, says what it found
+    # else deepspeed, where it is installed, says what it found
+    os.environ.setdefault("DS_ACCELERATOR", default_device().type)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched_ranks() == 1:
@@ -172,9 +171,8 @@ def lone_group() -> None:
     """Makes a process group of this process alone, for libraries that want one."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def deal(costs: Sequence[float], num_hands: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as attend
 from transformers import AttentionInterface, PreTrainedModel
 
 from eepo_fast.types import UserError
@@ -53,11 +53,7 @@ def packed_attention(
     grouped = query.shape[1] != key.shape[1]
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         mask = None if window is None or q.shape[2] <= window else _band(q.shape[2], window, q.device)
-        parts.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        )
+        parts.append(attend(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 

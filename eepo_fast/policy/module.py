@@ -53,7 +53,6 @@ class Gradient(Protocol):
 class Policy(Protocol):
     @property
     def world(self) -> World: ...
-
     @property
     def model(self) -> PreTrainedModel: ...
 

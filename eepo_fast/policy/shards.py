@@ -114,8 +114,8 @@ class _Reduction:
         self.gradient = gradient
         self.place = {s.name: (i, s) for i, bucket in enumerate(gradient.buckets) for s in bucket}
         self.missing = [{s.name for s in bucket} for bucket in gradient.buckets]
-        self.open: dict[int, Tensor] = {}
-        self.next = len(gradient.buckets) - 1  # the backward pass brings the last weights first
+        self.wires: dict[int, Tensor] = {}
+        self.next_bucket = len(gradient.buckets) - 1  # the backward pass brings the last weights first
 
     def receiver(self, name: str) -> Callable[[Tensor], Tensor]:
         def receive(grad: Tensor) -> Tensor:
@@ -127,32 +127,32 @@ class _Reduction:
             if rest:
                 wire[whole, :rest].copy_(flat[whole * piece.size :])
             self.missing[index].discard(name)
-            while self.next >= 0 and not self.missing[self.next]:
+            while self.next_bucket >= 0 and not self.missing[self.next_bucket]:
                 self._reduce()
             return grad.new_zeros(()).expand_as(grad)  # the memory of the real one is free from here on
 
         return receive
 
     def _wire(self, index: int) -> Tensor:
-        if index not in self.open:
+        if index not in self.wires:
             columns = self.gradient.flats[index].numel()
-            self.open[index] = torch.zeros(self.gradient.world.size, columns, device=self.gradient.device)
-        return self.open[index]
+            self.wires[index] = torch.zeros(self.gradient.world.size, columns, device=self.gradient.device)
+        return self.wires[index]
 
     def _reduce(self) -> None:
-        wire, flat = self._wire(self.next), self.gradient.flats[self.next]
+        wire, flat = self._wire(self.next_bucket), self.gradient.flats[self.next_bucket]
         if self.gradient.world.size == 1:
             flat += wire[0]
         else:
             mine = torch.empty_like(flat)
             _reduce_scatter(mine, wire.view(-1))
             flat += mine
-        del self.open[self.next]
-        self.next -= 1
+        del self.wires[self.next_bucket]
+        self.next_bucket -= 1
 
     def finish(self) -> None:
         """Adds zeros for weights that got no gradient, here or on any rank."""
-        while self.next >= 0:
+        while self.next_bucket >= 0:
             self._reduce()
 
 

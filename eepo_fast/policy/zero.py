@@ -255,19 +255,15 @@ class ZeroPolicy:
     def _set(self, parameter: Tensor, name: str, value: Tensor, key: str | None = None) -> None:
         """Sets a master, or the part `key` of its optimizer state, from all of it. At stage 3 DeepSpeed's calls for
         whole tensors refuse a weight that the ranks do not divide, so it is given slices there."""
-        from deepspeed import utils as deepspeed_state
+        from deepspeed import utils as ds
 
         keys = () if key is None else (key,)
         if self.stage == 3:
             local = self._padded_slice(name, value)
-            set_local = (
-                deepspeed_state.safe_set_local_optimizer_state if keys else deepspeed_state.safe_set_local_fp32_param
-            )
+            set_local = ds.safe_set_local_optimizer_state if keys else ds.safe_set_local_fp32_param
             set_local(parameter, local, *keys)
         else:
-            set_full = (
-                deepspeed_state.safe_set_full_optimizer_state if keys else deepspeed_state.safe_set_full_fp32_param
-            )
+            set_full = ds.safe_set_full_optimizer_state if keys else ds.safe_set_full_fp32_param
             set_full(parameter, value.to(self.device, torch.float32), *keys)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:

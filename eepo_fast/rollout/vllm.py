@@ -93,7 +93,7 @@ class VllmEngine:
             self._asleep = False
             self._enable_sleep = enable_sleep
             self._expected: Tensor | None = None
-            self._step: tuple[float | None, ForgetStats] | None = None
+            self._last_forget: tuple[float | None, ForgetStats] | None = None
             """Length that the last forget step was to have, where that is known, and what it did."""
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
@@ -130,7 +130,7 @@ class VllmEngine:
     def sync(self, weights: Iterable[Named], version: WeightsVersion) -> None:
         self._find_weights()
         # while it is under way, and if it is interrupted, the weights are nobody's
-        self.weights_version, self._expected, self._step = version, None, None
+        self.weights_version, self._expected, self._last_forget = version, None, None
         self._finish_update(self._updater.sync(map(self._checked, weights)))
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class VllmEngine:
         self._expected = None
         stats, expected = self._updater.forget(gradient, eta=eta, rounding=rounding, seed=seed, step=step)
         # read, and compared, when the engine is next asked to sample: nothing waits for it here
-        self._step = None if norm is None else eta * norm, stats
+        self._last_forget = None if norm is None else eta * norm, stats
         self._finish_update(expected)
         return stats
 
@@ -177,8 +177,8 @@ class VllmEngine:
     def _complaint(self) -> str | None:
         if self._expected is None:
             return "the engine's weights were never synced, or their last update did not finish"
-        if self._step is not None:
-            intended, stats = self._step
+        if self._last_forget is not None:
+            intended, stats = self._last_forget
             missing = self._updater.num_weights - stats.num_weights
             if missing:
                 return f"the last forget step left out {missing} weights"

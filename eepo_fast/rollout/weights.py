@@ -48,7 +48,7 @@ class Copy(NamedTuple):
     view: Tensor
     """The destination, a view of the parameter's own memory."""
 
-    def of(self, whole: Tensor) -> Tensor:
+    def slice_of(self, whole: Tensor) -> Tensor:
         """Returns the slice of the source, which must be contiguous."""
         assert whole.is_contiguous()
         return whole.as_strided(self.shape, self.stride, whole.storage_offset() + self.offset)
@@ -88,7 +88,7 @@ class Plan:
 
     def sources(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         """Returns the slices of `weights` (contiguous, by source name) in the order of `views`."""
-        return [copy.of(weights[copy.name]) for copy in self.copies]
+        return [copy.slice_of(weights[copy.name]) for copy in self.copies]
 
     def is_stale(self, model: VllmModel) -> bool:
         """Returns whether the engine's tensors are elsewhere now, as sleeping may do: the views are of dead memory."""
@@ -140,9 +140,9 @@ def record_plan(model: VllmModel, shapes: Mapping[str, torch.Size], group: dist.
     try:
         copies = _record(model, shapes, parameters)
         _check_written(copies, parameters)
-        moved = [name for name, p in model.named_parameters() if p.data_ptr() != parameters[name].data_ptr()]
-        if moved:
-            raise PlanError(f"the loader puts another tensor in the place of {moved[0]}")
+        replaced = [name for name, p in model.named_parameters() if p.data_ptr() != parameters[name].data_ptr()]
+        if replaced:
+            raise PlanError(f"the loader puts another tensor in the place of {replaced[0]}")
     except PlanError as error:
         complaint = str(error)
     ranks = gather((complaint, [copy.slice for copy in copies]), group)
@@ -193,7 +193,7 @@ def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], devi
     for name, *where in slices:
         taken[name].append(where)
     for name, shape in shapes.items():
-        count = _marked(shape.numel(), taken[name], device)
+        count = _count_covered(shape.numel(), taken[name], device)
         if count != shape.numel():
             raise PlanError(f"the loader takes {count} of {shape.numel()} elements of {name}")
 
@@ -203,13 +203,13 @@ def _check_written(copies: Iterable[Copy], parameters: Mapping[str, Tensor]) -> 
     written: dict[int, list[Tensor]] = defaultdict(list)
     for copy in copies:
         written[_storage(copy.view)].append(copy.view)
-        if not _has_rows(copy.shape, copy.stride):
+        if not _rows_are_even(copy.shape, copy.stride):
             raise PlanError(f"the loader transposes or reorders {copy.name}")
     for name, parameter in parameters.items():
         views = written[_storage(parameter)]
         written_once = sum(view.numel() for view in views)
         where = [(tuple(view.shape), view.stride(), view.storage_offset()) for view in views]
-        covered = _marked(parameter.numel(), where, parameter.device)
+        covered = _count_covered(parameter.numel(), where, parameter.device)
         # a vocabulary is padded to whole tiles: rows behind the last word are never read
         padded = len(views) == 1 and views[0].shape[1:] == parameter.shape[1:] and views[0].storage_offset() == 0
         if covered != parameter.numel() and not (padded and ("embed" in name or "lm_head" in name)):
@@ -218,7 +218,7 @@ def _check_written(copies: Iterable[Copy], parameters: Mapping[str, Tensor]) -> 
             raise PlanError(f"the loader writes part of {name} twice")
 
 
-def _has_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def _rows_are_even(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Returns whether rows are contiguous and evenly far apart: they give the flat index in the source then."""
     dims = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
     if len(shape) and shape[-1] > 1:
@@ -228,7 +228,7 @@ def _has_rows(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(dims))
 
 
-def _marked(numel: int, slices: Sequence[Sequence], device: torch.device) -> int:
+def _count_covered(numel: int, slices: Sequence[Sequence], device: torch.device) -> int:
     """Returns how many of `numel` elements are in the slices (shape, stride, offset)."""
     if len(slices) == 1:
         return torch.Size(slices[0][0]).numel()
@@ -258,6 +258,6 @@ def check_plan(
     for seed in (1, 0):
         for name, values in probe(seed):
             chosen = [copy for copy in plan.copies if copy.name == name]
-            sync([copy.view for copy in chosen], [copy.of(values) for copy in chosen])
+            sync([copy.view for copy in chosen], [copy.slice_of(values) for copy in chosen])
     if not all(gather(torch.equal(expected, checksums(parameters)), group)):
         raise PlanError("what the plan writes is not what vLLM's own loader writes")

@@ -26,14 +26,14 @@ def refusal(engine):
 def same_bits(plan, weights, gradient):
     """Do shards in bf16 draw the random bits that the whole model draws?"""
     whole = {name: w.bfloat16() for name, w in weights.items()}
-    shards = [copy.of(whole[copy.name]).clone() for copy in plan.copies]
+    shards = [copy.slice_of(whole[copy.name]).clone() for copy in plan.copies]
     options = dict(eta=1e-3, rounding="stochastic", seed=3, step=4)
     kernels.forget(
         shards, plan.sources(gradient), keys=plan.keys, offsets=plan.offsets, row_strides=plan.row_strides, **options
     )
     keys, zeros = [kernels.tensor_key(name) for name in whole], [0] * len(whole)
     kernels.forget(list(whole.values()), [gradient[n] for n in whole], keys=keys, offsets=zeros, **options)
-    return all(torch.equal(shard, c.of(whole[c.name])) for shard, c in zip(shards, plan.copies, strict=True))
+    return all(torch.equal(shard, c.slice_of(whole[c.name])) for shard, c in zip(shards, plan.copies, strict=True))
 
 
 def main(family):

@@ -488,7 +488,7 @@ def test_a_bf16_engine_forgets_the_whole_step_bit_for_bit():
             sync(e, weights_of(model), 0)
             retained[rounding] = forget(e, gradient, rounding=rounding).retention
         for copy in engine._updater.plan.copies:
-            assert torch.equal(copy.view, copy.of(embedded.weights[copy.name].data)), copy.name
+            assert torch.equal(copy.view, copy.slice_of(embedded.weights[copy.name].data)), copy.name
     assert retained["nearest"] < 0.5 and abs(retained["stochastic"] - 1) < 0.1
     rollouts = engine.generate(REQUESTS, SAMPLING)
     assert all(math.isfinite(v) for r in rollouts for v in r.rollout_logprobs)

@@ -76,7 +76,7 @@ def test_flat_indices_are_those_of_the_unsharded_source():
     plan = record_plan(Halves(), SHAPES)
     whole = {name: torch.arange(shape.numel(), dtype=torch.float32).view(shape) for name, shape in SHAPES.items()}
     for copy, offset, stride, key in zip(plan.copies, plan.offsets, plan.row_strides, plan.keys, strict=True):
-        source = copy.of(whole[copy.name])
+        source = copy.slice_of(whole[copy.name])
         assert key == tensor_key(copy.name)
         rows = source.view(-1, source.shape[-1]) if source.is_contiguous() else source
         expected = offset + stride * torch.arange(len(rows))[:, None] + torch.arange(rows.shape[-1])
