@@ -4,8 +4,6 @@
 - `eepo.num_steps`: more than one step follows the gradient at θ'; the engine applies their sum at once.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import zlib

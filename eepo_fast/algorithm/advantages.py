@@ -1,7 +1,5 @@
 """Group-relative advantages (Eq. 2's Â): over all G completions of a prompt, both stages together."""
 
-from __future__ import annotations
-
 import statistics
 
 from eepo_fast.types import RolloutBatch

@@ -19,8 +19,6 @@ Deviations from the paper:
 The samples come from θ: they are drawn before anything is forgotten.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

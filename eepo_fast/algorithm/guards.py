@@ -3,8 +3,6 @@
 Each returns a decision or a count; the trainer acts on it and the metrics keep it.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a config's method is made of: how completions are sampled, and what is added to them."""
 
-from __future__ import annotations
-
 from eepo_fast.algorithm.aepo import Aepo
 from eepo_fast.algorithm.iteration import Addition
 from eepo_fast.algorithm.stages import OneStage, Stages, TwoStage

@@ -2,8 +2,6 @@
 model. Each has a thread, and on a GPU a CUDA stream of its own; on a CPU, where threads would take the engine's cores,
 unlearning is done between two of its steps."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import math

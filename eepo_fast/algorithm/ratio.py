@@ -3,8 +3,6 @@
 Shapes: N tokens of a micro-batch, n of them in a chunk.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

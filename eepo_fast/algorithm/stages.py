@@ -4,8 +4,6 @@ Algorithm 1). θ is the policy, θ' what the engine holds.
 θ' is never put back by an inverse step: the next iteration's `sync` makes it θ again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

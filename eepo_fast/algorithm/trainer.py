@@ -8,8 +8,6 @@ Every rank runs this with the same prompts and holds the whole batch; sampling, 
 shared out inside the calls. One process is a world of one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import closing

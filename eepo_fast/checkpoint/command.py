@@ -1,7 +1,5 @@
 """`eepo-fast checkpoint list|verify|export` shows and checks a run's checkpoints, or exports one."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

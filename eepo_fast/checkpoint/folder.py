@@ -1,7 +1,5 @@
 """Manages the folders of a run's checkpoints: their names, their manifests, which are whole, and which are kept."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

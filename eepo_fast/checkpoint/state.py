@@ -1,7 +1,5 @@
 """Holds what a checkpoint has beside files: the state that makes a resumed run compute what it would have computed."""
 
-from __future__ import annotations
-
 import base64
 import json
 import random

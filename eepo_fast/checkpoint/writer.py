@@ -4,8 +4,6 @@ The thread touches files alone. Whether all ranks are done is asked in the main 
 (`CheckpointWriter.progress`, `settle`), so that a checkpoint appears at the first such point after its last byte.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """Reads a configuration from YAML files, of which later ones win, and `key.sub=value` overrides; and writes it."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 It learns from random right answers, so that it knows many ways to a solution and prefers none: what RL then narrows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

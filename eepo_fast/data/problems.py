@@ -1,7 +1,5 @@
 """Loads problems (files, hub data sets, the procedural task), makes prompts of them, and orders them for training."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

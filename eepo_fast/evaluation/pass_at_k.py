@@ -3,8 +3,6 @@
 Greedy pass@1, sampled pass@1 (the mean of n samples) and pass@k are kept apart.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

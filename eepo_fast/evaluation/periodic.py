@@ -7,8 +7,6 @@
 The engine is given the policy's weights first, so that forgetful ones are never evaluated.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

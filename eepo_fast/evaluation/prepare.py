@@ -6,8 +6,6 @@
 Prepared again, the pinned revision must give the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace

@@ -3,8 +3,6 @@
 A completion's row has id, sample (None: greedy), completion, num_tokens, finished, reward (None: missing), status.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Loads what is evaluated on: problems of files, of prepared hub data, or of the procedural task's held-out split."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Writes an evaluation's results as JSON, CSV and Markdown, a column a benchmark and an unweighted average in percent,
 and several evaluations side by side, a row each."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

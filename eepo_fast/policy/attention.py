@@ -7,8 +7,6 @@ causal attention for each sequence, which costs what the blocks of a block mask 
 Shapes: A query heads, K key and value heads, L packed tokens, E head size.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect

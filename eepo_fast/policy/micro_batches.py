@@ -5,8 +5,6 @@ right, where causal attention never looks; packed, B = 1 and L the sum of the le
 each sequence. N completion tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shapes: N completion tokens of a micro-batch, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ Weights travel in buckets of several; a bucket on the wire is [R, C]: R ranks, C
 weights side by side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

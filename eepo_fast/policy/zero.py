@@ -5,8 +5,6 @@ dtype and their fp32 masters cut over the ranks, as DeepSpeed does. The unlearni
 gradients go through hooks of our own and never into DeepSpeed's buffers, and none of its counters moves.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import warnings

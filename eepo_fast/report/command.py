@@ -1,7 +1,5 @@
 """`eepo-fast report RUN…` writes DIR/index.html, its scripts and its pictures."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path

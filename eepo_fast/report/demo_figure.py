@@ -1,7 +1,5 @@
 """Draws the demo's figure: entropy and reward over the iterations, and what the three models can do at the end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

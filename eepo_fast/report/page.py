@@ -4,8 +4,6 @@ Everything that comes from a run goes through `escape` or, as JSON, through `scr
 is shown as text, whatever is written in it.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Says once, for the page and for its pictures, what a report draws: panels of curves, over the iterations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product

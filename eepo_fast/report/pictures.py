@@ -1,7 +1,5 @@
 """Draws the report's PNGs: every panel of curves, pass@k, and time by phase."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A page opened from disk may not fetch the files beside it, but may load them as 
 `rollouts(run, step, groups)`. Per-token numbers are thousandths as 16-bit integers, little-endian, in base64.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Reads a run's folder: its settings, its metrics, its evaluations, and where its rollouts lie."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Says whether a completion is right: a task has one grader, and a completion gets one status."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

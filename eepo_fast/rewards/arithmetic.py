@@ -1,7 +1,5 @@
 """Verifies the procedural task. A parser of its own reads the expression: no text is ever evaluated."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence

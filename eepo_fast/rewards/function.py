@@ -4,8 +4,6 @@ It is called in the training process, one completion after the other; with sever
 raises, or returns that is no finite number, is a missing reward, counted; the first of them is shown.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import math

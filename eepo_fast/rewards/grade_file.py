@@ -1,7 +1,5 @@
 """`eepo-fast grade` reads rows of answers from JSON Lines, and writes their grades as such."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -6,8 +6,6 @@ far larger than the gold's, or out of a worker's memory; `timeout`, the answer's
 `error`, a gold that cannot be read or a worker that died.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence

@@ -13,8 +13,6 @@ Known differences:
 - Digits in scripts other than ASCII are no numbers.
 """
 
-from __future__ import annotations
-
 import re
 
 from eepo_fast.rewards.answers.extract import extract_answer

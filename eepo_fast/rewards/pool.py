@@ -1,7 +1,5 @@
 """Grades in worker processes that can be killed: one answer at a time, with limits for an answer and for a call."""
 
-from __future__ import annotations
-
 import json
 import os
 import selectors

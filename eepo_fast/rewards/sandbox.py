@@ -5,8 +5,6 @@ sympy turns strings into expressions with Python's `eval`, and math-verify's LaT
 the interpreter refuses to run any code that was not read from a module's file.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import resource

@@ -4,8 +4,6 @@ it when an answer takes too long, so math-verify's own alarms, which hostile inp
 The program never imports it; it is run as `python -m eepo_fast.rewards.worker MEMORY_BYTES`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Shares sampling out over the ranks' engines: each prompt is sampled on one of them; every rank gets all rollouts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded prompt length, T new tokens, V words.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial

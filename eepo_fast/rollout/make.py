@@ -1,7 +1,5 @@
 """Makes the rollout engine that a config asks for."""
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedModel
 

@@ -1,7 +1,5 @@
 """Starts vLLM in this process, on a stream of its own, on the policy's config, with its complaints in one line."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

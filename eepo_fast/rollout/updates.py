@@ -5,8 +5,6 @@ Weights and gradients are whole tensors in the policy's shapes, by the policy's 
 are int64 [T], one for each of the T tensors of `held`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 

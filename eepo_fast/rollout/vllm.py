@@ -11,8 +11,6 @@ external launcher on the process group that is there. The ranks of a group make 
 decide together, and return the same completions.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

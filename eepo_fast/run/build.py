@@ -1,7 +1,5 @@
 """Takes a run from its config to its folder: puts the parts together, trains, logs, saves, resumes."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import os

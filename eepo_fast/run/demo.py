@@ -3,8 +3,6 @@
 It prints what comes out, also where EEPO does not win.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import statistics

@@ -5,8 +5,6 @@ Everything is counted from the model's dimensions, by the formulas beside each f
 prompts and at `MEAN_LENGTH` of the longest answer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

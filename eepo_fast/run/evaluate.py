@@ -5,8 +5,6 @@ OUT/completions/NAME.jsonl every completion
 OUT/results.{json,csv,md}
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

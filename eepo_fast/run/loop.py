@@ -1,7 +1,5 @@
 """Runs iteration after iteration, until the end or a signal to leave: logging, evaluation, checkpoints."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

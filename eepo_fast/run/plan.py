@@ -1,7 +1,5 @@
 """Counts what a config asks for: its iterations, and the batch plan that `--dry-run` prints without opening a hub."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Nothing is written but the trace: no run folder, no checkpoint, no evaluation. T
 pay for compilation, allocation and caches.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

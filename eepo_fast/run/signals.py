@@ -1,7 +1,5 @@
 """SIGTERM and SIGUSR1 ask a run to save and to leave. The main thread alone may listen."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -6,8 +6,6 @@ none for `timeout_s` reads what the others say. While any rank that does not wai
 that do not wait, or whose notes stand still, hang: the first rank that finds it says it, and all leave.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import os

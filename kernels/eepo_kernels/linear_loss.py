@@ -12,8 +12,6 @@ in `row_stats.py`.
 Shapes: N tokens, n rows of a chunk, m rows of the gradient buffer, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging

@@ -3,8 +3,6 @@
 EEPO_RANGES=1 in the environment turns them on for a profiler of one's own.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Iterator

@@ -9,8 +9,6 @@ grid x (y ends at 65,535); row offsets in int64 (row * stride passes 2^31).
 Shapes: n rows, k of them with a gradient, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -15,8 +15,6 @@ Every term of H is ≥ 0, so nothing cancels. Gradients, for upstream a (log p),
 Shapes: n rows, k of them with a gradient, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus

@@ -5,8 +5,6 @@ The work is done by csrc/ (CUDA, and its CPU twin), or by `weight_update_torch.p
 give the same bits.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

@@ -8,8 +8,6 @@ layout that updates the same element draws the same bits.
 to odd, which makes the second rounding, to fp32, exact.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

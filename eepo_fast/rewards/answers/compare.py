@@ -24,8 +24,6 @@ Decisions, where careful people could differ:
   unless the gold has one too.
 """
 
-from __future__ import annotations
-
 import re
 
 from eepo_fast.rewards.answers.domains import as_interval, as_union, condition, has_inequalities, is_domain

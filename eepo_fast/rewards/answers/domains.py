@@ -1,7 +1,5 @@
 """Reads sets of real numbers as people write them: intervals and their unions, inequalities, exclusions."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Only the completion is read. An empty last box is no answer, whatever came befor
 completions are long, and written by models that are rewarded for what happens here.
 """
 
-from __future__ import annotations
-
 import re
 
 # `Answer: 18` ends its line; `Answer: She sold 18 in May and` begins to reason

@@ -1,7 +1,5 @@
 """Reads the form of a normalised text: its parts between separators, its brackets, its relation signs."""
 
-from __future__ import annotations
-
 import re
 
 OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")

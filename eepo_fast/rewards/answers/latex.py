@@ -4,8 +4,6 @@ them for mixed numbers (which `normalise` has written out before), and drops wha
 Worker processes alone call it.
 """
 
-from __future__ import annotations
-
 import re
 
 import sympy

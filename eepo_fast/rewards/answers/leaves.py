@@ -1,7 +1,5 @@
 """Compares parts of an answer and of the gold that have no parts of their own: a number, an expression, a word."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

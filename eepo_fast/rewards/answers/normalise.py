@@ -5,8 +5,6 @@ that cannot be seen (zero width, direction marks, control characters) are left w
 is no mathematics and equals nothing.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

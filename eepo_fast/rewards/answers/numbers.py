@@ -10,8 +10,6 @@ two of them are the same answer.
 - nothing is ever taken times or over 100.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction

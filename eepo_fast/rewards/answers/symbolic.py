@@ -8,8 +8,6 @@ stands. Nothing is parsed but the characters and commands listed here, and only 
 other parser hands text to Python's `eval`.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from fractions import Fraction

@@ -4,8 +4,6 @@ r"""Reads a number's unit: where it begins, what it is made of, and which other 
 9.8\text{m^1.s^-2}. What it does not know (18 apples) keeps its words. Nothing is converted.
 """
 
-from __future__ import annotations
-
 import re
 
 
