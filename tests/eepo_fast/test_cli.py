@@ -74,6 +74,7 @@ def test_a_run_its_folder_and_its_resumption(run, base, tmp_path, metric_keys):
         per_token = [line[k] for k in ("tokens", "token_ids", "rollout_logprobs", "entropy", "policy_logprobs")]
         assert {len(v) for v in per_token} == {line["num_tokens"]}
         assert line["weights_version"] == [2, line["stage"] == 2]
+        assert line["segments"] == [[*line["weights_version"], line["num_tokens"]]]
         assert ("gate" in line) == (line["stage"] == 1)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 

@@ -1,11 +1,13 @@
 """`eepo.quorum`: stragglers of stage 1 go on under the forgetful weights; every token keeps whose weights said it."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 from eepo_fast.algorithm.losses import PolicyTokens
+from eepo_fast.algorithm.metrics import log_rollouts
 from eepo_fast.algorithm.overlap import Ahead
 from eepo_fast.data.problems import completion_text
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, num_preemptible
@@ -82,7 +84,7 @@ def run(make_trainer, **sections):
     return trainer, theta, forgetful
 
 
-def test_each_token_is_of_the_weights_that_sampled_it(make_trainer):
+def test_each_token_is_of_the_weights_that_sampled_it(make_trainer, tmp_path):
     trainer, theta, forgetful = run(make_trainer)
     batch, row = trainer.iteration()
     moved = forgetful["model"]
@@ -103,6 +105,10 @@ def test_each_token_is_of_the_weights_that_sampled_it(make_trainer):
     )
     whole = [r for r in batch.stage(1) if not r.num_before]
     assert all(not r.weights_version.forgotten for r in whole)
+    log_rollouts(tmp_path, 1, batch, False, trainer.tokenizer)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    logged = [line["segments"] for line in lines if line["num_before"]]
+    assert logged == [[[0, False, r.num_before], [0, True, r.num_tokens - r.num_before]] for r in late]
 
 
 def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
