@@ -263,7 +263,8 @@ def launch():
     here = Path(__file__).parent / "eepo_fast"
 
     def run(script, *arguments, timeout=300):
-        environment = os.environ | {"PYTHONPATH": str((here / script).parent), "OMP_NUM_THREADS": "1"}
+        paths = [str((here / script).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
