@@ -17,10 +17,11 @@ import torch
 from eepo_kernels import ForgetStats
 from eepo_kernels.ranges import named
 
-from eepo_fast.algorithm.forget import Ablation, Unlearning, compute_unlearning
+from eepo_fast.algorithm.ablations import find_ablation
+from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
 from eepo_fast.algorithm.guards import Result, check_version, within_memory
 from eepo_fast.algorithm.losses import Term
-from eepo_fast.algorithm.overlap import Ahead, StreamedUnlearning
+from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs
 from eepo_fast.config import Config
 from eepo_fast.data.problems import completion_text
 from eepo_fast.distributed import World
@@ -28,7 +29,7 @@ from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
-from eepo_fast.types import Prompt, Rollout, TrainerState, WeightsVersion
+from eepo_fast.types import Grade, Prompt, Rollout, TrainerState, WeightsVersion
 
 
 @dataclass
@@ -144,14 +145,17 @@ class Iteration:
         quorum: float = 1.0,
         lengths: Mapping[str, float] | None = None,
         temperature: float | None = None,
-        streamed: StreamedUnlearning | None = None,
+        unlearns: bool = False,
     ) -> list[Rollout]:
         """Samples on all engines; returns the completions in the order of the requests, on every rank. stage: the one
         that begins; what goes on from an earlier one is no whole completion. forgotten: whether the engine's weights
         must be the forgetful ones. lengths: the expected tokens of an answer, by prompt; without them prompts are dealt
-        out by their own length. streamed: is given each completion that has ended."""
+        out by their own length. unlearns: unlearning begins with each completion that has ended, if it may."""
         sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         lengths = lengths or {}
+        num_samples = sum(len(r.seeds) for r in requests)
+        sizes = num_samples, len(self.prompts)
+        streamed = self.ahead.stream(self.policy, self.config.eepo, *sizes) if unlearns else None
         costs = [len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
 
         def finished(rollout: Rollout) -> None:
@@ -185,10 +189,10 @@ class Iteration:
         for addition in self.additions:
             addition.sample(self)
 
-    def unlearn(
-        self, stage1: Sequence[Rollout], streamed: StreamedUnlearning | None, ablation: Ablation | None
-    ) -> Unlearning:
-        """Finishes ∇L over stage 1. streamed: what was begun of it while completions were sampled."""
+    def unlearn(self, stage1: Sequence[Rollout]) -> Unlearning:
+        """Finishes ∇L over stage 1, of which some may have been done while completions were sampled."""
+        self.put_to_sleep("unlearn")
+        streamed, ablation = self.ahead.streamed, find_ablation(self.config.eepo, self.seed)
         ended, hidden = self.sampled_at, self.ahead.unlearning.pool is not None
         if streamed is not None and not hidden:  # but done in between
             self.times["rollout_stage1"] -= streamed.seconds_until(ended)
@@ -205,21 +209,17 @@ class Iteration:
             self.out_of_memory += streamed.gave_up
             found.hidden_s = streamed.seconds_until(ended) if hidden else 0.0
         self.unlearning, self.entropy_window = found, found.entropy_window
+        found.gradient = found.gradient if found.apply else None
         return found
 
-    def forget(self, unlearning: Unlearning) -> None:
+    def forget(self, unlearning: Unlearning, rollouts: Sequence[Rollout]) -> None:
+        """Takes the step. With `log.token_details` the engine says how it changes the rollouts' log-probs."""
         assert unlearning.gradient is not None
-        seed, step = self.seed
+        before, (seed, step) = self._engine_logprobs(rollouts), self.seed
         with self.phase("forget"):
-            self.forget_stats = self.policy.forget(
-                self.engine, unlearning.gradient, self.config.eepo, seed=seed, step=step
-            )
-
-    @contextmanager
-    def forget_change(self, rollouts: Sequence[Rollout]) -> Iterator[None]:
-        """Notes, with `log.token_details`, how the engine's log-probs of these tokens change inside the block."""
-        before = self._engine_logprobs(rollouts)
-        yield
+            gradient, config = unlearning.gradient, self.config.eepo
+            self.forget_stats = self.policy.forget(self.engine, gradient, config, seed=seed, step=step)
+            unlearning.gradient = gradient = None  # its memory is wanted
         after = self._engine_logprobs(rollouts)
         if before is not None and after is not None:
             for r, old, new in zip(rollouts, before, after, strict=True):
@@ -232,7 +232,24 @@ class Iteration:
         with self.phase("token_details"):
             return score_everywhere(self.engine, rollouts, temperature, world=self.world, ranks_per_engine=ranks)
 
-    # -- scores
+    def take_back(self, sampled: Sequence[Rollout]) -> None:
+        """Undoes the forget step; what θ' has sampled does not count."""
+        self.ahead.drop(sampled)
+        self.sync()
+
+    # -- grades and scores
+
+    def grades(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        with self.phase("reward"):
+            return self.ahead.graded.grades(rollouts, self.world)
+
+    def set_ref_logprobs(self, rollouts: Sequence[Rollout]) -> None:
+        """Scores completions under the reference, if there is one; some may have been while others were sampled."""
+        reference = self.setup.reference
+        if reference is not None:
+            with self.phase("ref_logprobs"):
+                self.ahead.scoring.wait()
+                self.within_memory(reference, partial(set_ref_logprobs, reference, rollouts))
 
     def set_prox_logprobs(self, phase: str, rollouts: Sequence[Rollout]) -> None:
         """Scores completions under θ."""

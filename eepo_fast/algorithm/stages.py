@@ -7,7 +7,6 @@ Algorithm 1). θ is the policy, θ' what the engine holds.
 from collections.abc import Sequence
 from typing import Protocol
 
-from eepo_fast.algorithm.ablations import find_ablation
 from eepo_fast.algorithm.guards import forget_kl
 from eepo_fast.algorithm.iteration import Iteration
 from eepo_fast.rollout.engine import continuation
@@ -39,26 +38,20 @@ class TwoStage:
         config, group_size = it.config.eepo, it.config.rollout.group_size
         half = group_size // 2
         it.sync()  # θ' ← θ
-        streamed = it.ahead.stream(it.policy, config, half * len(it.prompts), len(it.prompts))
-        requests = it.requests(1, range(half))
-        sampled = it.generate("stage1", 1, requests, quorum=config.quorum, streamed=streamed)
+        sampled = it.generate("stage1", 1, it.requests(1, range(half)), quorum=config.quorum, unlearns=True)
         stage1, stragglers = [r for r in sampled if not r.preempted], [r for r in sampled if r.preempted]
         it.sample_additions()  # from θ: nothing is forgotten yet
         it.at_safe_point()
-        it.put_to_sleep("unlearn")
-        unlearning = it.unlearn(stage1, streamed, find_ablation(config, it.seed))
+        unlearning = it.unlearn(stage1)  # ∇L
         if unlearning.apply:
-            with it.forget_change(stage1):
-                it.forget(unlearning)  # θ' ← θ' + η∇L
-        unlearning.gradient = None
+            it.forget(unlearning, stage1)  # θ' ← θ' + η∇L
         it.at_safe_point()
         rest = continuation(stragglers, it.sampling.max_new_tokens, *it.seed)
         requests = [*rest, *it.requests(2, range(half, group_size))]
         lengths = mean_lengths(stage1)
         sampled = it.generate("stage2", 2, requests, lengths=lengths, forgotten=unlearning.apply)
         if unlearning.apply and self._went_too_far(it, sampled[len(rest) :]):
-            it.ahead.drop(sampled)
-            it.sync()  # θ' ← θ: the step is taken back
+            it.take_back(sampled)  # θ' ← θ
             sampled = it.generate("stage2", 2, requests, lengths=lengths)
         for straggler, more in zip(stragglers, sampled[: len(rest)], strict=True):
             straggler.go_on(more)

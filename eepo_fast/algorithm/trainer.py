@@ -19,7 +19,6 @@ from eepo_fast.algorithm.guards import check_updates
 from eepo_fast.algorithm.iteration import Iteration, Setup
 from eepo_fast.algorithm.losses import PolicyTokens, Term, num_known_tokens, token_weights, update_loss
 from eepo_fast.algorithm.methods import make_additions, make_stages
-from eepo_fast.algorithm.overlap import set_ref_logprobs
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
 from eepo_fast.data.problems import prompt_indices
 from eepo_fast.rollout.engine import OnProgress
@@ -56,9 +55,7 @@ class Trainer(Setup):
         return [self.prompts[i] for i in indices]
 
     def _grade(self, it: Iteration, rollouts: Sequence[Rollout]) -> None:
-        with it.phase("reward"):
-            grades = it.ahead.graded.grades(rollouts, self.world)
-        for rollout, grade in zip(rollouts, grades, strict=True):
+        for rollout, grade in zip(rollouts, it.grades(rollouts), strict=True):
             rollout.status = grade.status
             known = grade.status not in ("timeout", "error") and math.isfinite(grade.reward)
             known = known and has_finite_logprobs(rollout)
@@ -70,10 +67,7 @@ class Trainer(Setup):
         later = rows[self.config.train.prompts_per_update * self.config.rollout.group_size :]
         it.set_prox_logprobs("old_logprobs", [r for r in later if lacks_prox_logprobs(r)])
         set_old_logprobs(rows)
-        if self.reference is not None:
-            with it.phase("ref_logprobs"):
-                it.ahead.scoring.wait()
-                it.within_memory(self.reference, partial(set_ref_logprobs, self.reference, rows))
+        it.set_ref_logprobs(rows)
         if self.config.log.token_details:
             it.set_prox_logprobs("token_details", [r for r in batch.rollouts if r.entropy is None])
 

@@ -92,14 +92,14 @@ def read_override(text: str) -> dict[str, Any]:
     return value
 
 
-def _describe(error: ValidationError) -> str:
+def _describe(error: ValidationError, *place: str) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in (*place, *first["loc"]))
     if first["type"] == "extra_forbidden" and key in RENAMED:
         return f"config key {key}: is {RENAMED[key]} now, found the old name; rename it"
     if first["type"] == "extra_forbidden":
         known = [*Config.model_fields]
-        known += [f"{s}.{k}" for s in Config.model_fields for k in _keys_of(s)]
+        known += [f"{s}.{k}" for s in Config.model_fields for k in _class_of(s).model_fields]
         # a key's own name says more than its section: compare both ways
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not near:
@@ -118,15 +118,14 @@ def _describe(error: ValidationError) -> str:
     return f"config key {key}: {expected}, found {first['input']!r}"
 
 
-def _keys_of(section: str) -> list[str]:
-    section_class: Any = Config.model_fields[section].annotation
-    return list(section_class.model_fields)
+def _class_of(section: str) -> Any:
+    return Config.model_fields[section].annotation
 
 
 def _siblings(key: str) -> list[str]:
     section = key.split(".")[0]
     if "." in key and section in Config.model_fields:
-        return sorted(_keys_of(section))
+        return sorted(_class_of(section).model_fields)
     return sorted(Config.model_fields)
 
 
@@ -145,6 +144,11 @@ def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = Non
     for source in sources:
         values = merge(values, source)
     values = {section: {} if content is None else content for section, content in values.items()}
+    for section in READ_WITH:  # what is left out, too
+        try:
+            _class_of(section).model_validate(values.get(section, {}))
+        except ValidationError as error:
+            raise UserError(_describe(error, section)) from None
     lines = _check_read(values, sources)
     try:
         config = Config.model_validate(without_unread(values))
@@ -156,20 +160,30 @@ def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = Non
     return config
 
 
+def _plain(value: Any) -> Any:
+    """Returns a value as YAML has it."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> list[str]:
-    """Raises a UserError for a key that a source gives beside a choice that does not read it, or after that choice.
-    Returns lines that say which keys of sources before the choices are left out."""
+    """Raises a UserError for a key that a source gives beside a choice that does not read it, or after that choice; at
+    its default only where it is the last source, the command line, for runs of older versions wrote all keys. Returns
+    lines that say which keys of sources before the choices are left out."""
     lines = []
     for section, (chooser, choice, keys) in READ_WITH.items():
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
-        made = whole.get(chooser, getattr(Config.model_fields[section].default, chooser))
+        default = Config.model_fields[section].default
+        made = whole.get(chooser, getattr(default, chooser))
         last = max((i for i, part in enumerate(parts) if chooser in part), default=-1)
-        wanted = f"{section}.{chooser}={choice}".lower()
+        wanted = f"{section}.{chooser}={_plain(choice)}"
         for i, part in enumerate(parts):
             found = part.get(chooser, made if i > last else choice)
-            if given := [f"{section}.{key}" for key in part if key in keys and found != choice]:
-                remedy = f"remove the key, or set {wanted}"
-                raise UserError(f"config key {given[0]}: expected {wanted} with it, found {found}; {remedy}".lower())
+            given = [key for key in part if key in keys and found != choice]
+            if i + 1 < len(parts):
+                given = [key for key in given if part[key] != getattr(default, key)]
+            if given:
+                key, remedy = f"{section}.{given[0]}", f"remove the key, or set {wanted}"
+                raise UserError(f"config key {key}: expected {wanted} with it, found {_plain(found)}; {remedy}")
         left_out = [key for key in whole if key in keys] if made != choice else []
         if left_out and chooser != "enabled":  # the keys of a method go with it
             names = ", ".join(f"{section}.{key}" for key in left_out)

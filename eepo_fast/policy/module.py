@@ -235,9 +235,9 @@ def gather_columns(
     if world.size == 1:
         return {rollout: [values.tolist() for values in columns] for rollout, columns in mine.items()}
     place = {rollout: i for i, rollout in enumerate(rollouts)}
-    parts = world.gather({place[rollout]: list(columns) for rollout, columns in mine.items()})
-    merged = {i: columns for part in parts for i, columns in part.items()}
-    return {rollouts[i]: [values.tolist() for values in columns] for i, columns in merged.items()}
+    # stacked: what is cut from a tensor is pickled with all of that tensor
+    parts = world.gather({place[rollout]: torch.stack(tuple(columns)) for rollout, columns in mine.items()})
+    return {rollouts[i]: columns.tolist() for part in parts for i, columns in part.items()}
 
 
 def score(module: PolicyModule, world: World, batches: Iterable[MicroBatch], rollouts: Sequence[Rollout]) -> Scores:

@@ -65,8 +65,8 @@ class Panel:
     def levels(self, groups: Sequence[Group]) -> list[float]:
         """Returns the values of its horizontal lines: the setting in those runs that use it."""
         runs, section = [run for group in groups for run in group.runs], self.level.partition(".")[0]
-        used = {run.settings[self.level] for run in runs if run.settings.get(f"{section}.enabled")}
-        return sorted(used)
+        used = {run.settings.get(self.level) for run in runs if run.settings.get(f"{section}.enabled")}
+        return sorted(value for value in used if value is not None)
 
 
 def _stages(prefix: str) -> tuple[Line, ...]:

@@ -169,7 +169,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Puts the seeds of one setting together, labelled by the run's name, or by what their names share."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        same = sorted((key, repr(value)) for key, value in run.settings.items() if key not in NOT_SETTINGS)
+        read = {key: value for key, value in run.settings.items() if is_read(key, run.settings)}
+        same = sorted((key, repr(value)) for key, value in read.items() if key not in NOT_SETTINGS)
         groups.setdefault(repr(same), []).append(run)
     names: list[str] = []
     for members in groups.values():

@@ -117,7 +117,7 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         if option:
             raise UserError(f"override {text!r}: eval does not take this key; use {option}")
         given = merge(given, read_override(text))
-    return make_config(values, given, say=Display().warn), found
+    return make_config(values, given), found
 
 
 def family_template(model, tokenizer) -> str:

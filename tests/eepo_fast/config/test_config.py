@@ -85,13 +85,17 @@ def test_temperatures_that_vllm_does_not_have(overrides):
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(tmp_path, overrides, key, wanted, found):
-    """On the command line, and in a file beside the choice; also at its default."""
+    """On the command line, also at its default, and in a file beside the choice."""
     line = f"config key {key}: expected {wanted} with it, found {found}; remove the key, or set {wanted}"
     assert complaint(*overrides) == line
     values = {}
     for text in overrides:
         values = merge(values, read_override(text))
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    section, name = key.split(".")
+    if values[section][name] == getattr(Config.model_fields[section].default, name):  # as older versions wrote them
+        assert load_config([str(tmp_path / "a.yaml")], REQUIRED)
+        return
     assert complaint(files=[str(tmp_path / "a.yaml")]) == line
     section, _, chooser = wanted.partition("=")[0].partition(".")
     if chooser in values[section]:  # a later choice does not mend a file that is wrong in itself
@@ -136,12 +140,20 @@ def test_the_keys_of_a_method_go_with_it(tmp_path):
         stack(tmp_path, base, off, overrides=["eepo.alpha=0.2"])
 
 
-def test_an_older_version_s_config_is_read_without_unread_keys():
+def test_an_older_version_s_config_is_read_without_unread_keys(tmp_path):
     config = load_config([], REQUIRED)
     written = {name: section.model_dump() for name, section in config}  # every key
-    with pytest.raises(UserError, match=r"rollout\.tensor_parallel: expected rollout\.engine=vllm"):
-        make_config(written)
-    assert make_config(without_unread(written)) == config
+    assert make_config(without_unread(written)) == config == stack(tmp_path, yaml.safe_dump(written))[0]
+    written["rollout"]["sleep"] = True
+    with pytest.raises(UserError, match=r"rollout\.sleep: expected rollout\.engine=vllm"):
+        stack(tmp_path, yaml.safe_dump(written))
+
+
+def test_what_is_left_out_has_to_be_right_all_the_same(tmp_path):
+    with pytest.raises(UserError, match=r"eepo.alpha: expected a valid number, found 'banana'"):
+        stack(tmp_path, "eepo: {alpha: banana}\n", "eepo: {enabled: false}\n")
+    with pytest.raises(UserError, match=r"rollout.engine: expected 'hf' or 'vllm', found 'vlm'"):
+        stack(tmp_path, "rollout: {engine: vlm, sleep: true}\n")
 
 
 def test_the_old_name_of_a_key_names_the_new(monkeypatch):

@@ -1,6 +1,7 @@
 """Micro-batches: budgets, balance over ranks, and packed sequences that never see one another."""
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from eepo_fast.distributed import deal
 from eepo_fast.policy import attention
 from eepo_fast.policy.micro_batches import collate, input_length, plan_micro_batches
-from eepo_fast.policy.module import PolicyModule
+from eepo_fast.policy.module import PolicyModule, gather_columns
 from eepo_fast.types import UserError
 
 
@@ -130,3 +131,20 @@ def test_a_rank_without_rollouts_still_has_a_forward_pass(tiny_model):
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         assert float(loss.detach()) == 0 and stats.logprobs.shape == (0,) and batch.split(stats.logprobs) == ()
         assert all(g is None or not g.any() for g in grads)
+
+
+def test_ranks_exchange_numbers_and_not_what_they_are_cut_from(make_rollouts):
+    rollouts, sizes = make_rollouts([8] * 64), []
+
+    class Pair:
+        size = 2
+
+        def gather(self, value):
+            sizes.append(len(pickle.dumps(value)))
+            return [value, {}]
+
+    whole = torch.arange(8.0 * 64)
+    mine = {r: (part, part + 1) for r, part in zip(rollouts, whole.split(8), strict=True)}
+    found = gather_columns(Pair(), rollouts, mine)
+    assert found[rollouts[1]] == [list(range(8, 16)), list(range(9, 17))]
+    assert sizes[0] < 64 * 1000 < len(pickle.dumps([part for part, _ in mine.values()])), "the control: it is seen"
