@@ -56,7 +56,18 @@ def import_vllm(*, deterministic: bool = False) -> Any:
         # prepacking, of all linear layers or of small ones with AMX, empties the weights that updates are written into
         vllm._custom_ops._supports_onednn = False
         utils._CPU_SGL_GEMM_MAX_WEIGHT_BYTES = -1
+        _name_memory_by_run()
     return vllm
+
+
+@functools.cache
+def _name_memory_by_run() -> None:
+    """Lets the ranks of an engine on a CPU share memory under a name of this run: under torchrun vLLM has one name
+    for all runs of a machine, of which the second would fail."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    name = Shared.make_group_name
+    Shared.make_group_name = staticmethod(lambda group: f"{name(group)}-{os.environ.get('MASTER_PORT', '')}")
 
 
 def _ask_for_batch_invariance() -> None:

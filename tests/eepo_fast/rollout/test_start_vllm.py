@@ -385,3 +385,16 @@ def test_the_embedded_engine_has_no_batch_invariance(test_config):
     with pytest.raises(UserError, match=r"rollout.deterministic: expected rollout.engine=vllm with it, found hf"):
         test_config(rollout={"deterministic": True})
     assert test_config(rollout={"deterministic": True, "engine": "vllm"}).rollout.deterministic
+
+
+def test_two_runs_on_a_machine_share_no_memory(monkeypatch):
+    """An engine's ranks on a CPU do, by a name that vLLM makes of its launcher's address, the same in all runs."""
+    start_vllm.import_vllm()
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    monkeypatch.setenv("VLLM_DIST_IDENT", "//")
+    group, names = SimpleNamespace(unique_name="tp:0", ranks=[0, 1]), []
+    for port in ("29500", "29501", "29500"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        names.append(_CPUSHMDistributed.make_group_name(group))
+    assert names[0] == names[2] != names[1]
