@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from eepo_kernels import checksums
@@ -60,8 +59,8 @@ class Parts:
     fingerprint: dict[str, str]
     """Digests of data, model and tokenizer, which a resumed run must have again."""
 
-    def trainer(self, config: Config, grader: Grader, **more: Any) -> Trainer:
-        """Returns a trainer with these parts. more: further arguments of `Trainer`."""
+    def trainer(self, config: Config, grader: Grader, state: TrainerState | None = None) -> Trainer:
+        """Returns a trainer with these parts, which goes on from `state` if that is given."""
         return Trainer(
             config,
             policy=self.policy,
@@ -71,7 +70,7 @@ class Parts:
             prompts=self.prompts,
             tokenizer=self.tokenizer,
             stop_token_ids=self.stop_token_ids,
-            **more,
+            state=state or TrainerState(),
         )
 
 
@@ -304,7 +303,8 @@ def _run(
                 show.phase(phase)
 
             meeting = Meeting(world, writer, request, display)
-            trainer = parts.trainer(config, grader, state=state, on_phase=on_phase, at_safe_point=meeting)
+            trainer = parts.trainer(config, grader, state)
+            trainer.on_phase, trainer.at_safe_point = on_phase, meeting
             loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
             try:
                 loop.run(show)

@@ -88,7 +88,8 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
         with world.agree():
             grader.start()
         with loaded_parts(config, grader, world, display) as parts:
-            trainer = parts.trainer(config, grader, entering=peaks.enter)
+            trainer = parts.trainer(config, grader)
+            trainer.on_phase = peaks.enter
             for i in range(capture.skip):
                 display.say(f"iteration {i + 1} of {capture.skip} to warm up")
                 trainer.iteration()
