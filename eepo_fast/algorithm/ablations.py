@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eepo_fast.algorithm.forget import Ablation, GradientPass, Unlearning
+from eepo_fast.algorithm.forget import Ablation, GradientPass, Unlearning, count_prompts
 from eepo_fast.config import EepoConfig
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import PlainGradient, TorchPolicy
@@ -25,9 +25,7 @@ def find_ablation(config: EepoConfig, seed: tuple[int, int]) -> Ablation | None:
         return None
 
     def ablation(found: Unlearning, policy: Policy, rollouts: Sequence[Rollout]) -> None:
-        assert isinstance(policy, TorchPolicy) and isinstance(found.gradient, PlainGradient), (
-            "the config allows no other"
-        )
+        assert isinstance(policy, TorchPolicy) and isinstance(found.gradient, PlainGradient)  # others are refused
         if config.num_steps > 1:
             _add_steps(found, found.gradient, policy, rollouts, config)
         if found.apply and config.direction == "random":
@@ -58,7 +56,7 @@ def _add_steps(
         with torch.no_grad():
             for name, parameter in forgetful.model.named_parameters():
                 parameter.add_(latest[name], alpha=config.learning_rate)
-        step = GradientPass(forgetful, config, len(rollouts), len({r.prompt.id for r in rollouts})).finish(rollouts)
+        step = GradientPass(forgetful, config, len(rollouts), count_prompts(rollouts)).finish(rollouts)
         if not math.isfinite(step.grad_norm):
             found.finite = found.apply = False
             break

@@ -70,7 +70,7 @@ def compute_unlearning(
 ) -> Unlearning:
     """Computes ∇L over stage 1 and decides whether the step is taken. entropy_window: mean entropies of earlier
     iterations' first stages, for `gate: iteration`. begun: the pass over those of them that ended early."""
-    whole = begun or GradientPass(policy, config, len(rollouts), _num_prompts(rollouts))
+    whole = begun or GradientPass(policy, config, len(rollouts), count_prompts(rollouts))
     found = whole.finish(rollouts)
     found.entropy_window = [*entropy_window, found.mean_entropy][-config.window :]
     if config.gate == "iteration":
@@ -91,7 +91,7 @@ def compute_unlearning(
     return found
 
 
-def _num_prompts(rollouts: Sequence[Rollout]) -> int:
+def count_prompts(rollouts: Sequence[Rollout]) -> int:
     return len({r.prompt.id for r in rollouts})
 
 
@@ -129,7 +129,7 @@ class GradientPass:
         where they are fewer than expected, the sums are scaled to as many as they are."""
         assert self.done <= set(rollouts), "an engine returns the objects that it has handed over"
         self.add([r for r in rollouts if r not in self.done])
-        factor = self._scale(len(rollouts), _num_prompts(rollouts)) / self.scale
+        factor = self._scale(len(rollouts), count_prompts(rollouts)) / self.scale
         if factor != 1:
             self.sums[0] *= factor
             self.gradient.scale(factor)

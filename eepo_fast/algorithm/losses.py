@@ -17,8 +17,9 @@ Shapes: N tokens of a micro-batch, n of them in a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from eepo_kernels import TokenStats
@@ -111,8 +112,12 @@ class Term:
     loss: Callable[[MicroBatch, Tensor], LossFn]
     """Makes the loss of a micro-batch's tokens from their weights [N]."""
 
+    @cached_property
+    def members(self) -> frozenset[Rollout]:
+        return frozenset(self.rollouts)
+
     def of(self, micro: MicroBatch) -> LossFn:
-        return self.loss(micro, token_weights(micro, self.rollouts, self.weight))
+        return self.loss(micro, token_weights(micro, self.members, self.weight))
 
 
 def num_known_tokens(rollouts: Sequence[Rollout]) -> int:
@@ -120,9 +125,8 @@ def num_known_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(r.num_tokens for r in rollouts if r.reward is not None)
 
 
-def token_weights(micro: MicroBatch, rollouts: Sequence[Rollout], weight: float) -> Tensor:
+def token_weights(micro: MicroBatch, members: Container[Rollout], weight: float) -> Tensor:
     """Returns [N] fp32: `weight` for tokens of these rollouts, 0 for those of others in the micro-batch."""
-    members = set(rollouts)
     return micro.per_token([weight if r in members else 0.0 for r in micro.rollouts])
 
 
@@ -165,13 +169,15 @@ class PolicyTokens:
     def of(cls, micro: MicroBatch, weights: Tensor, *, with_reference: bool) -> PolicyTokens:
         """Collects the rollouts' columns. with_reference: whether their `ref_logprobs` are known."""
         old = micro.concatenate([r.old_logprobs or [math.inf] * r.num_tokens for r in micro.rollouts])
-        references = [r.ref_logprobs or [0.0] * r.num_tokens for r in micro.rollouts]
+        references = None
+        if with_reference:
+            references = micro.concatenate([r.ref_logprobs or [0.0] * r.num_tokens for r in micro.rollouts])
         return cls(
             advantages=micro.per_token([r.advantage for r in micro.rollouts]),
             old_logprobs=torch.where(old == math.inf, 0.0, old),
             on_policy=old == math.inf,
             weights=weights,
-            ref_logprobs=micro.concatenate(references) if with_reference else None,
+            ref_logprobs=references,
         )
 
     def log_ratio(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:

@@ -43,5 +43,5 @@ def clipped(ratio: Tensor, config: GrpoConfig) -> Tensor:
 
 
 def is_cut(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
-    """Returns bool [n]: where the minimum of Eq. 2 takes the clipped ratio: such a token has no gradient."""
+    """Returns bool [n]: whether the minimum of Eq. 2 takes the clipped ratio, so that the token has no gradient."""
     return clipped(ratio, config) * advantages < ratio * advantages

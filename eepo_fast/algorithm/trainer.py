@@ -92,7 +92,7 @@ class Trainer(Setup):
     def _accumulate(self, mini_batch: Sequence[Rollout], terms: Sequence[Term], *, first: bool) -> M.UpdateStats:
         """Adds the gradient of a mini-batch, and of what methods add to it, to what the next step applies."""
         stats = M.UpdateStats()
-        known = [r for r in mini_batch if r.reward is not None]
+        known = {r for r in mini_batch if r.reward is not None}
         weight = 1 / max(1, num_known_tokens(mini_batch))
         added = [r for term in terms for r in term.rollouts]
         for micro in self.policy.micro_batches([*mini_batch, *added]):
@@ -103,6 +103,7 @@ class Trainer(Setup):
         return stats
 
     def _count(self, it: Iteration, update: M.UpdateStats) -> None:
+        """Counts the iteration, and keeps what the next one goes by."""
         self.state.step += 1
         self.state.entropy_window = it.entropy_window
         entropy = update.mean("entropy/policy")

@@ -117,13 +117,13 @@ def _pad(rollouts: list[Rollout], max_tokens: int, num_ranks: int) -> list[list[
 def collate(rollouts: list[Rollout], pad_id: int, device: torch.device, packed: bool) -> MicroBatch:
     sequences = [r.prompt.token_ids + r.token_ids[:-1] for r in rollouts] or [[pad_id]]
     longest = max(map(len, sequences))
-    input_ids, position_ids, first = list[int](), list[int](), list[int]()
+    input_ids, position_ids, first = [], [], []
     for ids in sequences:
         padding = 0 if packed else longest - len(ids)
         first.append(len(input_ids))
         input_ids += ids + [pad_id] * padding
         position_ids += range(len(ids) + padding)
-    positions, targets, starts = list[int](), list[int](), list[int]()
+    positions, targets, starts = [], [], []
     for begin, rollout in zip(first, rollouts, strict=False):
         begin += len(rollout.prompt.token_ids) - 1
         starts += [len(targets)] * rollout.num_tokens

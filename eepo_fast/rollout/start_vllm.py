@@ -224,13 +224,12 @@ def capturing_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
         return
     from vllm.distributed import parallel_state
 
-    names = vars(parallel_state)
-    context = names["GraphCaptureContext"]
-    names["GraphCaptureContext"] = lambda _: context(stream)
+    context = parallel_state.GraphCaptureContext
+    parallel_state.GraphCaptureContext = lambda _: context(stream)
     try:
         yield
     finally:
-        names["GraphCaptureContext"] = context
+        parallel_state.GraphCaptureContext = context
 
 
 def on_own_stream(method: Callable) -> Callable:
