@@ -122,13 +122,6 @@ def _class_of(section: str) -> Any:
     return Config.model_fields[section].annotation
 
 
-def _siblings(key: str) -> list[str]:
-    section = key.split(".")[0]
-    if "." in key and section in Config.model_fields:
-        return sorted(_class_of(section).model_fields)
-    return sorted(Config.model_fields)
-
-
 def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any] | None = None) -> Config:
     """Reads and validates a config; UserError with one line that names the file or key, what was expected and found.
     `say` is told, a line each, what of an earlier file is left out."""
