@@ -18,7 +18,7 @@ SPARKS = 32  # points of a sparkline; each is the mean of its share of the itera
 PHASE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 NUM_PHASES = len(PHASE_COLOURS)
 NARROW = 66  # columns, below which there is no room for sparklines and times
-SPEED_PERIOD_S = 24 * 3600.0  # of iterations, which take minutes, that the time left is estimated from
+SPEED_PERIOD_S = 24 * 3600.0  # the time left is estimated over a day: an iteration takes minutes
 
 Row = dict[str, float]
 
