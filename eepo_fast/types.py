@@ -174,6 +174,8 @@ class TrainerState:
     """The policy's entropy in its last update, in nats, for AEPO; 0 before the first."""
     bad_updates: int = 0
     """Updates dropped in a row because their gradient was not finite."""
+    forget_steps: list[tuple[float, float | None]] = field(default_factory=list)
+    """(η, KL(θ'‖θ)) of the last two forget steps, for `eepo.step: kl`; None where it was too long."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,9 @@ METRIC_KEYS = [
     "unlearn/retention",
     "unlearn/noise_ratio",
     "unlearn/skipped",
+    "unlearn/applied",
+    "unlearn/learning_rate",
+    "unlearn/kl_low_variance",
     "policy/loss",
     "policy/grad_norm",
     "policy/kl",
@@ -91,6 +94,16 @@ METRIC_KEYS = [
     "policy/clip_fraction_stage2",
     "policy/ratio_mean_stage1",
     "policy/ratio_mean_stage2",
+    *(
+        f"policy/clip_{k}_stage{s}_{sign}"
+        for k in ("fraction", "weight")
+        for s in (1, 2)
+        for sign in ("positive", "negative")
+    ),
+    "policy/ess",
+    "policy/weight_mean",
+    "policy/weight_tail",
+    "policy/non_finite_ratios",
     "rollout/logprob_gap",
     "time/iteration_s",
     "tokens/generated",

@@ -21,7 +21,7 @@ from eepo_fast.types import Rollout
 
 def find_ablation(config: EepoConfig, seed: tuple[int, int]) -> Ablation | None:
     """Returns what the config asks for in the gradient's place, if anything. seed: the run's, and the iteration."""
-    if config.num_steps == 1 and config.direction == "gradient":
+    if config.num_steps == 1 and config.direction != "random":
         return None
 
     def ablation(found: Unlearning, policy: Policy, rollouts: Sequence[Rollout]) -> None:

@@ -5,6 +5,7 @@ Deviations from the paper:
   (`gate: iteration`: mean token entropy of stage 1, averaged over the last `window` iterations).
 - `reduction: batch_mean` averages L over the whole stage-1 batch as Eq. 10 is written; Algorithm 1 samples one prompt.
   `prompt_sum` gives each prompt the step it would have had alone.
+- A step longer than `max_step` of the weights' norm is not taken (the paper has no such bound).
 - Other steps than one along ∇L (`num_steps`, `direction`) are ablations: ablations.py.
 
 Counts, sums and decisions are over all ranks: each rank ends with the same `Unlearning`, but for its share of ∇L.

@@ -22,6 +22,7 @@ from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
 from eepo_fast.algorithm.guards import Result, check_version, within_memory
 from eepo_fast.algorithm.losses import Term
 from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs
+from eepo_fast.algorithm.step_size import Step, add_step, with_length
 from eepo_fast.config import Config
 from eepo_fast.data.problems import completion_text
 from eepo_fast.distributed import World
@@ -84,6 +85,8 @@ class Iteration:
         self.config, self.policy, self.engine, self.world = setup.config, setup.policy, setup.engine, setup.world
         rollout, state = setup.config.rollout, setup.state
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens, tuple(setup.stop_token_ids))
+        self.eepo = with_length(setup.config.eepo, state.forget_steps)
+        """Has this iteration's η as its learning_rate."""
         self.seed = (setup.config.run.seed, state.step)
         self.policy_version = state.policy_version
         self.entropy_window = state.entropy_window
@@ -155,7 +158,7 @@ class Iteration:
         lengths = lengths or {}
         num_samples = sum(len(r.seeds) for r in requests)
         sizes = num_samples, len(self.prompts)
-        streamed = self.ahead.stream(self.policy, self.config.eepo, *sizes) if unlearns else None
+        streamed = self.ahead.stream(self.policy, self.eepo, *sizes) if unlearns else None
         costs = [len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
 
         def finished(rollout: Rollout) -> None:
@@ -192,7 +195,7 @@ class Iteration:
     def unlearn(self, stage1: Sequence[Rollout]) -> Unlearning:
         """Finishes ∇L over stage 1, of which some may have been done while completions were sampled."""
         self.put_to_sleep("unlearn")
-        streamed, ablation = self.ahead.streamed, find_ablation(self.config.eepo, self.seed)
+        streamed, ablation = self.ahead.streamed, find_ablation(self.eepo, self.seed)
         ended, hidden = self.sampled_at, self.ahead.unlearning.pool is not None
         if streamed is not None and not hidden:  # but done in between
             self.times["rollout_stage1"] -= streamed.seconds_until(ended)
@@ -200,7 +203,7 @@ class Iteration:
 
         def compute() -> Unlearning:
             begun = streamed.hand_over() if streamed is not None else None
-            config, window = self.config.eepo, self.entropy_window
+            config, window = self.eepo, self.entropy_window
             return compute_unlearning(self.policy, stage1, config, window, begun=begun, ablation=ablation)
 
         with self.phase("unlearn"):
@@ -217,7 +220,7 @@ class Iteration:
         assert unlearning.gradient is not None
         before, (seed, step) = self._engine_logprobs(rollouts), self.seed
         with self.phase("forget"):
-            gradient, config = unlearning.gradient, self.config.eepo
+            gradient, config = unlearning.gradient, self.eepo
             self.forget_stats = self.policy.forget(self.engine, gradient, config, seed=seed, step=step)
             unlearning.gradient = gradient = None  # its memory is wanted
         after = self._engine_logprobs(rollouts)
@@ -236,6 +239,15 @@ class Iteration:
         """Undoes the forget step; what θ' has sampled does not count."""
         self.ahead.drop(sampled)
         self.sync()
+
+    def forget_steps(self, kl: float) -> list[Step]:
+        """Returns the last forget steps, with this iteration's. kl: KL(θ'‖θ) as all of stage 2 shows it."""
+        found, before = self.unlearning, self.setup.state.forget_steps
+        if found is None:
+            return before
+        too_far = found.too_long or found.resampled
+        kl = found.kl if found.resampled else kl
+        return add_step(before, self.eepo.learning_rate, kl, taken=found.apply, too_far=too_far)
 
     # -- grades and scores
 

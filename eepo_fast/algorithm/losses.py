@@ -9,7 +9,11 @@ Deviations from the paper:
   sampled tokens less likely, and the one used.
 - Eq. 5 divides by the window's length always; here a window that is cut off at a response's start is the mean of what
   is in it, for the first tokens would else always pass for sure ones.
-- The exponent of Eq. 2's KL estimate is kept within ±10: one token must not make an infinite loss.
+- The exponent of Eq. 2's KL estimate is kept within ±10, beyond which it has no gradient: one token must not make an
+  infinite loss. It is differentiated as a loss; over tokens that θ sampled, its expected gradient is that of
+  KL(π_ref ‖ π_θ), the other way round than its value.
+- The KL and entropy terms of stage 2's tokens are means over what θ' sampled, without importance weights.
+- `eepo.loss: nll`, `clip_gradient: saturate` and `gate: always` are not the paper's method, but ablations and an offer.
 
 Shapes: N tokens of a micro-batch, n of them in a chunk.
 """
@@ -26,7 +30,7 @@ from eepo_kernels import TokenStats
 from eepo_kernels.reference import LossFn
 from torch import Tensor
 
-from eepo_fast.algorithm.ratio import clipped, log_ratio
+from eepo_fast.algorithm.ratio import clipped, finite_ratio, importance_weights, sampler_logprobs
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import Rollout
@@ -160,10 +164,12 @@ class PolicyTokens:
     advantages: Tensor
     old_logprobs: Tensor
     on_policy: Tensor
-    """bool: sampled by the very weights that are differentiated, so that old_logprobs are policy_logprobs, detached."""
+    """bool: old_logprobs are policy_logprobs, detached."""
     weights: Tensor
     """A token's weight in the sum: 1 / (tokens of the mini-batch), 0 for one that is left out."""
     ref_logprobs: Tensor | None = None
+    sampler: Tensor | None = None
+    """Log-probs under θ' of the tokens that it sampled, inf for θ's own. None: all are θ's own."""
 
     @classmethod
     def of(cls, micro: MicroBatch, weights: Tensor, *, with_reference: bool) -> PolicyTokens:
@@ -178,11 +184,12 @@ class PolicyTokens:
             on_policy=old == math.inf,
             weights=weights,
             ref_logprobs=references,
+            sampler=micro.concatenate([sampler_logprobs(r) for r in micro.rollouts]),
         )
 
-    def log_ratio(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:
-        """Returns the log of Eq. 3's ratio for tokens `rows`, [n]."""
-        return log_ratio(policy_logprobs, self.old_logprobs[rows], self.on_policy[rows])
+    def old(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:
+        """Returns what the ratio of tokens `rows` divides by, [n]: log-probs without gradient."""
+        return torch.where(self.on_policy[rows], policy_logprobs.detach(), self.old_logprobs[rows])
 
 
 def low_variance_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -198,9 +205,15 @@ def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
         weights = tokens.weights[rows]
         keep = weights > 0
         policy_logprobs = _kept(keep, stats.logprobs)
-        ratio = _kept(keep, tokens.log_ratio(policy_logprobs, rows)).exp()
+        old_logprobs = _kept(keep, tokens.old(policy_logprobs, rows))
+        log_ratio = policy_logprobs - old_logprobs
+        keep = keep & finite_ratio(log_ratio.detach())
+        weights, ratio = _kept(keep, weights), _kept(keep, log_ratio).exp()
         advantages = _kept(keep, tokens.advantages[rows])
         losses = -torch.minimum(ratio * advantages, clipped(ratio, config) * advantages)
+        if config.ratio == "decoupled" and tokens.sampler is not None:
+            sampler = torch.where(keep, tokens.sampler[rows], math.inf)
+            losses = losses * importance_weights(old_logprobs, sampler, config.ratio_cap)
         if config.kl_coef:
             assert tokens.ref_logprobs is not None
             losses = losses + config.kl_coef * low_variance_kl(policy_logprobs, _kept(keep, tokens.ref_logprobs[rows]))

@@ -1,6 +1,7 @@
 """What a config's method is made of: how completions are sampled, and what is added to them."""
 
 from eepo_fast.algorithm.aepo import Aepo
+from eepo_fast.algorithm.hotter import HotterStage
 from eepo_fast.algorithm.iteration import Addition
 from eepo_fast.algorithm.stages import OneStage, Stages, TwoStage
 from eepo_fast.config import Config
@@ -8,7 +9,9 @@ from eepo_fast.types import TrainerState
 
 
 def make_stages(config: Config) -> Stages:
-    return TwoStage() if config.eepo.enabled else OneStage()
+    if not config.eepo.enabled:
+        return OneStage()
+    return HotterStage() if config.eepo.direction == "temperature" else TwoStage()
 
 
 def make_additions(config: Config, state: TrainerState) -> list[Addition]:

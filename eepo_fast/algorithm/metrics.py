@@ -1,18 +1,14 @@
-"""The numbers of an iteration, under the keys that `metrics.jsonl` keeps, and the run's log files.
+"""The numbers of an iteration, under the keys that `metrics.jsonl` keeps.
 
-NaN where a number does not exist (retention without a forget step); JSON has no NaN, so it is written as null.
+NaN where a number does not exist (retention without a forget step).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -21,19 +17,14 @@ from torch import Tensor
 from eepo_fast.algorithm.forget import Unlearning
 from eepo_fast.algorithm.iteration import Iteration
 from eepo_fast.algorithm.losses import PolicyTokens, low_variance_kl
-from eepo_fast.algorithm.ratio import has_finite_logprobs, is_cut
-from eepo_fast.config import Config
-from eepo_fast.data.problems import token_texts
+from eepo_fast.algorithm.ratio import finite_ratio, has_finite_logprobs, importance_weights, is_cut
+from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.types import AEPO_STAGE, Rollout, RolloutBatch
 
-LOGGED_COLUMNS = {  # of the rollout log, with `log.token_details`: fields of a Rollout
-    "policy_logprobs": "prox_logprobs",
-    "entropy": "entropy",
-    "gate": "gate",
-    "forget_change": "forget_change",
-}
+SIGNS = {"positive": 1, "negative": -1}  # of the advantage
+CLIPPED = [f"policy/clip_{kind}_stage{s}_{sign}" for kind in ("fraction", "weight") for s in (1, 2) for sign in SIGNS]
 
 
 @dataclass
@@ -41,19 +32,20 @@ class _Mean:
     """A mean, on the device until `settle`: a micro-batch's statistics are no reason to wait for its backward pass."""
 
     total: Tensor | float = 0.0
-    count: Tensor | int = 0
+    count: Tensor | float = 0.0
 
-    def add(self, values: Tensor, kept: Tensor) -> None:
-        """Adds the values that are kept (bool)."""
+    def add(self, values: Tensor, kept: Tensor, weights: Tensor | None = None) -> None:
+        """Adds the values that are kept (bool), which count as their weights say."""
+        weights = kept if weights is None else torch.where(kept, weights, 0.0)
         self.total = self.total + torch.where(kept, values, 0.0).sum(dtype=torch.float64)
-        self.count = self.count + kept.sum()
+        self.count = self.count + weights.sum(dtype=torch.float64)
 
     def settle(self) -> None:
-        self.total, self.count = float(self.total), int(self.count)
+        self.total, self.count = float(self.total), float(self.count)
 
     @property
     def value(self) -> float:
-        return float(self.total) / int(self.count) if self.count else math.nan
+        return float(self.total) / float(self.count) if self.count else math.nan
 
 
 @dataclass
@@ -63,6 +55,8 @@ class UpdateStats:
     loss: Tensor | float = 0.0
     non_finite_losses: Tensor | int = 0
     """Micro-batches whose loss is not finite."""
+    non_finite_ratios: Tensor | int = 0
+    """Tokens that were left out because their ratio is too large to compute with."""
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
     means: dict[str, _Mean] = field(default_factory=dict)
@@ -78,42 +72,65 @@ class UpdateStats:
     ) -> None:
         self.loss = self.loss + loss.double()
         self.non_finite_losses = self.non_finite_losses + ~loss.isfinite()
-        kept = tokens.weights > 0
-        rows = torch.arange(len(stats.logprobs), device=kept.device)
-        ratio = tokens.log_ratio(stats.logprobs, rows).exp()
+        rows = torch.arange(len(stats.logprobs), device=stats.logprobs.device)
+        old_logprobs = tokens.old(stats.logprobs, rows)
+        log_ratio = stats.logprobs - old_logprobs
+        known, usable = tokens.weights > 0, finite_ratio(log_ratio)
+        self.non_finite_ratios = self.non_finite_ratios + (known & ~usable).sum()
+        kept, ratio = known & usable, log_ratio.exp()
         stage = micro.concatenate([r.token_stages for r in micro.rollouts])
-        cut = is_cut(ratio, tokens.advantages, config.grpo)
         self._add("entropy/policy", stats.entropy, kept)
+        weight = ratio * tokens.advantages.abs()
+        if config.grpo.ratio == "decoupled" and tokens.sampler is not None:
+            weight = weight * importance_weights(old_logprobs, tokens.sampler, config.grpo.ratio_cap)
+        cut = is_cut(ratio, tokens.advantages, config.grpo)
         for s in (1, 2):
             chosen = kept & (stage == s)
             self._add(f"policy/clip_fraction_stage{s}", cut.float(), chosen)
             self._add(f"policy/ratio_mean_stage{s}", ratio, chosen)
+            for sign, factor in SIGNS.items():
+                signed = chosen & (factor * tokens.advantages > 0)
+                self._add(f"policy/clip_fraction_stage{s}_{sign}", cut.float(), signed)
+                self._add(f"policy/clip_weight_stage{s}_{sign}", torch.where(cut, weight, 0.0), signed, weight)
         if tokens.ref_logprobs is not None:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine
             sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
             forgotten = micro.concatenate([[v.forgotten for v in r.token_versions] for r in micro.rollouts]).bool()
             self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
+            self._add("unlearn/kl_low_variance", low_variance_kl(sampled, stats.logprobs), forgotten & kept)
             # AEPO's samples carry log-probs at their own temperature
             self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < AEPO_STAGE))
+            self._add_importance(config.grpo, torch.where(forgotten, stats.logprobs - sampled, 0.0), forgotten, kept)
+
+    def _add_importance(self, config: GrpoConfig, log_weights: Tensor, forgotten: Tensor, kept: Tensor) -> None:
+        """Adds what π_θ/μ says of how well θ' samples for θ; as they are used, cut off at the cap, for `policy/ess`."""
+        weights, cap = log_weights.exp(), config.ratio_cap
+        kept = kept & weights.isfinite()
+        chosen, used = kept & forgotten, weights.clamp(max=cap) if config.ratio == "decoupled" else weights
+        self._add("weight", used, kept)
+        self._add("weight squared", used.square(), kept)
+        self._add("policy/weight_mean", weights, chosen)
+        self._add("policy/weight_tail", (weights > cap).float(), chosen)
 
     def add(self, other: UpdateStats) -> None:
         """Adds those of another mini-batch."""
         self.loss = self.loss + other.loss
         self.non_finite_losses = self.non_finite_losses + other.non_finite_losses
+        self.non_finite_ratios = self.non_finite_ratios + other.non_finite_ratios
         for name, mean in other.means.items():
             mine = self.means.setdefault(name, _Mean())
             mine.total, mine.count = mine.total + mean.total, mine.count + mean.count
 
     def add_other_ranks(self, world: World) -> None:
         """Puts the sums over all ranks, as plain numbers, in the place of this rank's own."""
-        self.loss, self.non_finite_losses = float(self.loss), int(self.non_finite_losses)
+        sums = [float(self.loss), float(self.non_finite_losses), float(self.non_finite_ratios)]
+        self.loss, losses, ratios = world.total(sums)
+        self.non_finite_losses, self.non_finite_ratios = int(losses), int(ratios)
         for mean in self.means.values():
             mean.settle()
         if world.size == 1:
             return
-        self.loss, bad = world.total([self.loss, self.non_finite_losses])
-        self.non_finite_losses = int(bad)
         mine = {name: (mean.total, mean.count) for name, mean in self.means.items()}
         self.means = {}
         for part in world.gather(mine):
@@ -121,8 +138,8 @@ class UpdateStats:
                 mean = self.means.setdefault(name, _Mean())
                 mean.total, mean.count = mean.total + total, mean.count + count
 
-    def _add(self, name: str, values: Tensor, kept: Tensor) -> None:
-        self.means.setdefault(name, _Mean()).add(values, kept)
+    def _add(self, name: str, values: Tensor, kept: Tensor, weights: Tensor | None = None) -> None:
+        self.means.setdefault(name, _Mean()).add(values, kept, weights)
 
     def mean(self, name: str) -> float:
         return self.means[name].value if name in self.means else math.nan
@@ -134,7 +151,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
     stages = {s: batch.stage(s) for s in (1, 2)}
     it.times["iteration"] = time.perf_counter() - it.started
     num_tokens = sum(r.num_tokens for r in rollouts)
-    statuses = [r.status for r in rollouts]
+    statuses, gap = [r.status for r in rollouts], _logprob_gap(stages[1])
     result: dict[str, float] = {
         "step": it.seed[1] + 1,
         "policy_version": it.policy_version,
@@ -144,8 +161,8 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "reward/missing": sum(r.reward is None for r in rollouts),
         **{f"reward/status_{s}": statuses.count(s) for s in ("ok", "no_answer", "timeout", "too_large", "error")},
         "entropy/policy": update.mean("entropy/policy"),
-        "entropy/stage1": _sampled_entropy(stages[1]),
-        "entropy/stage2": _sampled_entropy(stages[2]),
+        "entropy/stage1": _sampled_entropy(rollouts, 1),
+        "entropy/stage2": _sampled_entropy(rollouts, 2),
         "unlearn/hidden_s": unlearning.hidden_s if unlearning else math.nan,
         "unlearn/stragglers": _mean(r.num_before > 0 for r in stages[1]),
         "length/mean": _mean(r.num_tokens for r in rollouts),
@@ -154,21 +171,25 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "length/truncated_fraction": _mean(not r.finished for r in rollouts),
         "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
-        **_unlearn_metrics(unlearning, it.forget_stats, it.config.eepo.learning_rate),
+        **_unlearn_metrics(unlearning, it.forget_stats, it.eepo),
         "unlearn/kl": unlearning.kl if unlearning and unlearning.resampled else update.mean("unlearn/kl"),
+        "unlearn/kl_low_variance": update.mean("unlearn/kl_low_variance"),
         "policy/loss": float(update.loss) / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/updates_skipped": update.skipped,
         "policy/non_finite_losses": int(update.non_finite_losses),
         "policy/out_of_memory": it.out_of_memory,
         "policy/kl": update.mean("policy/kl"),
+        "policy/non_finite_ratios": int(update.non_finite_ratios),
+        "policy/ess": update.mean("weight") ** 2 / update.mean("weight squared") if update.means else math.nan,
+        **{name: update.mean(name) for name in ("policy/weight_mean", "policy/weight_tail", *CLIPPED)},
         **{
             f"policy/{name}_stage{s}": update.mean(f"policy/{name}_stage{s}")
             for name in ("clip_fraction", "ratio_mean")
             for s in (1, 2)
         },
         "rollout/non_finite_logprobs": sum(not has_finite_logprobs(r) for r in rollouts),
-        "rollout/logprob_gap": _logprob_gap(stages[1]) if unlearning else update.mean("rollout/logprob_gap"),
+        "rollout/logprob_gap": update.mean("rollout/logprob_gap") if math.isnan(gap) else gap,
         **{f"time/{name}_s": value for name, value in it.times.items()},
         "tokens/generated": num_tokens,
         "tokens/per_second": num_tokens / it.times["iteration"],
@@ -179,11 +200,13 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
     return result
 
 
-def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, eta: float) -> dict[str, float]:
-    """Returns what forgetting did. Without EEPO every value but `skipped` is NaN; `strength` is η‖∇L‖², the first-order
-    change of L."""
-    nan = math.nan
+def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, config: EepoConfig) -> dict[str, float]:
+    """Returns what forgetting did. Without EEPO every value is NaN but counts; `strength` is η‖∇L‖², the first-order
+    change of L. config: with this iteration's η."""
+    nan, eta = math.nan, config.learning_rate
     return {
+        "unlearn/applied": float(found.apply and not found.resampled) if found else nan,
+        "unlearn/learning_rate": eta if found else nan,
         "unlearn/active_fraction": found.active_fraction if found else nan,
         "unlearn/loss": found.loss if found else nan,
         "unlearn/grad_norm": found.grad_norm if found else nan,
@@ -198,7 +221,8 @@ def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, eta: f
 
 
 def _logprob_gap(stage1: list[Rollout]) -> float:
-    """Returns mean |engine - policy| over what stage 1 has ended, where both hold the same weights."""
+    """Returns mean |engine - policy| over what stage 1 has ended, where both hold the same weights; NaN where that
+    was not scored before the update."""
     return _mean(
         abs(a - b)
         for r in stage1
@@ -207,91 +231,17 @@ def _logprob_gap(stage1: list[Rollout]) -> float:
     )
 
 
-def _sampled_entropy(rollouts: list[Rollout]) -> float:
-    """Returns -mean log-prob of what was sampled before a completion went on under other weights, in nats."""
-    return -_mean(value for r in rollouts for value in r.segments[0].rollout_logprobs)
+def _sampled_entropy(rollouts: Sequence[Rollout], stage: int) -> float:
+    """Returns -mean log-prob of the tokens of a stage, in nats: stage 2 has those, too, with which stage 1's stragglers
+    went on."""
+    return -_mean(
+        logprob
+        for r in rollouts
+        for logprob, counted in zip(r.rollout_logprobs, r.token_stages, strict=True)
+        if counted == stage
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float:
     known = [float(v) for v in values if v is not None]
     return math.fsum(known) / len(known) if known else math.nan
-
-
-def to_json(row: dict) -> str:
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
-
-
-def append_metrics(run_dir: Path, metrics: dict[str, float]) -> None:
-    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(to_json(metrics) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def add_to_last(run_dir: Path, step: int, values: dict[str, float]) -> None:
-    """Adds values to the row of iteration `step`, the last one."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    row = json.loads(lines[-1])
-    assert row["step"] == step
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join([*lines[:-1], to_json({**row, **values})]) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def log_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: bool, tokenizer) -> None:
-    folder = run_dir / "rollouts"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step_{step:06d}.jsonl"
-    with path.with_suffix(".tmp").open("w", encoding="utf-8", errors="replace") as file:
-        for r in (*batch.rollouts, *batch.extra):
-            row: dict[str, Any] = {
-                "prompt_id": r.prompt.id,
-                "prompt": r.prompt.text,
-                "problem": r.prompt.problem.problem,
-                "answer": r.prompt.problem.answer,
-                "stage": r.stage,
-                "sample_index": r.sample_index,
-                "weights_version": [r.weights_version.policy_version, r.weights_version.forgotten],
-                "completion": r.completion,
-                "reward": r.reward,
-                "status": r.status,
-                "advantage": r.advantage,
-                "num_tokens": r.num_tokens,
-                "finished": r.finished,
-                "num_before": r.num_before,
-                "segments": [[*s.weights_version, len(s.tokens)] for s in r.segments],
-            }
-            if token_details:
-                row["tokens"] = token_texts(tokenizer, r.token_ids)
-                row["token_ids"] = r.token_ids
-                row["rollout_logprobs"] = _without_nan(r.rollout_logprobs)
-                columns = {name: getattr(r, field) for name, field in LOGGED_COLUMNS.items()}
-                row |= {name: _without_nan(values) for name, values in columns.items() if values is not None}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    path.with_suffix(".tmp").replace(path)  # a report may be reading
-
-
-def _without_nan(values: list[float]) -> list[float | None]:
-    return [v if math.isfinite(v) else None for v in values]
-
-
-def cut_back(run_dir: Path, step: int) -> None:
-    """Removes what was logged after iteration `step`, so that a resumed run writes it once."""
-    path = run_dir / "metrics.jsonl"
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # a line cut short by a crash belongs to an iteration not kept
-                continue
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-    for file in (run_dir / "rollouts").glob("step_*.jsonl"):
-        number = file.stem.removeprefix("step_")
-        if number.isdecimal() and int(number) > step:
-            file.unlink()

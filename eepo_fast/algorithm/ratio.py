@@ -1,4 +1,16 @@
-"""The probability ratio of Eq. 3, its denominator, and its clip.
+"""The probability ratio of Eq. 3 in its three forms (`grpo.ratio`), its clip, and the importance weight beside it.
+
+With μ what sampled a token (θ' in stage 2, else θ) and π_prox the policy at the start of the update, a token's loss is
+
+- sampler: the clip of π_θ/μ around 1, the paper's sentence. What θ' moved by more than the clip range has no gradient
+  in the first update already, and more so where the answer was wrong: stage 2's gradient is biased by that.
+- decoupled: min(π_prox/μ, ratio_cap) times the clip of π_θ/π_prox around 1. The importance weight and the trust region
+  are apart (decoupled PPO); only weights above the cap are biased, towards less of the token.
+- policy: the clip of π_θ/π_prox around 1, as if θ had sampled the token: biased by all that θ' differs from θ.
+
+Where θ sampled a token they are the same. Deviations from the paper:
+- `decoupled` and `policy` are not in it.
+- A token whose ratio is too large for its dtype is left out, and counted.
 
 Shapes: N tokens of a micro-batch, n of them in a chunk.
 """
@@ -17,25 +29,38 @@ def has_finite_logprobs(rollout: Rollout) -> bool:
     return all(map(math.isfinite, rollout.rollout_logprobs))
 
 
-def lacks_prox_logprobs(rollout: Rollout) -> bool:
+def lacks_prox_logprobs(rollout: Rollout, config: GrpoConfig) -> bool:
     """Returns whether the ratio needs log-probs of the policy that nobody has computed yet."""
     forgetful = all(version.forgotten for version in rollout.token_versions) and has_finite_logprobs(rollout)
-    return rollout.prox_logprobs is None and not forgetful
+    return rollout.prox_logprobs is None and not (forgetful and config.ratio == "sampler")
 
 
-def set_old_logprobs(rollouts: Sequence[Rollout]) -> None:
-    """Sets what each token's ratio divides by: where θ' sampled it, what the engine reported; where θ did, the log-prob
-    at θ, or inf if the update's own forward pass will say it."""
+def set_old_logprobs(rollouts: Sequence[Rollout], config: GrpoConfig) -> None:
+    """Sets what each token's ratio divides by: the log-prob at θ, or inf if the update's own forward pass will say it;
+    with `sampler`, where θ' sampled the token, what the engine reported."""
     for r in rollouts:
         r.old_logprobs = r.prox_logprobs or [math.inf] * r.num_tokens
-        if has_finite_logprobs(r):
+        if config.ratio == "sampler" and has_finite_logprobs(r):
             sampled = zip(r.rollout_logprobs, r.old_logprobs, r.token_versions, strict=True)
             r.old_logprobs = [mu if version.forgotten else prox for mu, prox, version in sampled]
 
 
-def log_ratio(policy_logprobs: Tensor, old_logprobs: Tensor, on_policy: Tensor) -> Tensor:
-    """Returns log π_θ - log π_old, [n]. on_policy: bool [n], where π_old is π_θ itself, detached."""
-    return policy_logprobs - torch.where(on_policy, policy_logprobs.detach(), old_logprobs)
+def sampler_logprobs(rollout: Rollout) -> list[float]:
+    """Returns log μ of the tokens that θ' sampled, and inf for those of θ, which weigh 1."""
+    pairs = zip(rollout.rollout_logprobs, rollout.token_versions, strict=True)
+    return [mu if version.forgotten else math.inf for mu, version in pairs]
+
+
+def finite_ratio(log_ratio: Tensor) -> Tensor:
+    """Returns bool [n]: whether a ratio can be computed with. One that is no number is let through: not the sampler is
+    at fault then, but the policy, and its update must not be made."""
+    return ~log_ratio.exp().isposinf()
+
+
+def importance_weights(prox_logprobs: Tensor, sampler: Tensor, cap: float) -> Tensor:
+    """Returns min(π_prox/μ, cap), [n], without gradient; sampler [n] as `sampler_logprobs`."""
+    log_weights = torch.where(sampler == math.inf, 0.0, prox_logprobs.detach() - sampler)
+    return log_weights.clamp(max=math.log(cap)).exp()
 
 
 def clipped(ratio: Tensor, config: GrpoConfig) -> Tensor:

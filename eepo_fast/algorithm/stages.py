@@ -1,6 +1,12 @@
 """How an iteration's completions are sampled: in one stage (GRPO), or in two with a forget step between them (EEPO,
 Algorithm 1). θ is the policy, θ' what the engine holds.
 
+Deviations from the paper:
+- Where stage 2 shows that the step went further than `eepo.max_kl`, it is taken back, and stage 2 sampled from θ.
+- With `eepo.quorum` below 1, stage 1 does not wait for its longest answers: ∇L is of those that have ended, and the
+  others go on after the step, under θ'.
+- The length of the step may follow a KL: step_size.py.
+
 θ' is never put back by an inverse step: the next iteration's `sync` makes it θ again.
 """
 
@@ -50,7 +56,7 @@ class TwoStage:
         requests = [*rest, *it.requests(2, range(half, group_size))]
         lengths = mean_lengths(stage1)
         sampled = it.generate("stage2", 2, requests, lengths=lengths, forgotten=unlearning.apply)
-        if unlearning.apply and self._went_too_far(it, sampled[len(rest) :]):
+        if unlearning.apply and self.went_too_far(it, sampled[len(rest) :]):
             it.take_back(sampled)  # θ' ← θ
             sampled = it.generate("stage2", 2, requests, lengths=lengths)
         for straggler, more in zip(stragglers, sampled[: len(rest)], strict=True):
@@ -58,7 +64,7 @@ class TwoStage:
             straggler.completion = it.decode(straggler)
         return [*stage1, *stragglers, *sampled[len(rest) :]]
 
-    def _went_too_far(self, it: Iteration, stage2: Sequence[Rollout]) -> bool:
+    def went_too_far(self, it: Iteration, stage2: Sequence[Rollout]) -> bool:
         assert it.unlearning is not None
         with it.phase("kl_guard"):
             it.unlearning.kl = it.within_memory(it.policy, lambda: forget_kl(it.policy, stage2))

@@ -65,8 +65,8 @@ class Trainer(Setup):
         """Fills the columns that the update reads, and those that the log shows. What the first update is on needs no
         scoring pass: its own forward finds θ's log-probs."""
         later = rows[self.config.train.prompts_per_update * self.config.rollout.group_size :]
-        it.set_prox_logprobs("old_logprobs", [r for r in later if lacks_prox_logprobs(r)])
-        set_old_logprobs(rows)
+        it.set_prox_logprobs("old_logprobs", [r for r in later if lacks_prox_logprobs(r, self.config.grpo)])
+        set_old_logprobs(rows, self.config.grpo)
         it.set_ref_logprobs(rows)
         if self.config.log.token_details:
             it.set_prox_logprobs("token_details", [r for r in batch.rollouts if r.entropy is None])
@@ -106,5 +106,6 @@ class Trainer(Setup):
         """Counts the iteration, and keeps what the next one goes by."""
         self.state.step += 1
         self.state.entropy_window = it.entropy_window
+        self.state.forget_steps = it.forget_steps(update.mean("unlearn/kl_low_variance"))
         entropy = update.mean("entropy/policy")
         self.state.entropy = self.state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known

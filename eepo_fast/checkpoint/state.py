@@ -4,7 +4,7 @@ import base64
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,7 +149,5 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
     states = json.loads((folder / "rng.json").read_text(encoding="utf-8"))
     if policy.world.rank < len(states):  # a rank that the run did not have before keeps its own
         set_random_state(states[policy.world.rank])
-    return TrainerState(
-        content["step"], content["policy_version"], content["entropy_window"], content.get("entropy", 0.0),
-        content.get("bad_updates", 0),
-    )  # fmt: skip
+    # what an older version did not have is at its default
+    return TrainerState(**{field.name: content[field.name] for field in fields(TrainerState) if field.name in content})

@@ -137,7 +137,7 @@ def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = Non
     for source in sources:
         values = merge(values, source)
     values = {section: {} if content is None else content for section, content in values.items()}
-    for section in READ_WITH:  # what is left out, too
+    for section in dict.fromkeys(entry.section for entry in READ_WITH):  # what is left out, too
         try:
             _class_of(section).model_validate(values.get(section, {}))
         except ValidationError as error:
@@ -163,7 +163,7 @@ def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> li
     its default only where it is the last source, the command line, for runs of older versions wrote all keys. Returns
     lines that say which keys of sources before the choices are left out."""
     lines = []
-    for section, (chooser, choice, keys) in READ_WITH.items():
+    for section, chooser, choice, keys in READ_WITH:
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
         default = Config.model_fields[section].default
         made = whole.get(chooser, getattr(default, chooser))

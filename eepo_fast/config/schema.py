@@ -6,11 +6,12 @@ choices differ, and code that reads a key of either engine (`rollout.tensor_para
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+
+from eepo_fast.config.checks import check
 
 
 def _whole(value: Any) -> Any:
@@ -22,7 +23,6 @@ Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-COLDEST_OF_VLLM = 0.01  # it samples at this temperature where less is asked for
 SHARE_OF_PROMPTS = 4  # aepo.mode: replace draws groups for the first quarter of the prompts
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -105,6 +105,14 @@ class GrpoConfig(Section):
         1e-4, description="β, of the KL to the model that training began with; 0: no reference model"
     )
     entropy_coef: NonNegativeFloat = Field(1e-5, description="of the entropy bonus")
+    ratio: Literal["sampler", "decoupled", "policy"] = Field(
+        "sampler",
+        description="what the clipped ratio divides by: the weights that sampled (sampler, the paper's sentence), or "
+        "the policy, with an importance weight beside it (decoupled) or without (policy)",
+    )
+    ratio_cap: float = Field(
+        2.0, ge=1, allow_inf_nan=False, description="largest importance weight; those above it are cut off there"
+    )
 
 
 class EepoConfig(Section):
@@ -143,8 +151,16 @@ class EepoConfig(Section):
         le=1,
         description="share of stage 1 that is waited for; its stragglers go on under the forgetful weights",
     )
-    direction: Literal["gradient", "random"] = Field(
-        "gradient", description="of the forget step; random: a control, any direction, as long as the gradient"
+    direction: Literal["gradient", "random", "temperature"] = Field(
+        "gradient",
+        description="of the forget step; controls: random, as long as the gradient; temperature: no step, but stage 2 "
+        "sampled 1 + learning_rate times as hot",
+    )
+    step: Literal["fixed", "kl"] = Field(
+        "fixed", description="how long the forget step is: learning_rate, or so that stage 2 is target_kl away"
+    )
+    target_kl: PositiveFloat = Field(
+        0.05, description="KL(θ'‖θ), nats a token, that learning_rate is changed for from step to step"
     )
 
 
@@ -226,13 +242,23 @@ class LogConfig(Section):
     trackio: str = Field("", description="project of trackio to log to")
 
 
-# By section: the key that chooses, its value, and the keys that are read with that value alone.
-READ_WITH: dict[str, tuple[str, Any, set[str]]] = {
-    "rollout": ("engine", "vllm", {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
-    "train": ("engine", "deepspeed", {"zero_stage", "offload_optimizer", "offload_parameters"}),
-    "eepo": ("enabled", True, {*EepoConfig.model_fields} - {"enabled"}),
-    "aepo": ("enabled", True, {*AepoConfig.model_fields} - {"enabled"}),
-}
+class ReadWith(NamedTuple):
+    """Keys of a section that are read where one of its keys has a certain value, and nowhere else."""
+
+    section: str
+    chooser: str
+    choice: Any
+    keys: set[str]
+
+
+READ_WITH = (
+    ReadWith("rollout", "engine", "vllm", {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
+    ReadWith("train", "engine", "deepspeed", {"zero_stage", "offload_optimizer", "offload_parameters"}),
+    ReadWith("grpo", "ratio", "decoupled", {"ratio_cap"}),
+    ReadWith("eepo", "enabled", True, {*EepoConfig.model_fields} - {"enabled"}),
+    ReadWith("eepo", "step", "kl", {"target_kl"}),
+    ReadWith("aepo", "enabled", True, {*AepoConfig.model_fields} - {"enabled"}),
+)
 RENAMED: dict[str, str] = {}  # what a key was called, and what it is called now; `section.key` both
 
 
@@ -253,128 +279,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        _require(
-            re.fullmatch(r"[\w.+=@-]{1,150}", self.run.name) is not None and self.run.name not in (".", ".."),
-            f"run.name: expected a folder name of letters, digits and . _ - + = @, found {self.run.name[:200]!r}",
-        )
-        _require("\0" not in self.run.root, "run.root: expected a path, found a NUL character in it")
-        _require(
-            self.rollout.top_p == 1.0,
-            f"rollout.top_p: expected 1, found {self.rollout.top_p}: cutting the tail of the distribution biases the "
-            "probability ratio; remove the key",
-        )
-        _require(self.rollout.group_size >= 2, "rollout.group_size: expected at least 2, found 1: a group needs peers")
-        coldest = {"rollout.temperature": self.rollout.temperature, "aepo.temperature_low": self.aepo.temperature_low}
-        for key, value in coldest.items():
-            _require(
-                self.rollout.engine == "hf" or value >= COLDEST_OF_VLLM,
-                f"{key}: expected at least {COLDEST_OF_VLLM} with rollout.engine=vllm, found {value}: "
-                f"vLLM samples at {COLDEST_OF_VLLM} where less is asked for",
-            )
-        self._check_engines()
-        _require(
-            self.rollout.group_size % 2 == 0 or not self.eepo.enabled,
-            f"rollout.group_size: expected an even number, found {self.rollout.group_size}: EEPO samples it in two "
-            "halves; add or drop one, or set eepo.enabled=false",
-        )
-        _require(
-            self.eepo.quorum == 1 or self.eepo.reduction == "batch_mean",
-            "eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found "
-            f"{self.eepo.quorum}: a prompt's own step would depend on how many of its completions have ended",
-        )
-        _require(
-            self.eepo.prob_floor < 1 - self.eepo.prob_ceiling_gap,
-            "eepo.prob_floor: expected below 1 - eepo.prob_ceiling_gap, found "
-            f"{self.eepo.prob_floor} and {self.eepo.prob_ceiling_gap}",
-        )
-        self._check_aepo()
-        self._check_evaluation()
-        whole, part = self.train.prompts_per_iteration, self.train.prompts_per_update
-        _require(
-            whole % part == 0,
-            f"train.prompts_per_update: expected a divisor of train.prompts_per_iteration ({whole}), found {part}",
-        )
+        check(self)
         return self
-
-    def _check_evaluation(self) -> None:
-        evaluation = self.evaluation
-        _require(
-            bool(evaluation.data) or not evaluation.every,
-            "evaluation.data: expected at least one NAME: FILE with evaluation.every, found none",
-        )
-        _require(
-            evaluation.samples == 0 or max(evaluation.k) <= evaluation.samples,
-            f"evaluation.k: expected at most evaluation.num_samples ({evaluation.samples}), found {max(evaluation.k)}",
-        )
-        self._check_best()
-        for name in evaluation.data:
-            _require(
-                re.fullmatch(r"[\w-]{1,100}", name) is not None and name != "average",
-                f"evaluation.data: expected names of letters, digits, _ and -, and not `average`, found {name[:100]!r}",
-            )
-
-    def _check_best(self) -> None:
-        evaluation, best = self.evaluation, self.checkpoint.best
-        metrics = ["greedy", *(f"pass@{k}" for k in evaluation.k if evaluation.samples)]
-        known = [f"eval/{name}/{metric}" for name in evaluation.data for metric in metrics] if evaluation.every else []
-        _require(
-            not best or best in known,
-            f"checkpoint.best: expected {' or '.join(known[:8]) or 'evaluation.data and evaluation.every with it'}, "
-            f"found {best[:100]!r}",
-        )
-        _require(
-            not best or self.checkpoint.every > 0,
-            "checkpoint.every: expected more than 0 with checkpoint.best, found 0: there would be nothing to choose",
-        )
-
-    def _check_aepo(self) -> None:
-        aepo, temperature = self.aepo, self.rollout.temperature
-        _require(
-            temperature == 1 or not aepo.enabled,
-            f"rollout.temperature: expected 1 with aepo.enabled, found {temperature}: AEPO sets its own temperatures "
-            "beside it; set rollout.temperature=1",
-        )
-        _require(
-            aepo.temperature_low < aepo.temperature_high,
-            f"aepo.temperature_low: expected below aepo.temperature_high ({aepo.temperature_high}), found "
-            f"{aepo.temperature_low}",
-        )
-
-    def _check_engines(self) -> None:
-        train, rollout, sharded = self.train, self.rollout, self.train.engine == "deepspeed"
-        _require(
-            rollout.tensor_parallel == 1 or sharded,
-            f"rollout.tensor_parallel: expected 1, found {rollout.tensor_parallel}: more needs train.engine=deepspeed",
-        )
-        if not sharded:
-            return
-        _require(
-            self.model.dtype != "float16",
-            "model.dtype: expected bfloat16 or float32 with train.engine=deepspeed, found float16",
-        )
-        _require(
-            self.model.dtype == "float32" or train.zero_stage == 0 or rollout.dtype == self.model.dtype,
-            f"rollout.dtype: expected model.dtype ({self.model.dtype}) with train.engine=deepspeed, found "
-            f"{rollout.dtype}: the engine is given the weights that the policy computes with",
-        )
-        _require(
-            not train.offload_parameters or train.zero_stage == 3,
-            f"train.offload_parameters: expected train.zero_stage 3, found {train.zero_stage}",
-        )
-        _require(
-            not train.offload_optimizer or train.zero_stage > 0,
-            "train.offload_optimizer: expected train.zero_stage 1, 2 or 3, found 0",
-        )
-        _require(
-            self.eepo.num_steps == 1,
-            f"eepo.num_steps: expected 1 with train.engine=deepspeed, found {self.eepo.num_steps}: later steps need "
-            "gradients at forgetful weights, which no rank holds whole; use train.engine=torch",
-        )
-        _require(
-            self.eepo.direction == "gradient",
-            "eepo.direction: expected gradient with train.engine=deepspeed, found random: a control for one device; "
-            "use train.engine=torch",
-        )
 
     @model_serializer(mode="wrap")
     def _what_is_read(self, handler) -> dict[str, Any]:
@@ -385,16 +291,11 @@ class Config(Section):
         return Path(self.run.root).expanduser() / self.run.name
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def without_unread(values: dict[str, Any]) -> dict[str, Any]:
     """What is returned lacks the keys that the choices among the values leave unread."""
     kept = dict(values)
-    for section, (chooser, choice, keys) in READ_WITH.items():
-        content = values.get(section)
+    for section, chooser, choice, keys in READ_WITH:
+        content = kept.get(section)
         if isinstance(content, dict) and content.get(chooser, choice) != choice:
             kept[section] = {key: value for key, value in content.items() if key not in keys}
     return kept

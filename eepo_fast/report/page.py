@@ -26,6 +26,7 @@ SUMMARY = (
     ("group/unique_fraction", "different answers", "{:.1%}"),
     ("length/mean", "length", "{:.0f}"),
     ("unlearn/active_fraction", "gate open", "{:.1%}"),
+    ("unlearn/applied", "forget steps taken", "{:.0%}"),
     ("unlearn/retention", "retention", "{:.3f}"),
     ("unlearn/kl", "KL(θ'‖θ)", "{:.4f}"),
     ("time/iteration_s", "s an iteration", "{:.1f}"),

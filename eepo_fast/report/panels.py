@@ -89,6 +89,11 @@ PANELS = (
           "Where the policy is certain (entropy below α), its tokens are forgotten."),
     Panel("Stragglers", "share of stage 1", (Line("unlearn/stragglers", "preempted"),),
           "With eepo.quorum below 1: completions that were not waited for, and went on after the forget step."),
+    Panel("Forget steps taken", "1: taken", (Line("unlearn/applied", "taken"),),
+          "0 where the gate was closed, or the step too long (eepo.max_step) or taken back (eepo.max_kl): such an "
+          "iteration is GRPO's, at a higher price. Lower eepo.learning_rate, or set eepo.step=kl."),
+    Panel("Length of the forget step", "η", (Line("unlearn/learning_rate", "η"),),
+          "As it is set, or with eepo.step=kl as it is found for eepo.target_kl."),
     Panel("How far the forget step went", "nats a token", (Line("unlearn/kl", "KL(θ'‖θ)"),),
           "Estimated from stage 2. Near 0: forgetting does nothing; above eepo.max_kl it is taken back."),
     Panel("What arrived of the forget step", "share of what was meant", (
@@ -96,6 +101,12 @@ PANELS = (
         "Retention is 1, within sampling error, where all of the step reached the engine's weights."),
     Panel("Clipped tokens", "share of tokens", _stages("policy/clip_fraction_"),
           "Tokens whose ratio left the clip range in the direction that ends their gradient."),
+    Panel("Gradient cut off in stage 2", "share of its weight", tuple(
+        Line(f"policy/clip_weight_stage2_{sign}", f"{sign} advantage", style)
+        for sign, style in (("positive", SOLID), ("negative", DASHED))),
+        "What the clip takes from stage 2's gradient. Apart for the two signs, it changes what stage 2 teaches."),
+    Panel("Effective sample size", "share of the tokens", (Line("policy/ess", "ESS"),),
+          "Of the weights π_θ/π_sampled: 1 where θ' samples as θ does. Low: few tokens carry the gradient."),
     Panel("Probability ratio", "mean of π_θ / π_sampled", _stages("policy/ratio_mean_"),
           "Near 1. Far from it in stage 2: the forget step was too strong for its samples to teach θ."),
     Panel("KL to the reference", "nats a token", (Line("policy/kl", "KL(θ‖reference)"),),
@@ -109,14 +120,16 @@ PANELS = (
     Panel("Iteration", "seconds", (Line("time/iteration_s", "wall time"),), "From one iteration to the next."),
 )  # fmt: skip
 
+SHORTER = "lower eepo.learning_rate, raise the bound, or set eepo.step=kl"
 TROUBLE = {
     "reward/missing": "rewards missing: a grader that timed out or failed",
-    "unlearn/skipped": "forget steps not taken: gate closed, or one of the next",
+    "unlearn/skipped": "forget steps not taken: gate closed, or one of the next two",
     "unlearn/non_finite": "forget gradients that were no number",
-    "unlearn/too_long": "forget steps longer than eepo.max_step",
-    "unlearn/resampled": "forget steps taken back: KL above eepo.max_kl",
+    "unlearn/too_long": f"forget steps longer than eepo.max_step; {SHORTER}",
+    "unlearn/resampled": f"forget steps taken back: KL above eepo.max_kl; {SHORTER}",
     "policy/updates_skipped": "policy updates dropped: gradient not finite",
     "policy/non_finite_losses": "losses that were no number",
+    "policy/non_finite_ratios": "tokens left out, whose ratio was too large to compute with",
     "policy/out_of_memory": "micro-batches halved for memory",
     "rollout/non_finite_logprobs": "completions whose log-probs were no number",
 }

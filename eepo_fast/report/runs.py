@@ -161,8 +161,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def is_read(key: str, settings: dict[str, Any]) -> bool:
     section, _, name = key.partition(".")
-    chooser, choice, keys = READ_WITH.get(section, ("", None, ()))
-    return name not in keys or settings.get(f"{section}.{chooser}") == choice
+    needs = [(entry.chooser, entry.choice) for entry in READ_WITH if entry.section == section and name in entry.keys]
+    return all(settings.get(f"{section}.{chooser}") == choice for chooser, choice in needs)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

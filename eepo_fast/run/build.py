@@ -14,7 +14,6 @@ from eepo_kernels import checksums
 from transformers import PreTrainedModel
 
 from eepo_fast import checkpoint
-from eepo_fast.algorithm import metrics
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
 from eepo_fast.checkpoint.state import changed_inputs
@@ -32,6 +31,7 @@ from eepo_fast.rewards import Grader, check_golds, make_grader
 from eepo_fast.rollout.engine import RolloutEngine, SampleRequest, Sampling
 from eepo_fast.rollout.make import make_engine
 from eepo_fast.rollout.start_vllm import import_vllm
+from eepo_fast.run import log_files
 from eepo_fast.run.display import Display
 from eepo_fast.run.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.run.loop import ENDING, Loop, Meeting, ending_of, one_line_errors, write_ending
@@ -325,7 +325,7 @@ def _write_folder(config: Config, state: TrainerState) -> None:
         (run_dir / ENDING).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
-    metrics.cut_back(run_dir, state.step)
+    log_files.cut_back(run_dir, state.step)
     checkpoint.clean(run_dir)
     checkpoint.remove_newer(run_dir, state.step)
     periodic.remove_newer(run_dir, state.step)

@@ -21,12 +21,26 @@ NARROW = 66  # columns, below which there is no room for sparklines and times
 SPEED_PERIOD_S = 24 * 3600.0  # the time left is estimated over a day: an iteration takes minutes
 
 Row = dict[str, float]
+_SHORTER = "lower eepo.learning_rate, raise {}, or set eepo.step=kl"
+UNTAKEN = (  # metric, what happened to the forget step, what to do
+    ("unlearn/resampled", "taken back: KL above eepo.max_kl", _SHORTER.format("eepo.max_kl")),
+    ("unlearn/too_long", "not taken: longer than eepo.max_step", _SHORTER.format("eepo.max_step")),
+    ("unlearn/non_finite", "not taken: gradient no number", "a 16-bit policy overflows: set model.dtype=float32"),
+    ("unlearn/skipped", "not taken: gate closed", "it opens as entropy falls; raise eepo.alpha to forget earlier"),
+)
 
 
 def known(row: Row, key: str) -> bool:
     """Returns whether a value is neither missing nor NaN."""
     value = row.get(key)
     return value is not None and value == value
+
+
+def untaken_step(row: Row) -> tuple[str, str] | None:
+    """Returns why an iteration's forget step did nothing, and what to do; None where it was taken, or none is asked."""
+    if not known(row, "unlearn/applied") or row["unlearn/applied"]:
+        return None
+    return next(((why, remedy) for key, why, remedy in UNTAKEN if row.get(key)), UNTAKEN[-1][1:])
 
 
 def summary(row: Row) -> str:
@@ -41,6 +55,8 @@ def summary(row: Row) -> str:
         parts.append(f"gate {row['unlearn/active_fraction']:.0%}")
     if known(row, "unlearn/retention"):
         parts.append(f"retention {row['unlearn/retention']:.3f}")
+    if untaken := untaken_step(row):
+        parts.append(f"step {untaken[0]}")
     parts.append(f"{row['time/iteration_s']:.1f} s")
     return "  ".join(parts)
 
@@ -130,11 +146,14 @@ class LivePanel(Training):
             ("gate open", "unlearn/active_fraction", ".0%"),
             ("retention", "unlearn/retention", ".3f"),
             ("KL(θ'‖θ)", "unlearn/kl", ".4f"),
+            ("η", "unlearn/learning_rate", ".2g"),
             ("different answers", "group/unique_fraction", ".0%"),
             ("cut off", "length/truncated_fraction", ".0%"),
             ("tokens a second", "tokens/per_second", ",.0f"),
         ]
         facts = [f"{name} {row[key]:{form}}" for name, key, form in shown if known(row, key)]
+        if untaken := untaken_step(row):
+            facts.append(f"forget step {untaken[0]}")
         evaluations = next((r for r in reversed(self.rows) if any(k.startswith("eval/") for k in r)), {})
         facts += [f"{key[5:]} {evaluations[key]:.1%}" for key in evaluations if key.endswith(("/greedy", "/pass@1"))]
         return Columns([Text(fact, no_wrap=True) for fact in facts], padding=(0, 2))

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, make_config
+from eepo_fast.config.checks import COLDEST_OF_VLLM
 from eepo_fast.config.files import merge, read_override
-from eepo_fast.config.schema import COLDEST_OF_VLLM, without_unread
+from eepo_fast.config.schema import without_unread
 from eepo_fast.data.problems import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts

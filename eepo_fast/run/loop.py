@@ -7,18 +7,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eepo_fast.algorithm import metrics
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import PeriodicEvaluation
-from eepo_fast.run.display import Display, Training
+from eepo_fast.run import log_files
+from eepo_fast.run.display import Display, Training, untaken_step
 from eepo_fast.run.signals import LeaveRequest
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.watchdog import Watchdog
 from eepo_fast.types import Interrupted, UserError
 
 ENDING = "ended.json"
+UNTAKEN_WARNED = 3  # forget steps in a row that did nothing, before it is said
 
 
 def write_ending(
@@ -67,6 +68,8 @@ class Loop:
     watchdog: Watchdog
     trackers: Trackers
     total: int
+    untaken: int = field(default=0, init=False)
+    """How many forget steps in a row were not taken, or taken back."""
 
     def run(self, show: Training) -> None:
         """Runs until `total` iterations are done. Raises Interrupted(signal's name) where it was told to leave; the
@@ -99,10 +102,11 @@ class Loop:
         if trainer.world.is_main:
             with one_line_errors(config.run_dir):
                 if config.log.rollouts:
-                    metrics.log_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
-                metrics.append_metrics(config.run_dir, row)
+                    log_files.log_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+                log_files.append_metrics(config.run_dir, row)
                 self.trackers.log(row, step)
         show.iteration(row)
+        self._warn_of_untaken_steps(row)
         if left:
             raise Interrupted
         if step == self.total:
@@ -112,6 +116,17 @@ class Loop:
             self._entering("checkpoint")
             self.meeting.report(self.writer.finish())
             self.writer.start(trainer.state, row)
+
+    def _warn_of_untaken_steps(self, row: dict[str, float]) -> None:
+        """Says, the third time running, that forgetting does nothing, and what to do."""
+        found = untaken_step(row)
+        self.untaken = self.untaken + 1 if found else 0
+        if found and self.untaken == UNTAKEN_WARNED:
+            why, remedy = found
+            self.meeting.display.warn(
+                f"iteration {row['step']}: forget step {why}, {UNTAKEN_WARNED} times running, and such an iteration is "
+                f"GRPO's at a higher price; {remedy}"
+            )
 
     def _progress(self, show: Training, done: int, asked: int) -> None:
         """Hears from an engine while it samples."""
@@ -140,7 +155,7 @@ class Loop:
         if world.gather(self.evaluation.is_owed(state.step, self.total))[0]:
             values = self._evaluate(show)
             if world.is_main:
-                metrics.add_to_last(self.trainer.config.run_dir, state.step, values)
+                log_files.add_to_last(self.trainer.config.run_dir, state.step, values)
                 self.trackers.log(values, state.step)
 
     def _save_and_leave(self) -> None:

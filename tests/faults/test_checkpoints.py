@@ -437,12 +437,12 @@ def test_the_last_evaluation_is_owed_by_a_run_that_is_done(make_run, go, outcome
 
 
 def test_a_disk_that_is_full_for_the_log_is_one_line(make_run, go, monkeypatch):
-    from eepo_fast.algorithm import metrics
+    from eepo_fast.run import log_files
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics, "append_metrics", full)
+    monkeypatch.setattr(log_files, "append_metrics", full)
     config = make_run()
     with pytest.raises(UserError, match=r"run folder .*: cannot be written: No space left on device; make room"):
         go(config)

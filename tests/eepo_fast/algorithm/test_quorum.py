@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from eepo_fast.algorithm.losses import PolicyTokens
-from eepo_fast.algorithm.metrics import log_rollouts
 from eepo_fast.algorithm.overlap import Ahead
 from eepo_fast.data.problems import completion_text
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, num_preemptible
+from eepo_fast.run.log_files import log_rollouts
 from eepo_fast.types import UserError, WeightsVersion
 
 OPEN = {"alpha": 9.0, "learning_rate": 0.05}

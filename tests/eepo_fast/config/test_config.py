@@ -160,7 +160,7 @@ def test_the_old_name_of_a_key_names_the_new(monkeypatch):
     monkeypatch.setitem(RENAMED, "eepo.eta", "eepo.learning_rate")
     assert complaint("eepo.eta=1") == "config key eepo.eta: is eepo.learning_rate now, found the old name; rename it"
     known = {f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields}
-    for section, (chooser, _, keys) in READ_WITH.items():
+    for section, chooser, _, keys in READ_WITH:
         assert {f"{section}.{key}" for key in (chooser, *keys)} <= known
 
 

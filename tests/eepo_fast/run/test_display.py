@@ -6,7 +6,8 @@ import math
 import pytest
 from rich.console import Console
 
-from eepo_fast.run.display import BLOCKS, Display, LivePanel, sparkline
+from eepo_fast.run.display import BLOCKS, UNTAKEN, Display, LivePanel, sparkline, summary, untaken_step
+from eepo_fast.run.loop import Loop
 
 
 def make_row(step, metric_keys, eepo=True):
@@ -21,6 +22,37 @@ def make_row(step, metric_keys, eepo=True):
     if not eepo:
         row |= {key: math.nan for key in row if "stage2" in key or key.startswith("unlearn/")}
     return row
+
+
+def untaken_row(step, metric_keys, key):
+    """An iteration whose forget step did nothing, for this reason."""
+    flags = {name: float(name == key) for name, *_ in UNTAKEN} | {"unlearn/applied": 0.0, "unlearn/retention": math.nan}
+    return make_row(step, metric_keys) | flags | {"unlearn/skipped": float(key != "unlearn/resampled")}
+
+
+@pytest.mark.parametrize("key, why, remedy", UNTAKEN)
+def test_a_forget_step_that_did_nothing_is_said_at_once(metric_keys, key, why, remedy):
+    """In the line, in the panel, and as a warning when it happens three times running."""
+    row = untaken_row(1, metric_keys, key)
+    assert untaken_step(row) == (why, remedy) and f"step {why}" in summary(row)
+    panel = LivePanel(make_display(200), "my-run", 0, 40)
+    panel.iteration(row)
+    assert f"forget step {why}" in rendered(panel)
+    said = []
+    loop = Loop(*[None] * 7)
+    loop.meeting = type("Meeting", (), {"display": type("Display", (), {"warn": staticmethod(said.append)})})
+    taken = make_row(3, metric_keys) | {"unlearn/applied": 1.0}
+    for row in [*[untaken_row(i, metric_keys, key) for i in (1, 2)], taken, make_row(4, metric_keys, eepo=False)]:
+        loop._warn_of_untaken_steps(row)
+    assert said == [], "not three running"
+    for i in range(5, 11):
+        loop._warn_of_untaken_steps(untaken_row(i, metric_keys, key))
+    assert len(said) == 1 and "iteration 7: forget step " + why in said[0] and remedy in said[0]
+
+
+def test_a_forget_step_that_was_taken_is_not_complained_of(metric_keys):
+    for row in (make_row(1, metric_keys) | {"unlearn/applied": 1.0}, make_row(1, metric_keys, eepo=False), {}):
+        assert untaken_step(row) is None
 
 
 class Screen(io.StringIO):

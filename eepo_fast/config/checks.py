@@ -1,0 +1,158 @@
+"""Checks what no key's own type can: keys that have to fit each other, in one line each for a user."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eepo_fast.config.schema import Config
+
+COLDEST_OF_VLLM = 0.01  # it samples at this temperature where less is asked for
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check(config: "Config") -> None:
+    """Raises a ValueError for keys that do not fit each other."""
+    _require(
+        re.fullmatch(r"[\w.+=@-]{1,150}", config.run.name) is not None and config.run.name not in (".", ".."),
+        f"run.name: expected a folder name of letters, digits and . _ - + = @, found {config.run.name[:200]!r}",
+    )
+    _require("\0" not in config.run.root, "run.root: expected a path, found a NUL character in it")
+    _require(
+        config.rollout.top_p == 1.0,
+        f"rollout.top_p: expected 1, found {config.rollout.top_p}: cutting the tail of the distribution biases the "
+        "probability ratio; remove the key",
+    )
+    _require(config.rollout.group_size >= 2, "rollout.group_size: expected at least 2, found 1: a group needs peers")
+    coldest = {"rollout.temperature": config.rollout.temperature, "aepo.temperature_low": config.aepo.temperature_low}
+    for key, value in coldest.items():
+        _require(
+            config.rollout.engine == "hf" or value >= COLDEST_OF_VLLM,
+            f"{key}: expected at least {COLDEST_OF_VLLM} with rollout.engine=vllm, found {value}: "
+            f"vLLM samples at {COLDEST_OF_VLLM} where less is asked for",
+        )
+    _check_engines(config)
+    _require(
+        config.rollout.group_size % 2 == 0 or not config.eepo.enabled,
+        f"rollout.group_size: expected an even number, found {config.rollout.group_size}: EEPO samples it in two "
+        "halves; add or drop one, or set eepo.enabled=false",
+    )
+    _check_eepo(config)
+    _check_aepo(config)
+    _check_evaluation(config)
+    whole, part = config.train.prompts_per_iteration, config.train.prompts_per_update
+    _require(
+        whole % part == 0,
+        f"train.prompts_per_update: expected a divisor of train.prompts_per_iteration ({whole}), found {part}",
+    )
+
+
+def _check_eepo(config: "Config") -> None:
+    eepo = config.eepo
+    _require(
+        eepo.quorum == 1 or eepo.reduction == "batch_mean",
+        "eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found "
+        f"{eepo.quorum}: a prompt's own step would depend on how many of its completions have ended",
+    )
+    _require(
+        eepo.prob_floor < 1 - eepo.prob_ceiling_gap,
+        "eepo.prob_floor: expected below 1 - eepo.prob_ceiling_gap, found "
+        f"{eepo.prob_floor} and {eepo.prob_ceiling_gap}",
+    )
+    _require(
+        eepo.step == "fixed" or eepo.target_kl < eepo.max_kl,
+        f"eepo.target_kl: expected below eepo.max_kl ({eepo.max_kl}), above which a step is taken back, found "
+        f"{eepo.target_kl}",
+    )
+    _require(
+        eepo.direction != "temperature" or (eepo.num_steps == 1 and eepo.quorum == 1),
+        "eepo.direction: expected gradient or random with eepo.num_steps above 1 or eepo.quorum below 1, found "
+        "temperature: it takes no step, and nothing goes on under another temperature",
+    )
+
+
+def _check_evaluation(config: "Config") -> None:
+    evaluation = config.evaluation
+    _require(
+        bool(evaluation.data) or not evaluation.every,
+        "evaluation.data: expected at least one NAME: FILE with evaluation.every, found none",
+    )
+    _require(
+        evaluation.samples == 0 or max(evaluation.k) <= evaluation.samples,
+        f"evaluation.k: expected at most evaluation.num_samples ({evaluation.samples}), found {max(evaluation.k)}",
+    )
+    _check_best(config)
+    for name in evaluation.data:
+        _require(
+            re.fullmatch(r"[\w-]{1,100}", name) is not None and name != "average",
+            f"evaluation.data: expected names of letters, digits, _ and -, and not `average`, found {name[:100]!r}",
+        )
+
+
+def _check_best(config: "Config") -> None:
+    evaluation, best = config.evaluation, config.checkpoint.best
+    metrics = ["greedy", *(f"pass@{k}" for k in evaluation.k if evaluation.samples)]
+    known = [f"eval/{name}/{metric}" for name in evaluation.data for metric in metrics] if evaluation.every else []
+    _require(
+        not best or best in known,
+        f"checkpoint.best: expected {' or '.join(known[:8]) or 'evaluation.data and evaluation.every with it'}, "
+        f"found {best[:100]!r}",
+    )
+    _require(
+        not best or config.checkpoint.every > 0,
+        "checkpoint.every: expected more than 0 with checkpoint.best, found 0: there would be nothing to choose",
+    )
+
+
+def _check_aepo(config: "Config") -> None:
+    aepo, temperature = config.aepo, config.rollout.temperature
+    _require(
+        temperature == 1 or not aepo.enabled,
+        f"rollout.temperature: expected 1 with aepo.enabled, found {temperature}: AEPO sets its own temperatures "
+        "beside it; set rollout.temperature=1",
+    )
+    _require(
+        aepo.temperature_low < aepo.temperature_high,
+        f"aepo.temperature_low: expected below aepo.temperature_high ({aepo.temperature_high}), found "
+        f"{aepo.temperature_low}",
+    )
+
+
+def _check_engines(config: "Config") -> None:
+    train, rollout, sharded = config.train, config.rollout, config.train.engine == "deepspeed"
+    _require(
+        rollout.tensor_parallel == 1 or sharded,
+        f"rollout.tensor_parallel: expected 1, found {rollout.tensor_parallel}: more needs train.engine=deepspeed",
+    )
+    if not sharded:
+        return
+    _require(
+        config.model.dtype != "float16",
+        "model.dtype: expected bfloat16 or float32 with train.engine=deepspeed, found float16",
+    )
+    _require(
+        config.model.dtype == "float32" or train.zero_stage == 0 or rollout.dtype == config.model.dtype,
+        f"rollout.dtype: expected model.dtype ({config.model.dtype}) with train.engine=deepspeed, found "
+        f"{rollout.dtype}: the engine is given the weights that the policy computes with",
+    )
+    _require(
+        not train.offload_parameters or train.zero_stage == 3,
+        f"train.offload_parameters: expected train.zero_stage 3, found {train.zero_stage}",
+    )
+    _require(
+        not train.offload_optimizer or train.zero_stage > 0,
+        "train.offload_optimizer: expected train.zero_stage 1, 2 or 3, found 0",
+    )
+    _require(
+        config.eepo.num_steps == 1,
+        f"eepo.num_steps: expected 1 with train.engine=deepspeed, found {config.eepo.num_steps}: later steps need "
+        "gradients at forgetful weights, which no rank holds whole; use train.engine=torch",
+    )
+    _require(
+        config.eepo.direction != "random",
+        "eepo.direction: expected gradient or temperature with train.engine=deepspeed, found random: a control for one "
+        "device; use train.engine=torch",
+    )
