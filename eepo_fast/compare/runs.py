@@ -1,0 +1,126 @@
+"""Carries a plan out: every run a process of its own, which goes on where it stopped; its numbers are kept in one file.
+
+    OUT/runs/METHOD-SEED/              the run's folder, without its checkpoints once it is finished
+    OUT/runs/METHOD-SEED.log           what it printed
+    OUT/results/METHOD-SEED.json       its numbers: with them a run is done, whatever becomes of its folder
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from eepo_fast.compare.numbers import Result
+from eepo_fast.compare.plan import Plan, run_config, settings_digest
+from eepo_fast.config import Config
+from eepo_fast.types import UserError
+
+Job = tuple[str, int]
+"""(method, seed)."""
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """Returns all runs, seed by seed, so that there are pairs as early as possible."""
+    return [(name, seed) for seed in plan.seeds for name in plan.methods]
+
+
+def result_file(out: Path, job: Job) -> Path:
+    return out / "results" / f"{job[0]}-{job[1]}.json"
+
+
+def is_done(plan: Plan, out: Path, job: Job) -> bool:
+    """Returns whether a run's numbers are there; UserError where they are of other settings than the plan's."""
+    path = result_file(out, job)
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    if found != settings_digest(run_config(plan, *job, out)[0]):
+        raise UserError(
+            f"{path}: its run had other settings than the plan has now; put them back, remove the file to run it again, "
+            "or give another --out"
+        )
+    return True
+
+
+def command(plan: Plan, out: Path, job: Job) -> list[str]:
+    """Returns the command of a run; it starts it, or goes on with it."""
+    return ["eepo-fast", "train", *run_config(plan, *job, out)[1], "--resume"]
+
+
+def run_all(plan: Plan, out: Path, num_jobs: int, say: Callable[[str], Any]) -> None:
+    """Does the runs that are not done, `num_jobs` at a time; UserError where some failed, after all others."""
+    todo = [job for job in jobs(plan) if not is_done(plan, out, job)]
+    say(f"{len(todo)} of {len(jobs(plan))} runs to do, {num_jobs} at a time")
+    failed = []
+
+    def do(job: Job) -> None:
+        started = time.perf_counter()
+        error = _run(plan, out, job, num_jobs)
+        if error is None:
+            say(f"{job[0]}, seed {job[1]}: {time.perf_counter() - started:.0f} s")
+        else:
+            failed.append(job)
+            say(f"{job[0]}, seed {job[1]}: failed: {error}")
+
+    pool = ThreadPoolExecutor(num_jobs)
+    try:
+        list(pool.map(do, todo))
+    finally:  # what a Ctrl-C has not reached yet is not begun; what runs has got it too, and saves
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        names = ", ".join(f"{name}-{seed}" for name, seed in failed)
+        raise UserError(f"{len(failed)} runs failed: {names}; their logs are in {out / 'runs'}; a second call goes on")
+
+
+def _run(plan: Plan, out: Path, job: Job, num_jobs: int) -> str | None:
+    """Does a run and keeps its numbers; returns what went wrong."""
+    config = run_config(plan, *job, out)[0]
+    log = config.run_dir.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if num_jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_jobs)))
+    with log.open("a", encoding="utf-8") as file:
+        process = [sys.executable, "-m", "eepo_fast.cli", *command(plan, out, job)[1:]]
+        code = subprocess.run(process, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"exit code {code}: {lines[-1] if lines else 'nothing was printed'}"
+    content = read_run(config, plan)
+    path = result_file(out, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    if not plan.keep_checkpoints:
+        shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
+    return None
+
+
+def read_run(config: Config, plan: Plan) -> Result:
+    """Returns the numbers of a finished run: every metric of every iteration, and what the plan asks of its samples."""
+    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{key: _rounded(value) for key, value in json.loads(line).items()} for line in lines]
+    for measure in plan.all_measures().values():
+        for row in rows if measure.set else ():
+            samples = config.run_dir / "evaluations" / f"step_{row['step']:06d}" / f"{measure.set}.jsonl"
+            if samples.is_file():
+                row[measure.key] = _share(samples, measure.begins_with)
+    return {"settings": settings_digest(config), "seed": config.run.seed, "rows": rows}
+
+
+def _share(samples: Path, beginning: str) -> float | None:
+    """Returns the share of a set's samples, greedy ones apart, that begin with a text."""
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    found = [row["completion"].lstrip().startswith(beginning) for row in rows if row["sample"] is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
