@@ -27,8 +27,7 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
         return tokens[position - 1] if position <= len(tokens) else ""
 
     def atom() -> int:
-        token = take()
-        if token == "(":
+        if (token := take()) == "(":
             value = total()
             if take() != ")":
                 raise ValueError

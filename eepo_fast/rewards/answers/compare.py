@@ -171,8 +171,7 @@ def _ordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
         return False
     result: bool | None = True
     for gold, answer in zip(golds, answers, strict=True):
-        one = compare(gold, answer, ask)
-        if one is False:
+        if (one := compare(gold, answer, ask)) is False:
             return False
         result = None if one is None else result
     return result
@@ -262,8 +261,7 @@ def _compare_both(gold_relation, answer_relation, ask: Ask) -> bool | None:
             return compare(golds[-1], answers[-1], ask)
         first, second = as_interval(golds, gold_signs), as_interval(answers, answer_signs)
         return compare(first, second, ask) if first and second else False
-    same_left = golds[0] == answers[0]
-    if same_left or len(golds) > 2:
+    if golds[0] == answers[0] or len(golds) > 2:
         result = _ordered(golds, answers, ask)
         if result or len(golds) > 2 or NAME.fullmatch(golds[0]):
             return result

@@ -113,15 +113,12 @@ def _word(text: str) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    found = re.findall(r"[a-z0-9.]+", " ".join(TEXT.findall(text)).lower() if "\\text" in text else text.lower())
-    return [word.rstrip(".") if word not in ("a.m.", "p.m.") else word for word in found]
-
-
-def _singular(word: str) -> str:
-    return word.removesuffix("s") if len(word) > 4 else word
+    """Returns the words without articles, in the singular."""
+    found = re.findall(r"[a-z0-9.]+", (" ".join(TEXT.findall(text)) if "\\text" in text else text).lower())
+    words = [word if word in ("a.m.", "p.m.") else word.rstrip(".") for word in found]
+    return [word.removesuffix("s") if len(word) > 4 else word for word in words if word not in ("the", "a", "an")]
 
 
 def _same_text(gold: str, answer: str) -> bool:
-    articles = ("the", "a", "an")
-    golds, answers = ([_singular(w) for w in _words(text) if w not in articles] for text in (gold, answer))
+    golds, answers = _words(gold), _words(answer)
     return "".join(golds) == "".join(answers) and bool(golds)

@@ -65,20 +65,15 @@ class NotMathematicsError(Exception):
 def ask(question: str, gold: str, answer: str) -> bool:
     """Answers what `compare` asks of a worker; NotMathematicsError for a gold that cannot be parsed."""
     gold_expression = parse_latex(gold)
-    unfinished = _unfinished(answer) - _unfinished(gold)
     try:
         answer_expression = parse_latex(answer)
     except NotMathematicsError:
         return False
-    if unfinished:
+    if UNFINISHED.intersection(COMMAND.findall(answer)).difference(COMMAND.findall(gold)):
         return False
     if question != "equal":
         return _proportional(gold_expression, answer_expression, question == "positively_proportional")
     return equal(gold_expression, answer_expression, read_number(gold), read_number(answer))
-
-
-def _unfinished(text: str) -> frozenset[str]:
-    return UNFINISHED.intersection(COMMAND.findall(text))
 
 
 @lru_cache(maxsize=512)
