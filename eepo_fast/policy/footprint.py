@@ -8,8 +8,6 @@ Sizes in the formulas: D hidden, I intermediate, A of all query heads, K of all 
 give the bytes of one token unless said.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +17,8 @@ BUCKET_ELEMENTS = 64 << 20
 """Elements that the unlearning pass sends to their owners at once (shards.py)."""
 CHUNK_BYTES = {"cuda": 3 << 30, "cpu": 128 << 20}
 """The fused head's chunk, as its own default has it."""
-KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+KEYS = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Shape:
     """Queries and keys have a norm of their own, as Qwen3's."""
 
     @classmethod
-    def of(cls, known: dict[str, Any]) -> Shape | None:
+    def of(cls, known: dict[str, Any]) -> "Shape | None":
         """Reads what a model's config.json has; None where it does not say enough."""
         if not all(isinstance(known.get(name), int) for name in KEYS):
             return None
