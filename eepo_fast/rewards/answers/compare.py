@@ -37,6 +37,7 @@ VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9
 COORDINATE = re.compile(r"[xyz]|[A-Z]{2,5}")
 WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
+ARITHMETIC = re.compile(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b")
 FOR_ALL = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|\\forall ?)[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
 MEMBER = re.compile(r"^[A-Za-z]\\in ?(?=\\\{)")
 
@@ -243,9 +244,7 @@ def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool 
     if not result and "\\approx" in signs and (number := read_number(gold)) and number.ulp:
         result = compare(gold, sides[-1], ask)
     for side in exact[:-1]:
-        if result is not False and not re.search(
-            r"[A-Za-z]", re.sub(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b", "", side)
-        ):
+        if result is not False and not re.search(r"[A-Za-z]", ARITHMETIC.sub("", side)):
             holds = compare(exact[-1], side, ask)
             result = holds if not holds else result
     return result

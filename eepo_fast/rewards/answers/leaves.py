@@ -53,12 +53,8 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if percents[1] and not percents[0] and not read_number(gold):
         return False  # \\sqrt{2} percent
     if "\\pmod" in gold or "\\pmod" in answer:
-        parts = gold.split("\\pmod"), answer.split("\\pmod")
-        return (
-            len(parts[0]) == len(parts[1])
-            and parts[0][1:] == parts[1][1:]
-            and compare_leaves(parts[0][0], parts[1][0], ask)
-        )
+        golds, answers = gold.split("\\pmod"), answer.split("\\pmod")
+        return golds[1:] == answers[1:] and compare_leaves(golds[0], answers[0], ask)
     if ":" in gold or ":" in answer:
         golds, answers = gold.split(":"), answer.split(":")
         if CLOCK.search(gold_unit + answer_unit):  # 9 a.m. is 9:00 a.m.

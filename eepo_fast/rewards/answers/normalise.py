@@ -155,9 +155,8 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
     text = text.replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
-    return _spaces(
-        re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
-    ).replace(NEW_ROW, "\\\\")
+    text = re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
+    return _spaces(text).replace(NEW_ROW, "\\\\")
 
 
 def _small_commands(text: str) -> str:
@@ -168,9 +167,8 @@ def _small_commands(text: str) -> str:
     text = re.sub(r"\\text\s*\{\s*\^\\circ\s*\}|\{\}\s*\^\s*\{?\\circ\s*\}?", r"^\\circ ", text)
     text = re.sub(r"(?<=[0-9])\s*\\deg\s*$", r"^\\circ ", DEGREES_ABOVE.sub(r"\\frac{\1}{\2}^\\circ ", text))
     text = re.sub(r"^\(([0-9A-F]+)\)\s*_", r"\1_", re.sub(r"_\s*\{\s*\(([0-9]{1,2})\)\s*\}", r"_{\1}", text))
-    text = re.sub(
-        r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
-    )
+    text = LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", text)
     return text.replace("\\equiv", "=") if "mod" not in text else text
 
 
