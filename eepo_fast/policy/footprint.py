@@ -102,8 +102,7 @@ def recomputed_bytes(shape: Shape, tokens: int, itemsize: int) -> float:
     """Returns what checkpointing takes while a layer is computed again: that layer, three gradients of SwiGLU's size
     and two of its input's, a weight's in two dtypes, and the head's, where the embedding's is added to it."""
     d, i = shape.hidden_size, shape.intermediate_size
-    width = 4 if itemsize == 4 else 2
-    moving = 3 * width * i + 8 * d
+    moving = 3 * (4 if itemsize == 4 else 2) * i + 8 * d
     head = (2 if itemsize == 2 else 4) * shape.vocab_size * d if shape.tie_word_embeddings else 0
     return tokens * (layer_bytes(shape, itemsize) + moving) + 6 * i * d + head
 
