@@ -1,7 +1,5 @@
 """Runs the command line. A user's mistake ends in one line on stderr and exit code 2."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -24,11 +22,10 @@ PROFILE_EXAMPLE = "example: eepo-fast profile configs/demo.yaml --iterations 2 -
 DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
 
 
-def _load_config(args: argparse.Namespace) -> Config:
+def _load_config(args: argparse.Namespace) -> "Config":
     from eepo_fast.config import load_config
 
-    files = [a for a in args.config if "=" not in a]
-    if not files:
+    if not (files := [a for a in args.config if "=" not in a]):
         raise UserError(f"{args.command}: expected a YAML config file, found none; see configs/ for examples")
     main_rank = os.environ.get("RANK", "0") == "0"
     say = (lambda line: print(f"eepo-fast: {line}", file=sys.stderr)) if main_rank else None
@@ -67,12 +64,8 @@ def _dry_run(args: argparse.Namespace) -> int:
     check_engine_memory(config, machine.memory_gib, on_gpu=not machine.measured)
     plan, lines = batch_plan(config), estimate(config, machine)
     print(dump_config(config))
-    print(
-        "\n".join(
-            f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}"
-            for name, value in plan.items()
-        )
-    )
+    for name, value in plan.items():
+        print(f"{name + ':':<46}{value:>12,}" if isinstance(value, int) else f"{name + ':':<46}{value:>12}")
     print("\n".join(lines))
     return 0
 
@@ -94,8 +87,7 @@ def _eval(args: argparse.Namespace) -> int:
         if overrides:
             raise UserError(f"eval: --completions takes no overrides, found {overrides[0]!r}; --mode sets grading")
         of_sampling = {"--num-samples": args.n, "--temperature": args.temperature, "--seed": args.seed}
-        found = next((name for name, value in of_sampling.items() if value is not None), None)
-        if found:
+        if found := next((name for name, value in of_sampling.items() if value is not None), None):
             raise UserError(f"eval: --completions are sampled already: expected no {found}; remove it")
         evaluate_completions(Path(args.completions), options, args.mode or "strict", Display())
         return 0
@@ -224,14 +216,8 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of data, rollout, reward and model")
     evaluate.add_argument("--model", help="a run's folder, a checkpoint's, or anything that model.path may be")
     evaluate.add_argument("--completions", help="in place of --model: JSON Lines of id and response")
-    evaluate.add_argument(
-        "--data",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="NAME=FILE",
-        help="JSON Lines, a prepared hub name, or arithmetic",
-    )
+    sets = "JSON Lines, a prepared hub name, or arithmetic"
+    evaluate.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE", help=sets)
     evaluate.add_argument("--k", default="1", help="pass@k, such as 1,8; 1 alone: greedy only")
     evaluate.add_argument(
         "--num-samples", "--n", dest="n", type=int, help="a problem; default the largest k; torchrun takes no --n"
@@ -263,7 +249,15 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; runs that differ in seed alone are one")
     report.add_argument("--out", help="folder of index.html; default with one run: RUN/report")
     report.set_defaults(run=_report)
-    _add_profile(commands)
+    profile = commands.add_parser(
+        "profile", help="trace a few iterations: where time and memory go", epilog=PROFILE_EXAMPLE
+    )
+    profile.add_argument("config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="as for train")
+    profile.add_argument("--iterations", type=int, default=2, help="how many are traced")
+    profile.add_argument("--skip", type=int, default=1, help="how many before them, to warm up")
+    profile.add_argument("--out", default="profile", help="folder of the traces, one a rank")
+    profile.add_argument("--nsys", action="store_true", help="under Nsight Systems: mark the window, trace nothing")
+    profile.set_defaults(run=_profile)
     demo = commands.add_parser("demo", help="GRPO against EEPO on a tiny model, in minutes", epilog=DEMO_EXAMPLE)
     demo.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling; the base model is the same")
     demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")
@@ -286,18 +280,6 @@ def _add_checkpoint(commands) -> None:
         kind.set_defaults(run=_checkpoint)
     kind.add_argument("--out", required=True, help="the folder to write")
     kind.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the run computed in")
-
-
-def _add_profile(commands) -> None:
-    profile = commands.add_parser(
-        "profile", help="trace a few iterations: where time and memory go", epilog=PROFILE_EXAMPLE
-    )
-    profile.add_argument("config", nargs="+", metavar="CONFIG.yaml | key.sub=value", help="as for train")
-    profile.add_argument("--iterations", type=int, default=2, help="how many are traced")
-    profile.add_argument("--skip", type=int, default=1, help="how many before them, to warm up")
-    profile.add_argument("--out", default="profile", help="folder of the traces, one a rank")
-    profile.add_argument("--nsys", action="store_true", help="under Nsight Systems: mark the window, trace nothing")
-    profile.set_defaults(run=_profile)
 
 
 def _left(name: str) -> int:

@@ -4,8 +4,6 @@ Values on the CPU go over gloo, whatever the devices: they are few, and a rank t
 time limit of a device's collective.
 """
 
-from __future__ import annotations
-
 import heapq
 import logging
 import os
@@ -79,7 +77,7 @@ class World:
             error = found
         self.check(error)
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> "World":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

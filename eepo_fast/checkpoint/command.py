@@ -17,8 +17,7 @@ from eepo_fast.types import UserError
 def find_checkpoints(path: Path) -> list[Path]:
     """Returns a run's checkpoints, oldest first, or the one that `path` is; UserError where there is none."""
     if checkpoint_root(path).is_dir():
-        found = folders(path)
-        if not found:
+        if not (found := folders(path)):
             raise UserError(f"checkpoint: {path} holds no checkpoint yet")
         return found
     if (path / MANIFEST).is_file() or (path / "state.json").is_file():
@@ -57,10 +56,8 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console
             console.print(line, style="yellow", markup=False)
         assert newest is not None  # there is one: find_checkpoints would have said so
         folder = newest
-    else:
-        complaint = verify(folder)
-        if complaint is not None:
-            raise UserError(f"checkpoint {folder} is damaged: {complaint}")
+    elif complaint := verify(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {complaint}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected an empty or new folder, found {out}; choose another")
     import torch

@@ -54,8 +54,7 @@ def prune(run_dir: Path, keep: int, best: str) -> None:
     found = folders(run_dir)
     kept = set(found[-keep:])
     scores = _scores(run_dir, best) if best else {}
-    known = [folder for folder in found if step_of(folder) in scores]
-    if known:
+    if known := [folder for folder in found if step_of(folder) in scores]:
         kept.add(max(known, key=lambda folder: scores[step_of(folder)]))
     for folder in found:
         if folder not in kept:
@@ -77,8 +76,7 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     where there is no checkpoint. UserError where all of them are damaged."""
     complaints: list[str] = []
     for folder in reversed(folders(run_dir)):
-        complaint = verify(folder)
-        if complaint is None:
+        if (complaint := verify(folder)) is None:
             return folder, complaints
         complaints.append(f"checkpoint {folder} is damaged and not used: {complaint}")
     if complaints:
@@ -111,8 +109,7 @@ def _verify(folder: Path) -> str | None:
     for path in [folder, *folder.rglob("*")]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             return f"{path.name} is a link or a special file"
-    found = {str(p.relative_to(folder)) for p in files(folder)} - {MANIFEST}
-    if found != set(manifest):
+    if (found := {str(p.relative_to(folder)) for p in files(folder)} - {MANIFEST}) != set(manifest):
         return f"files differ from the manifest: {', '.join(sorted(found ^ set(manifest)))}"
     for name, digest in manifest.items():
         if sha256(folder / name) != digest:
@@ -130,8 +127,7 @@ def commit(final: Path, digests: Mapping[str, str]) -> None:
     """Makes the temporary folder the checkpoint. digests: sha256 of all its files, which are on disk already. OSError
     where they are not in it."""
     temporary = temporary_of(final)
-    absent = sorted(set(digests) - {str(p.relative_to(temporary)) for p in files(temporary)})
-    if absent:
+    if absent := sorted(set(digests) - {str(p.relative_to(temporary)) for p in files(temporary)}):
         raise OSError(f"{absent[0]} is not in it; run.root must be one folder for all ranks")
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps(dict(sorted(digests.items())), indent=1), encoding="utf-8")

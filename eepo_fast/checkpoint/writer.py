@@ -64,8 +64,7 @@ class CheckpointWriter:
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
         model = {name: copied(tensor) for name, tensor in self.policy.masters() if name in mine}
-        optimizer = {k: copied(v) for k, v in self.policy.moments() if k.partition(".")[2] in mine}
-        return model, optimizer
+        return model, {k: copied(v) for k, v in self.policy.moments() if k.partition(".")[2] in mine}
 
     def _write(self, final: Path, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]) -> None:
         try:
@@ -124,8 +123,7 @@ class CheckpointWriter:
                 complaint = self._commit(final, {k: v for p in everyone if isinstance(p, dict) for k, v in p.items()})
             if complaint is not None:
                 shutil.rmtree(temporary_of(final), ignore_errors=True)
-        complaint = self.world.gather(complaint)[0]
-        if complaint is None:
+        if (complaint := self.world.gather(complaint)[0]) is None:
             self.saved_step = step
             return None
         return f"checkpoint {final} could not be written: {complaint}; the older ones are whole"
@@ -159,8 +157,7 @@ class CheckpointWriter:
     def save(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> Path:
         """Starts and finishes a checkpoint, and returns its folder; UserError, on all ranks, where that fails."""
         self.start(state, evaluation)
-        complaint = self.finish()
-        if complaint is not None:
+        if (complaint := self.finish()) is not None:
             raise UserError(f"{complaint}; make room under {checkpoint_root(self.config.run_dir)}", shared=True)
         return folder_of(self.config.run_dir, state.step)
 
@@ -170,7 +167,7 @@ def _weight_map(shards: Sequence[Path]) -> dict[str, Any]:
     places: dict[str, str] = {}
     for path in shards:
         with safe_open(path, framework="pt") as file:
-            places |= {name: path.name for name in file.keys()}  # noqa: SIM118
+            places |= dict.fromkeys(file.keys(), path.name)
     total = sum(path.stat().st_size for path in shards)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 

@@ -11,7 +11,9 @@ from eepo_fast.compare.runs import command, is_done, jobs, run_all
 from eepo_fast.types import UserError
 
 
-def compare(path: Path, out: Path, *, num_jobs: int, only_print: bool, only_page: bool, say: Callable[[str], Any]) -> Path:
+def compare(
+    path: Path, out: Path, *, num_jobs: int, only_print: bool, only_page: bool, say: Callable[[str], Any]
+) -> Path:
     """Declares the plan, does the runs that are missing, and writes the page; returns the page's path.
 
     only_print: says the commands of the missing runs, one a line, and does none: for a cluster. only_page: draws from

@@ -175,7 +175,9 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
         parts += [section.text] if section.text else []
         if section.rows:
             lines = [section.header, ["---", *["---:"] * (len(section.header) - 1)], *section.rows]
-            parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
+            parts.append(
+                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            )
         parts += [f"![{section.title}]({section.picture})"] if section.picture else []
     return "\n\n".join(parts) + "\n"
 

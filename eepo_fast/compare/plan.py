@@ -137,7 +137,10 @@ def _check(plan: Plan, where: str) -> None:
     twice = next((s for i, s in enumerate(plan.seeds) if s in plan.seeds[:i]), None)
     require(twice is None, f"seeds: {twice} is given twice: a pair would count double; give different ones")
     for name in plan.methods:
-        require(name.replace("_", "a").replace("-", "a").isalnum(), f"methods: expected letters, digits, _ and - in {name!r}")
+        require(
+            name.replace("_", "a").replace("-", "a").isalnum(),
+            f"methods: expected letters, digits, _ and - in {name!r}",
+        )
     measures = plan.all_measures()
     for label, measure in measures.items():
         require(

@@ -1,8 +1,8 @@
 """Carries a plan out: every run a process of its own, which goes on where it stopped; its numbers are kept in one file.
 
-    OUT/runs/METHOD-SEED/              the run's folder, without its checkpoints once it is finished
-    OUT/runs/METHOD-SEED.log           what it printed
-    OUT/results/METHOD-SEED.json       its numbers: with them a run is done, whatever becomes of its folder
+OUT/runs/METHOD-SEED/              the run's folder, without its checkpoints once it is finished
+OUT/runs/METHOD-SEED.log           what it printed
+OUT/results/METHOD-SEED.json       its numbers: with them a run is done, whatever becomes of its folder
 """
 
 import json

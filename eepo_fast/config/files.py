@@ -43,8 +43,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        loader = _Loader(text)
-        return loader.get_single_data()
+        return _Loader(text).get_single_data()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
@@ -61,9 +60,8 @@ def _read_file(path: str) -> dict[str, Any]:
         raise UserError(f"config file {path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"config file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    values = _parse_yaml(text, f"config file {path}")
-    if values is None:
-        values = {}
+    if (values := _parse_yaml(text, f"config file {path}")) is None:
+        return {}
     if not isinstance(values, dict):
         raise UserError(
             f"config file {path}: expected sections like `run:` and `model:`, found a {type(values).__name__}"
@@ -102,9 +100,7 @@ def _describe(error: ValidationError, *place: str) -> str:
         known += [f"{s}.{k}" for s in Config.model_fields for k in _class_of(s).model_fields]
         # a key's own name says more than its section: compare both ways
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not near:
-            leaf = key.rsplit(".", 1)[-1]
-            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+        near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
         section = f"{key.partition('.')[0]}." if "." in key else ""
         beside = sorted({k.removeprefix(section).partition(".")[0] for k in known if k.startswith(section)})
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(beside)}"
@@ -114,8 +110,7 @@ def _describe(error: ValidationError, *place: str) -> str:
         return f"config key {key}: missing; give it in the YAML file or as {key}=VALUE"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    expected = first["msg"].replace("Input should be ", "expected ")
-    return f"config key {key}: {expected}, found {first['input']!r}"
+    return f"config key {key}: {first['msg'].replace('Input should be ', 'expected ')}, found {first['input']!r}"
 
 
 def _class_of(section: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -83,7 +84,7 @@ def train_base(
     """Returns (model, tokenizer) after `steps` AdamW steps on random problems of the training split with random
     answers. tasks: (numbers, max_number) that problems are drawn from in equal parts; by default the one of `data`."""
     settings = {**SETTINGS, **overrides}
-    tasks = tasks or [(data.numbers, data.max_number)]
+    steps, tasks = settings["steps"], tasks or [(data.numbers, data.max_number)]
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(settings["seed"])
@@ -101,7 +102,6 @@ def train_base(
         )
     rng = random.Random(settings["seed"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=0.01)
-    steps = settings["steps"]
     for step in range(steps):
         for group in optimizer.param_groups:
             warm, decay = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -117,12 +117,10 @@ def train_base(
     return model.eval(), tokenizer
 
 
-def _batch(
-    rng: random.Random, tasks: Sequence[tuple[int, int]], tokenizer, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(rng: random.Random, tasks: Sequence[tuple[int, int]], tokenizer, size: int) -> tuple[Tensor, Tensor]:
     """Returns input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
-    inputs: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
     while len(inputs) < size:
         numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]
         problem, answer = arithmetic_problem(rng, numbers, max_number)
@@ -132,7 +130,5 @@ def _batch(
         completion = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
         inputs.append(torch.tensor(prompt + completion))
         labels.append(torch.tensor([IGNORED] * len(prompt) + completion))
-    return (
-        pad_sequence(inputs, batch_first=True, padding_value=tokenizer.pad_token_id),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    )
+    input_ids = pad_sequence(inputs, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return input_ids, pad_sequence(labels, batch_first=True, padding_value=IGNORED)

@@ -173,8 +173,7 @@ def arithmetic_problem(rng: random.Random, count: int, max_number: int, max_targ
         numbers = [rng.randint(1, max_number) for _ in range(count)]
         answer, target, _ = random_expression(rng, numbers)
         if 0 <= target <= max_target:
-            given = ",".join(str(n) for n in sorted(numbers))
-            return f"{given}={target}:", answer
+            return f"{','.join(map(str, sorted(numbers)))}={target}:", answer
 
 
 def arithmetic_split(problem: str) -> str:
@@ -191,8 +190,7 @@ def arithmetic_problems(
     for _ in range(200 * size + 10_000):
         text, answer = arithmetic_problem(rng, count, max_number)
         if text not in problems and arithmetic_split(text) == split:
-            name = f"{ARITHMETIC}/{split}/{len(problems):06d}"
-            problems[text] = Problem(name, text, answer, ARITHMETIC)
+            problems[text] = Problem(f"{ARITHMETIC}/{split}/{len(problems):06d}", text, answer, ARITHMETIC)
             if len(problems) == size:
                 return list(problems.values())
     raise UserError(
@@ -244,8 +242,7 @@ def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) ->
     prompts = []
     for problem in problems:
         text = render(config.template, problem.problem, tokenizer)
-        token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        if not token_ids:
+        if not (token_ids := tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]):
             raise UserError(f"data.train: problem {problem.id} gives an empty prompt with template {config.template}")
         if len(token_ids) <= config.max_prompt_tokens:
             prompts.append(Prompt(problem, text, token_ids))
@@ -292,7 +289,6 @@ def prompt_indices(iteration: int, num_prompts: int, prompts_per_iteration: int,
 
     The result depends on the arguments alone, so that a resumed run needs no sampler state.
     """
-    per_epoch = num_prompts // prompts_per_iteration
-    epoch, position = divmod(iteration, per_epoch)
+    epoch, position = divmod(iteration, num_prompts // prompts_per_iteration)
     order = np.random.default_rng([seed, epoch]).permutation(num_prompts)
     return order[position * prompts_per_iteration : (position + 1) * prompts_per_iteration].tolist()

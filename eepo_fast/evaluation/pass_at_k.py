@@ -46,8 +46,7 @@ def scores(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, list[
             for k in dict.fromkeys(ks):  # a k given twice would count every problem twice
                 result.setdefault(f"pass@{k}", []).append(pass_at_k(len(sampled), num_right, k))
             if len(sampled) > 1:
-                different = len({row["completion"] for row in sampled})
-                result.setdefault("unique", []).append(different / len(sampled))
+                result.setdefault("unique", []).append(len({row["completion"] for row in sampled}) / len(sampled))
     return result
 
 

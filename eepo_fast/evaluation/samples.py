@@ -90,10 +90,9 @@ def _graded(sampler: Sampler, grader: Grader, prompts: Sequence[Prompt], num_sam
         rollouts, kinds = rollouts + sampled, kinds + [r.sample_index for r in sampled]
     world = sampler.world
     mine = rollouts[world.rank :: world.size]
+    graded = grader.grade([r.prompt.problem for r in mine], [r.completion for r in mine])
     grades: list = [None] * len(rollouts)
-    for rank, share in enumerate(
-        world.gather(grader.grade([r.prompt.problem for r in mine], [r.completion for r in mine]))
-    ):
+    for rank, share in enumerate(world.gather(graded)):
         grades[rank :: world.size] = share
     for rollout, kind, grade in zip(rollouts, kinds, grades, strict=True):
         yield {
@@ -117,9 +116,8 @@ def _resume(file: Path, prompts: Sequence[Prompt], num_samples: int) -> list[Row
             rows.append(json.loads(line))
         except ValueError:  # cut short when the evaluation was interrupted, perhaps inside a character
             continue
-    counts = Counter(row["id"] for row in rows)
-    whole = {p.id for p in prompts if counts[p.id] == 1 + num_samples}
-    rows = [row for row in rows if row["id"] in whole]
+    counts, wanted = Counter(row["id"] for row in rows), {p.id for p in prompts}
+    rows = [row for row in rows if row["id"] in wanted and counts[row["id"]] == 1 + num_samples]
     temporary = file.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     append_rows(temporary, rows)

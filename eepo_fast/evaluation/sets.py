@@ -45,8 +45,7 @@ def _find(name: str, spec: str) -> Path:
     path = Path(spec).expanduser()
     if path.is_file():
         return path
-    prepared = find_prepared(name, spec)
-    if prepared is None:
+    if (prepared := find_prepared(name, spec)) is None:
         raise UserError(
             f"evaluation data {name}: no file {spec}, and no prepared data of that name; give a JSON Lines file, or "
             f"run `eepo-fast data prepare {name}={spec}` for a hub data set"

@@ -4,7 +4,7 @@ and several evaluations side by side, a row each."""
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def cells(results: dict[str, Any], metric: str) -> list[dict[str, float] | None]:
     """Returns a metric on every set, then their average; None where a set has it not."""
-    columns = [part["metrics"].get(metric) for part in results["sets"].values()]
-    return [*columns, results["average"].get(metric)]
+    return [*(part["metrics"].get(metric) for part in results["sets"].values()), results["average"].get(metric)]
 
 
 def metrics_of(results: dict[str, Any]) -> list[str]:
@@ -62,31 +61,33 @@ def to_csv(results: dict[str, Any]) -> str:
     return out.getvalue()
 
 
+def percent(cell: dict[str, float] | None) -> str:
+    return "" if cell is None else f"{100 * cell['value']:.1f} ({100 * cell['low']:.1f} to {100 * cell['high']:.1f})"
+
+
+def _line(label: str, cells: Iterable[Any]) -> str:
+    return f"| {label} | {' | '.join(map(str, cells))} |"
+
+
 def to_markdown(results: dict[str, Any]) -> str:
     """Returns a table of percents with one decimal, each with its 95% interval."""
-    names = list(results["sets"])
-    lines = [
-        f"| {results['model']} | " + " | ".join([*names, "average"]) + " |",
-        "| --- |" + " ---: |" * (len(names) + 1),
-    ]
+    names = [*results["sets"], "average"]
+    lines = [_line(results["model"], names), "| --- |" + " ---: |" * len(names)]
     for metric in metrics_of(results):
-        row = [
-            "" if c is None else f"{100 * c['value']:.1f} ({100 * c['low']:.1f} to {100 * c['high']:.1f})"
-            for c in cells(results, metric)
-        ]
-        lines.append(f"| {NAMES.get(metric, metric)} | " + " | ".join(row) + " |")
+        lines.append(_line(NAMES.get(metric, metric), map(percent, cells(results, metric))))
     parts = list(results["sets"].values())
-    lines.append("| problems | " + " | ".join(str(p["num_problems"]) for p in parts) + " | |")
-    lines.append("| samples a problem | " + " | ".join(str(p["num_samples"]) for p in parts) + " | |")
+    rows: dict[str, list] = {
+        "problems": [p["num_problems"] for p in parts],
+        "samples a problem": [p["num_samples"] for p in parts],
+    }
     if any(p["length"] is not None for p in parts):
-        row = ["" if p["length"] is None else f"{p['length']:.0f}" for p in parts]
-        lines.append("| mean length of all completions, tokens | " + " | ".join(row) + " | |")
-        row = ["" if p["truncated_fraction"] is None else f"{100 * p['truncated_fraction']:.1f}" for p in parts]
-        lines.append("| cut off, of all completions | " + " | ".join(row) + " | |")
+        lengths = [(p["length"], p["truncated_fraction"]) for p in parts]
+        rows["mean length of all completions, tokens"] = ["" if n is None else f"{n:.0f}" for n, _ in lengths]
+        rows["cut off, of all completions"] = ["" if cut is None else f"{100 * cut:.1f}" for _, cut in lengths]
     for status in ("no_answer", "timeout", "too_large", "error"):
-        counts = [p["status"].get(status, 0) for p in parts]
-        if any(counts):
-            lines.append(f"| {status} | " + " | ".join(map(str, counts)) + " | |")
+        if any(counts := [p["status"].get(status, 0) for p in parts]):
+            rows[status] = counts
+    lines += [_line(label, row) + " |" for label, row in rows.items()]  # they have no average
     plain = {key: value for key, value in results["settings"].items() if not isinstance(value, dict | list)}
     settings = ", ".join(f"{key} {value}" for key, value in plain.items())
     return "\n".join([*lines, "", f"Percent, with 95% bootstrap intervals over problems. {settings}.", ""])
@@ -117,28 +118,20 @@ def join(folders: Sequence[Path], metric: str, form: str = "markdown") -> str:
         parts = [*(results["sets"][name]["metrics"][metric] for name in names), results["average"][metric]]
         label = model if models.count(model) == 1 else f"{model} ({folder})"
         rows.append([label, *(cell["value"] for cell in parts)])
-    return FORMS[form](metric, [*names, "average"], rows)
+    return _write(form, metric, [*names, "average"], rows)
 
 
-def _as_json(metric: str, columns: list[str], rows: list[list]) -> str:
-    content = [{"model": label, metric: dict(zip(columns, values, strict=True))} for label, *values in rows]
-    return json.dumps(content, indent=1)
-
-
-def _as_csv(metric: str, columns: list[str], rows: list[list]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([[metric, *columns], *rows])
-    return out.getvalue().rstrip()
-
-
-def _as_markdown(metric: str, columns: list[str], rows: list[list]) -> str:
-    lines = [f"| {NAMES.get(metric, metric)}, percent | " + " | ".join(columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
-    lines += [f"| {label} | " + " | ".join(f"{100 * v:.1f}" for v in values) + " |" for label, *values in rows]
+def _write(form: str, metric: str, columns: list[str], rows: list[list]) -> str:
+    if form == "json":
+        content = [{"model": label, metric: dict(zip(columns, values, strict=True))} for label, *values in rows]
+        return json.dumps(content, indent=1)
+    if form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([[metric, *columns], *rows])
+        return out.getvalue().rstrip()
+    lines = [_line(f"{NAMES.get(metric, metric)}, percent", columns), "| --- |" + " ---: |" * len(columns)]
+    lines += [_line(label, [f"{100 * v:.1f}" for v in values]) for label, *values in rows]
     return "\n".join(lines)
-
-
-FORMS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
 
 
 def _of_sets(results: dict[str, Any], key: str) -> Any:

@@ -57,8 +57,8 @@ def packed_attention(
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Returns all three in one dtype: under autocast the rotary embedding leaves queries and keys in fp32."""
-    autocast = torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if autocast else value.dtype
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

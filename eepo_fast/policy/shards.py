@@ -1,21 +1,20 @@
-"""Cuts weights over the ranks for one purpose: a gradient that no rank holds whole, and the forget step taken on it.
+"""Cuts weights over the ranks for one purpose: a gradient that no rank holds whole, for the forget step taken on it.
 
 Every weight, flat, is cut into one slice a rank of equal size, the last ones short or empty: as ZeRO-3 cuts them.
 Weights travel in buckets of several; a bucket on the wire is [R, C]: R ranks, C elements a rank, the slices of its
 weights side by side.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from eepo_kernels import ForgetStats, forget, tensor_key
 from torch import Tensor
 
-from eepo_fast.config import EepoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.footprint import BUCKET_ELEMENTS
+from eepo_fast.policy.module import give_gradients
 
 # torch 2.13 has new names for two collectives
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -87,13 +86,7 @@ class ShardedGradient:
 
     def add(self, loss: Tensor) -> None:
         reduction = _Reduction(self)
-        hooks = [p.register_hook(reduction.receiver(name)) for name, p in self.parameters.items()]
-        try:
-            # autograd.grad, not backward(): gradients go to the hooks alone, and the optimizer's never see them
-            torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        give_gradients(loss, self.parameters, reduction.take)
         reduction.finish()
 
     def scale(self, factor: float) -> None:
@@ -115,21 +108,17 @@ class _Reduction:
         self.wires: dict[int, Tensor] = {}
         self.next_bucket = len(gradient.buckets) - 1  # the backward pass brings the last weights first
 
-    def receiver(self, name: str) -> Callable[[Tensor], Tensor]:
-        def receive(grad: Tensor) -> Tensor:
-            index, piece = self.place[name]
-            wire = self._wire(index)[:, piece.start : piece.start + piece.size]
-            whole, rest = divmod(grad.numel(), piece.size) if piece.size else (0, 0)
-            flat = grad.reshape(-1)
-            wire[:whole].copy_(flat[: whole * piece.size].view(whole, -1))
-            if rest:
-                wire[whole, :rest].copy_(flat[whole * piece.size :])
-            self.missing[index].discard(name)
-            while self.next_bucket >= 0 and not self.missing[self.next_bucket]:
-                self._reduce()
-            return grad.new_zeros(()).expand_as(grad)  # the memory of the real one is free from here on
-
-        return receive
+    def take(self, name: str, grad: Tensor) -> None:
+        index, piece = self.place[name]
+        wire = self._wire(index)[:, piece.start : piece.start + piece.size]
+        whole, rest = divmod(grad.numel(), piece.size) if piece.size else (0, 0)
+        flat = grad.reshape(-1)
+        wire[:whole].copy_(flat[: whole * piece.size].view(whole, -1))
+        if rest:
+            wire[whole, :rest].copy_(flat[whole * piece.size :])
+        self.missing[index].discard(name)
+        while self.next_bucket >= 0 and not self.missing[self.next_bucket]:
+            self._reduce()
 
     def _wire(self, index: int) -> Tensor:
         if index not in self.wires:
@@ -152,42 +141,3 @@ class _Reduction:
         """Adds zeros for weights that got no gradient, here or on any rank."""
         while self.next_bucket >= 0:
             self._reduce()
-
-
-def forgetful_buckets(
-    gradient: ShardedGradient,
-    own_slice: Callable[[Slice], Tensor],
-    dtype: torch.dtype,
-    config: EepoConfig,
-    sums: Tensor,
-    *,
-    seed: int,
-    step: int,
-) -> Iterator[dict[str, Tensor]]:
-    """Yields round(nearest(master) + η·gradient) in `dtype`, bucket by bucket, whole. Each rank computes its slices,
-    with the random bits of their place in the whole weight, and all are gathered in `dtype`. own_slice: this rank's
-    elements of a weight, to be rounded; sums: float64 [4], to which this rank's part of `ForgetStats` is added."""
-    rank = gradient.world.rank
-    for bucket, grads in zip(gradient.buckets, gradient.flats, strict=True):
-        flat = torch.zeros(width(bucket), dtype=dtype, device=gradient.device)
-        weights = own_views(bucket, flat, rank)
-        for view, piece in zip(weights, bucket, strict=True):
-            view.copy_(own_slice(piece))
-        stats = forget(
-            weights,
-            own_views(bucket, grads, rank),
-            eta=config.learning_rate,
-            keys=[tensor_key(piece.name) for piece in bucket],
-            offsets=[piece.held_by(rank)[0] for piece in bucket],
-            rounding=config.rounding,
-            seed=seed,
-            step=step,
-        )
-        sums += stats.sums
-        yield all_gather(bucket, flat, gradient.world)
-
-
-def stats_of(gradient: ShardedGradient, sums: Tensor) -> ForgetStats:
-    """Returns the stats over all ranks."""
-    total = torch.tensor(gradient.world.total(sums.tolist()), dtype=torch.float64)
-    return ForgetStats(total, sum(piece.shape.numel() for bucket in gradient.buckets for piece in bucket))

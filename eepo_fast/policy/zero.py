@@ -7,13 +7,14 @@ gradients go through hooks of our own and never into DeepSpeed's buffers, and no
 
 import io
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-from eepo_kernels import ForgetStats, TokenStats
+from eepo_kernels import ForgetStats, TokenStats, forget, tensor_key
 from eepo_kernels.ranges import named
 from eepo_kernels.reference import LossFn
 from torch import Tensor
@@ -22,20 +23,11 @@ from transformers import PreTrainedModel
 from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
 from eepo_fast.policy.micro_batches import Batching, MicroBatch
-from eepo_fast.policy.module import Gradient, PolicyModule, Scores, my_micro_batches, norm_of, prepare_model, score
+from eepo_fast.policy.module import Gradient, ModulePolicy, PolicyModule, norm_of, prepare_model
 from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
-from eepo_fast.policy.shards import (
-    ShardedGradient,
-    Slice,
-    all_gather,
-    forgetful_buckets,
-    make_buckets,
-    own_views,
-    stats_of,
-    width,
-)
+from eepo_fast.policy.shards import Bucket, ShardedGradient, Slice, all_gather, make_buckets, own_views, width
 from eepo_fast.rollout.engine import RolloutEngine
-from eepo_fast.types import Rollout, UserError, WeightsVersion
+from eepo_fast.types import UserError, WeightsVersion
 
 
 def import_deepspeed() -> Any:
@@ -78,7 +70,7 @@ def _sharded(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor  # type: ignore[missing-attribute]  # DeepSpeed adds it to torch's class
 
 
-class ZeroPolicy:
+class ZeroPolicy(ModulePolicy):
     """Is the `Policy` that many ranks share."""
 
     def __init__(
@@ -134,25 +126,11 @@ class ZeroPolicy:
             self.load_masters(masters)
 
     @property
-    def model(self) -> PreTrainedModel:
-        return self.module.model
-
-    @property
     def stream_tokens(self) -> int | None:
         return None  # its ranks meet in every backward pass, and would have to agree on what has finished
 
     def pass_bytes(self, *, gradient: bool) -> float:
         return 0.0  # nobody asks: it does nothing beside sampling
-
-    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return my_micro_batches(rollouts, self.world, self.batching)
-
-    def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
-        self.world.on_micro_batch()
-        return self.module(batch, loss_fn)  # not DeepSpeed's forward: its backward hooks would act on the gradient
-
-    def score(self, rollouts: Sequence[Rollout]) -> Scores:
-        return score(self.module, self.world, self.micro_batches(rollouts), rollouts)
 
     # -- the policy update
 
@@ -182,8 +160,7 @@ class ZeroPolicy:
         if self.world.size > 1:
             self.deepspeed.buffered_allreduce_fallback()
         norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip))
-        finite = norm == norm and norm != float("inf")
-        if finite:
+        if finite := math.isfinite(norm):
             self.deepspeed.step()
             self.scheduler.step()
         else:
@@ -203,15 +180,19 @@ class ZeroPolicy:
             return parameter.detach().reshape(-1)[first : first + count]
         return _sharded(parameter).detach().reshape(-1)[:count].to(self.device)
 
+    def _own_flat(self, bucket: Bucket) -> Tensor:
+        """Returns [C] in the engine's dtype: this rank's slices of a bucket."""
+        flat = torch.zeros(width(bucket), dtype=self.engine_dtype, device=self.device)
+        for view, piece in zip(own_views(bucket, flat, self.world.rank), bucket, strict=True):
+            view.copy_(self._own_slice(piece))
+        return flat
+
     def weights(self) -> Iterator[Mapping[str, Tensor]]:
         if self.stage < 3:
             yield {name: p.detach() for name, p in self._parameters.items()}
             return
         for bucket in self.buckets:
-            flat = torch.zeros(width(bucket), dtype=self.engine_dtype, device=self.device)
-            for view, piece in zip(own_views(bucket, flat, self.world.rank), bucket, strict=True):
-                view.copy_(self._own_slice(piece))
-            yield all_gather(bucket, flat, self.world)
+            yield all_gather(bucket, self._own_flat(bucket), self.world)
 
     def forget(
         self, engine: RolloutEngine, gradient: Gradient, config: EepoConfig, *, seed: int, step: int
@@ -220,10 +201,32 @@ class ZeroPolicy:
         the result: the bytes of a sync, the bits that one rank would compute."""
         assert isinstance(gradient, ShardedGradient), "a gradient that another kind of policy made"
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        weights = forgetful_buckets(gradient, self._own_slice, self.engine_dtype, config, sums, seed=seed, step=step)
-        version = WeightsVersion(engine.weights_version.policy_version, True)
-        engine.sync(weights, version)
-        return stats_of(gradient, sums)
+        buckets = self.forgetful_buckets(gradient, config, sums, seed=seed, step=step)
+        engine.sync(buckets, WeightsVersion(engine.weights_version.policy_version, True))
+        total = torch.tensor(self.world.total(sums.tolist()), dtype=torch.float64)
+        return ForgetStats(total, sum(shape.numel() for shape in self.shapes.values()))
+
+    def forgetful_buckets(
+        self, gradient: ShardedGradient, config: EepoConfig, sums: Tensor, *, seed: int, step: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yields round(nearest(master) + η·gradient) in the engine's dtype, bucket by bucket, whole. Each rank computes
+        its slices, with the random bits of their place in the whole weight, and all are gathered. sums: float64 [4], to
+        which this rank's part of `ForgetStats` is added."""
+        rank = self.world.rank
+        for bucket, grads in zip(gradient.buckets, gradient.flats, strict=True):
+            flat = self._own_flat(bucket)
+            stats = forget(
+                own_views(bucket, flat, rank),
+                own_views(bucket, grads, rank),
+                eta=config.learning_rate,
+                keys=[tensor_key(piece.name) for piece in bucket],
+                offsets=[piece.held_by(rank)[0] for piece in bucket],
+                rounding=config.rounding,
+                seed=seed,
+                step=step,
+            )
+            sums += stats.sums
+            yield all_gather(bucket, flat, self.world)
 
     # -- masters and optimizer state, whole, on every rank
 
@@ -274,8 +277,7 @@ class ZeroPolicy:
         """DeepSpeed counts steps once for all weights; the count is given with each, as torch keeps it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        states = self.base_optimizer.state
-        if not states:
+        if not (states := self.base_optimizer.state):
             return
         count = next(iter(states.values()))["step"]
         for name, parameter in self._parameters.items():

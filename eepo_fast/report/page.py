@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from eepo_fast.evaluation.tables import NAMES, metrics_of
+from eepo_fast.evaluation.tables import NAMES, metrics_of, percent
 from eepo_fast.report.panels import TROUBLE, Panel, Trace, colour, late_mean, pass_at_k, phases_of, window_for
 from eepo_fast.report.rollouts import summaries
 from eepo_fast.report.runs import Group, Run, differing
@@ -95,21 +95,11 @@ def head(runs: Sequence[Run]) -> str:
         reason += f": {run.ending['message']}" if run.ending and run.ending["message"] else ""
         method = "EEPO" if run.settings.get("eepo.enabled") else "GRPO"
         method += " + AEPO" if run.settings.get("aepo.enabled") else ""
-        last = run.steps[-1]
-        rows.append(
-            [
-                run.name,
-                method,
-                str(run.settings.get("model.path")),
-                str(run.settings.get("data.train")),
-                str(run.settings.get("run.seed")),
-                f"{last} of {total}" if total else str(last),
-                reason,
-            ]
-        )
-    written = time.strftime("%Y-%m-%d %H:%M")
+        chosen = [str(run.settings.get(key)) for key in ("model.path", "data.train", "run.seed")]
+        last = f"{run.steps[-1]} of {total}" if total else str(run.steps[-1])
+        rows.append([run.name, method, *chosen, last, reason])
     names = ("run", "method", "model", "data", "seed", "iterations", "ended")
-    return table(names, rows) + f"<p class=note>Written {written}.</p>"
+    return table(names, rows) + f"<p class=note>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>"
 
 
 def summary(groups: Sequence[Group]) -> str:
@@ -155,10 +145,6 @@ def evaluations(runs: Sequence[Run]) -> str:
     return "".join(parts) + "<p class=note>Percent, with 95% bootstrap intervals over problems.</p>"
 
 
-def percent(cell: dict[str, float] | None) -> str:
-    return "" if cell is None else f"{100 * cell['value']:.1f} ({100 * cell['low']:.1f} to {100 * cell['high']:.1f})"
-
-
 def phase_table(groups: Sequence[Group]) -> str:
     found = phases_of(groups)
     totals = [sum(column) for column in zip(*found.values(), strict=True)]
@@ -174,8 +160,7 @@ def settings(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs]
 
     def rows(chosen: Sequence[str]) -> list[list[str]]:
-        cells = [[json.dumps(r.settings[key]) if key in r.settings else "" for r in runs] for key in chosen]
-        return [[key, *values] for key, values in zip(chosen, cells, strict=True)]
+        return [[key, *(json.dumps(r.settings[key]) if key in r.settings else "" for r in runs)] for key in chosen]
 
     parts = []
     if len(runs) > 1:

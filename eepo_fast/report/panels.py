@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 
 import numpy as np
 
@@ -141,21 +141,17 @@ def panels_of(groups: Sequence[Group]) -> list[Panel]:
     known = {key for row in rows for key, value in row.items() if value is not None}
     found = []
     for panel in (*PANELS, *_evaluations(known)):
-        lines = tuple(line for line in panel.lines if line.key in known)
-        if lines:
+        if lines := tuple(line for line in panel.lines if line.key in known):
             found.append(Panel(panel.title, panel.unit, lines, panel.text, panel.level))
     return found
 
 
 def _evaluations(known: set[str]) -> list[Panel]:
-    names = sorted({key.split("/")[1] for key in known if key.startswith("eval/")})
-    styles = (SOLID, DASHED, DOTTED)
     panels = []
-    for name in names:
-        metrics = sorted(
-            (k for k in known if k.startswith((f"eval/{name}/pass@", f"eval/{name}/greedy"))), key=_natural
-        )
-        lines = tuple(Line(k, k.split("/")[2], styles[i % 3]) for i, k in enumerate(metrics))
+    for name in sorted({key.split("/")[1] for key in known if key.startswith("eval/")}):
+        metrics = [k for k in known if k.startswith((f"eval/{name}/pass@", f"eval/{name}/greedy"))]
+        styled = zip(sorted(metrics, key=_natural), cycle((SOLID, DASHED, DOTTED)), strict=False)
+        lines = tuple(Line(key, key.split("/")[2], style) for key, style in styled)
         panels.append(Panel(f"Evaluation on {name}", "share solved", lines, "Of the policy, while it trains."))
     return panels
 

@@ -55,17 +55,9 @@ def read_groups(log: Path) -> list[dict[str, Any]]:
         for place, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                group = groups.setdefault(
-                    row["prompt_id"],
-                    {
-                        "id": row["prompt_id"],
-                        "prompt": row["prompt"],
-                        "problem": row.get("problem", row["prompt"]),
-                        "answer": row.get("answer"),
-                        "rows": [],
-                    },
-                )
-                group["rows"].append(rollout(row))
+                asked = {"problem": row.get("problem", row["prompt"]), "answer": row.get("answer")}
+                group = {"id": row["prompt_id"], "prompt": row["prompt"], **asked, "rows": []}
+                groups.setdefault(row["prompt_id"], group)["rows"].append(rollout(row))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"report: {log}, line {place}: expected a rollout as JSON, found {line[:60]!r}; remove the file, "
@@ -92,13 +84,9 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
     if change is None and row["stage"] < AEPO_STAGE and row["weights_version"][1]:
         pairs = zip(row["rollout_logprobs"], row["policy_logprobs"], strict=True)
         change = [None if a is None or b is None or i < before else a - b for i, (a, b) in enumerate(pairs)]
-    found["before"] = before
-    columns = {
-        "logprob": row.get("policy_logprobs") or row["rollout_logprobs"],
-        "entropy": row.get("entropy"),
-        "change": change,
-    }
-    found["tokens"] = [token or "" for token in row["tokens"]]
+    logprobs = row.get("policy_logprobs") or row["rollout_logprobs"]
+    columns = {"logprob": logprobs, "entropy": row.get("entropy"), "change": change}
+    found |= {"before": before, "tokens": [token or "" for token in row["tokens"]]}
     found |= {name: pack(values) for name, values in columns.items() if values is not None}
     if "gate" in row:
         found["gate"] = "".join("1" if g else "0" for g in row["gate"])

@@ -76,8 +76,7 @@ def read_run(folder: Path) -> Run:
         settings = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(f"report: {folder / 'config.yaml'} is not a run's settings; is it cut off?") from None
-    rows = read_rows(folder / "metrics.jsonl")
-    if not rows:
+    if not (rows := read_rows(folder / "metrics.jsonl")):
         raise UserError(f"report: no iteration is logged in {folder / 'metrics.jsonl'} yet; try again after the first")
     last = rows[-1]["step"]  # later files belong to an iteration that is still being logged
     return Run(

@@ -45,8 +45,7 @@ def make_answer_grader(task: str, settings: RewardConfig) -> Grader:
 
 def check_golds(grader: Grader, problems: Sequence[Problem], where: str) -> None:
     """Raises a UserError naming the first problem whose answer cannot be read, before anything is sampled."""
-    found = grader.unreadable([p.answer for p in problems])
-    if found:
+    if found := grader.unreadable([p.answer for p in problems]):
         first = problems[found[0]]
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         raise UserError(

@@ -27,8 +27,7 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
         return tokens[position - 1] if position <= len(tokens) else ""
 
     def atom() -> int:
-        token = take()
-        if token == "(":
+        if (token := take()) == "(":
             value = total()
             if take() != ")":
                 raise ValueError
@@ -61,8 +60,7 @@ class ArithmeticGrader:
 
     beside_sampling = False  # it takes too little time to be worth a thread
 
-    def start(self) -> None:
-        pass
+    def start(self) -> None: ...
 
     def grade(
         self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
@@ -87,5 +85,4 @@ class ArithmeticGrader:
     def unreadable(self, golds: Sequence[str]) -> list[int]:
         return []  # all that is graded is in the problem's own text
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...

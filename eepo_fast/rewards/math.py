@@ -48,8 +48,7 @@ class MathGrader:
 
     def start(self) -> None:
         """Starts a worker and sees its self-test pass; UserError where it does not."""
-        job = Job(0, self.mode, "2\\sqrt{3}", "\\sqrt{12}")
-        grade = self.pool.run([job])[0]
+        grade = self.pool.run([Job(0, self.mode, "2\\sqrt{3}", "\\sqrt{12}")])[0]
         if grade.reward != 1.0:
             raise UserError(f"grader: its self-test gave {grade}; reinstall math-verify and its dependencies")
 
@@ -111,8 +110,7 @@ class MathGrader:
         return 0.0, "ok"
 
     def _settle_paper(self, gold: str, answer: str) -> tuple[float, str] | Job:
-        cleaned = clean(answer)
-        if cleaned is None:
+        if (cleaned := clean(answer)) is None:
             return 0.0, "no_answer"
         if all(text.isascii() and text.removeprefix("-").isdigit() for text in (gold, cleaned)):
             return float(int(gold) == int(cleaned)), "ok"

@@ -43,8 +43,7 @@ def clean(answer: str) -> str | None:
     text = text.replace("tfrac", "frac").replace("dfrac", "frac").replace("infinity", "\\infty")
     text = HALF_FRACTION.sub(r"\\frac{\1}{", SIMPLE_FRACTION.sub(r"\\frac{\1}{\2}", text))
     text = SHORT_SQRT.sub(r"\\sqrt{\1}", text)
-    stripped = TEXT_AT_END.sub("", text).strip()
-    text = stripped or text
+    text = TEXT_AT_END.sub("", text).strip() or text
     left, equals, right = text.partition("=")
     if equals and "=" not in right and len(left) <= 2:
         text = right.strip()
@@ -60,8 +59,7 @@ def verify_answer(gold: str, answer: str) -> bool:
     from eepo_fast.rewards.answers.symbolic import NotMathematicsError
 
     configs = [LatexExtractionConfig()]
-    parsed_gold = parse(f"\\boxed{{{gold}}}", configs, parsing_timeout=None)
-    if not parsed_gold:
+    if not (parsed_gold := parse(f"\\boxed{{{gold}}}", configs, parsing_timeout=None)):
         raise NotMathematicsError
     parsed = parse(f"\\boxed{{{answer}}}", configs, parsing_timeout=None)
     return bool(parsed) and bool(verify(parsed_gold, parsed, timeout_seconds=None))

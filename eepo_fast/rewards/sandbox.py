@@ -24,8 +24,7 @@ NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 def read_digits(text: str, *_args: object, **_options: object) -> Integer | Float:
     """Stands in for sympy's `parse_expr`, which evaluates Python; ValueError on all but a plain number."""
-    match = NUMBER.fullmatch(text)
-    if match is None:
+    if (match := NUMBER.fullmatch(text)) is None:
         raise ValueError("not a number")
     return Float(text) if match.group(1) else Integer(int(text))
 

@@ -1,7 +1,5 @@
 """Says what the trainer asks of a rollout engine."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +9,20 @@ from typing import Protocol
 from eepo_kernels import ForgetStats
 from torch import Tensor
 
-from eepo_fast.types import Prompt, Rollout, WeightsVersion
+from eepo_fast.types import Prompt, Rollout, Segment, WeightsVersion
 
 OnProgress = Callable[[int, int], None]
 """Is called with (completions finished, completions asked for) while an engine samples; may raise Interrupted."""
 Named = Mapping[str, Tensor]
 """Whole tensors by the names of the policy's weights."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    """It is 0 for greedy sampling."""
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,10 @@ class SampleRequest:
     def limit(self, k: int, sampling: Sampling) -> int:
         return min(self.limits[k], sampling.max_new_tokens) if self.limits else sampling.max_new_tokens
 
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float
-    """It is 0 for greedy sampling."""
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
+    def rollout(self, k: int, segment: Segment, *, finished: bool, preempted: bool) -> Rollout:
+        """Returns what has come of the sample."""
+        index = self.sample_indices[k]
+        return Rollout(self.prompt, self.stage, index, [segment], finished=finished, preempted=preempted)
 
 
 class CanGenerate(Protocol):
@@ -95,8 +98,7 @@ def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int
     for r in rollouts:
         prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids)
         seed = sample_seed(run_seed, step, f"{r.prompt.id}|{r.num_tokens}", r.stage, r.sample_index)
-        left = (max_new_tokens - r.num_tokens,)
-        requests.append(SampleRequest(prompt, r.stage, (r.sample_index,), (seed,), left))
+        requests.append(SampleRequest(prompt, r.stage, (r.sample_index,), (seed,), (max_new_tokens - r.num_tokens,)))
     return requests
 
 

@@ -85,12 +85,10 @@ class HfEngine:
         """Raises an EngineError where the weights are not, bit for bit, what the last update must have left."""
         if self._expected is None:
             raise EngineError("generate: the last update of the engine's weights did not finish")
-        different = (self._checksums() != self._expected).nonzero().flatten().tolist()
-        if different:
-            name = list(self.weights)[different[0]]
+        if different := (self._checksums() != self._expected).nonzero().flatten().tolist():
             raise EngineError(
                 f"generate: {len(different)} of {len(self.weights)} weights of the engine are not what the last update "
-                f"left, the first of them {name}"
+                f"left, the first of them {list(self.weights)[different[0]]}"
             )
 
     @torch.no_grad()
@@ -103,23 +101,19 @@ class HfEngine:
         quorum: float = 1.0,
     ) -> list[Rollout]:
         self._check_weights()
-        total = sum(len(r.seeds) for r in requests)
         # similar lengths side by side, to pad little; the result keeps the order of the requests
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
+        samples = [(i, k) for i in order for k in range(len(requests[i].seeds))]
+        total = len(samples)
         results: dict[tuple[int, int], Rollout] = {}
-        for rows in self._batches(requests, order):
+        for start in range(0, total, self.max_sequences):  # a batch may divide a request
+            rows = samples[start : start + self.max_sequences]
             tick = partial(progress, len(results), total) if progress else None
             preemptible = num_preemptible(len(rows), quorum)
             results.update(self._generate_batch(requests, rows, sampling, tick, finished, preemptible))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
-
-    def _batches(self, requests: Sequence[SampleRequest], order: list[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yields (request, sample) pairs in batches of at most `max_sequences`; these may divide a request."""
-        rows = [(i, k) for i in order for k in range(len(requests[i].seeds))]
-        for start in range(0, len(rows), self.max_sequences):
-            yield rows[start : start + self.max_sequences]
 
     def _generate_batch(
         self,
@@ -135,20 +129,15 @@ class HfEngine:
         prompts = [requests[i].prompt.token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         limits = [requests[i].limit(k, sampling) for i, k in rows]
-        uniforms = torch.stack([_uniforms(requests[i].seeds[k], max(limits)) for i, k in rows])
+        generators = [np.random.Generator(np.random.Philox(key=requests[i].seeds[k])) for i, k in rows]
+        uniforms = torch.stack([torch.from_numpy(generator.random(max(limits))) for generator in generators])
         results: dict[tuple[int, int], Rollout] = {}
 
         def take(row: int, tokens: list[int], logprobs: list[float], ended: bool) -> None:
             i, k = rows[row]
             preempted = not ended and len(tokens) < limits[row]
-            results[i, k] = Rollout(
-                prompt=requests[i].prompt,
-                stage=requests[i].stage,
-                sample_index=requests[i].sample_indices[k],
-                segments=[Segment(tokens, logprobs, self.weights_version)],
-                finished=ended,
-                preempted=preempted,
-            )
+            segment = Segment(tokens, logprobs, self.weights_version)
+            results[i, k] = requests[i].rollout(k, segment, finished=ended, preempted=preempted)
             if finished and not preempted:
                 finished(results[i, k])
 
@@ -170,8 +159,7 @@ class HfEngine:
         as soon as it does; with the others at the end."""
         num_rows, limit = uniforms.shape
         length = max(map(len, prompts))
-        padded = [[self.pad_id] * (length - len(p)) + p for p in prompts]
-        input_ids = torch.tensor(padded, device=self.device)
+        input_ids = torch.tensor([[self.pad_id] * (length - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         out = self.model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
@@ -253,10 +241,6 @@ class HfEngine:
 
     def close(self) -> None:
         del self.model, self.weights
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(count))
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

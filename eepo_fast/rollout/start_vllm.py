@@ -74,8 +74,7 @@ def _ask_for_batch_invariance() -> None:
     """Sets what vLLM reads when it is imported, and cuBLAS and NCCL when they begin."""
     if not torch.cuda.is_available():
         raise _cannot_be_deterministic("no GPU")
-    capability = torch.cuda.get_device_capability()
-    if capability < INVARIANT_FROM:
+    if (capability := torch.cuda.get_device_capability()) < INVARIANT_FROM:
         raise _cannot_be_deterministic(f"{torch.cuda.get_device_name()} of {capability[0]}.{capability[1]}")
     if "vllm" in sys.modules and os.environ.get(BATCH_INVARIANT) != "1":
         raise _cannot_be_deterministic("vLLM already imported in this process without it")

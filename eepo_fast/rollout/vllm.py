@@ -168,8 +168,7 @@ class VllmEngine:
 
     def _check_weights(self) -> None:
         """Raises an EngineError, on all its ranks, where one does not hold what the last update must have left."""
-        complaints = [c for c in gather(self._complaint(), self._group) if c]
-        if complaints:
+        if complaints := [c for c in gather(self._complaint(), self._group) if c]:
             raise EngineError(f"generate: {complaints[0]}")
 
     def _complaint(self) -> str | None:
@@ -177,16 +176,14 @@ class VllmEngine:
             return "the engine's weights were never synced, or their last update did not finish"
         if self._last_forget is not None:
             intended, stats = self._last_forget
-            missing = self._updater.num_weights - stats.num_weights
-            if missing:
+            if missing := self._updater.num_weights - stats.num_weights:
                 return f"the last forget step left out {missing} weights"
             applied = stats.intended_norm
             small = intended is not None and max(intended, applied) < SMALLEST_NORM
             if not (intended is None or small or math.isclose(applied, intended, rel_tol=INTENDED_TOLERANCE)):
                 return f"expected a forget step of norm {intended:.6g} over all weights, found {applied:.6g}"
         names, held = zip(*self._updater.held(), strict=True)
-        different = (checksums(held) != self._expected.to(held[0].device)).nonzero().flatten().tolist()
-        if different:
+        if different := (checksums(held) != self._expected.to(held[0].device)).nonzero().flatten().tolist():
             return (
                 f"{len(different)} of {len(held)} tensors of the engine are not what the last update left, the first "
                 f"of them {names[different[0]]}"
@@ -228,7 +225,8 @@ class VllmEngine:
                     logprobs += part.logprobs.logprobs
                     if output.finished:
                         i, k = waiting.pop(output.request_id)
-                        results[i, k] = self._rollout(requests[i], k, tokens, logprobs, part.finish_reason == "stop")
+                        segment, ended = self._segment(tokens, logprobs), part.finish_reason == "stop"
+                        results[i, k] = requests[i].rollout(k, segment, finished=ended, preempted=False)
                         if finished:
                             finished(results[i, k])
                 if progress:
@@ -237,7 +235,8 @@ class VllmEngine:
             if waiting:  # preempted, or interrupted
                 engine.abort_request(list(waiting))
         for name, (i, k) in waiting.items():
-            results[i, k] = self._rollout(requests[i], k, *partial.get(name, ([], [])), False, preempted=True)
+            segment = self._segment(*partial.get(name, ([], [])))
+            results[i, k] = requests[i].rollout(k, segment, finished=False, preempted=True)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
 
     @on_own_stream
@@ -260,7 +259,6 @@ class VllmEngine:
 
     def _sampling_params(self, sampling: Sampling, seed: int, limit: int, *, in_parts: bool):
         kinds = self._vllm.sampling_params.RequestOutputKind
-        output_kind = kinds.DELTA if in_parts else kinds.FINAL_ONLY
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             max_tokens=limit,
@@ -270,22 +268,12 @@ class VllmEngine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
-            output_kind=output_kind,
+            output_kind=kinds.DELTA if in_parts else kinds.FINAL_ONLY,
         )
 
-    def _rollout(
-        self, request: SampleRequest, k: int, token_ids: list[int], logprobs: list[float], finished: bool, *,
-        preempted: bool = False,
-    ) -> Rollout:  # fmt: skip
+    def _segment(self, token_ids: list[int], logprobs: list[float]) -> Segment:
         assert len(logprobs) == len(token_ids), "one log-prob a sampled token"
-        return Rollout(
-            prompt=request.prompt,
-            stage=request.stage,
-            sample_index=request.sample_indices[k],
-            segments=[Segment(token_ids, logprobs, self.weights_version)],
-            finished=finished,
-            preempted=preempted,
-        )
+        return Segment(token_ids, logprobs, self.weights_version)
 
     # -- memory
 

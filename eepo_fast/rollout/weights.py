@@ -7,8 +7,6 @@ multi-tensor operation over the noted views. A plan that does not cover everythi
 Shapes are those of the tensors the loader copies: any.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -72,17 +70,17 @@ class Plan:
         self.row_strides = [copy.stride[-2] if len(copy.stride) > 1 else copy.shape.numel() for copy in copies]
         self._pointers = {name: p.data_ptr() for name, p in parameters.items()}
 
-    def restricted_to(self, names: Iterable[str]) -> Plan:
+    def restricted_to(self, names: Iterable[str]) -> "Plan":
         """Returns the part of the plan whose sources are these."""
         chosen = set(names)
         return self._only([copy.name in chosen for copy in self.copies])
 
-    def by_ownership(self) -> list[Plan]:
+    def by_ownership(self) -> list["Plan"]:
         """Returns the part that counts in sums over ranks, and the rest where there is any."""
         parts = [self._only([owned == flag for owned in self.owned]) for flag in (True, False)]
         return [part for part in parts if part.copies]
 
-    def _only(self, chosen: Sequence[bool]) -> Plan:
+    def _only(self, chosen: Sequence[bool]) -> "Plan":
         pairs = [(c, o) for c, o, keep in zip(self.copies, self.owned, chosen, strict=True) if keep]
         return Plan([c for c, _ in pairs], {}, [o for _, o in pairs])
 
@@ -140,8 +138,7 @@ def record_plan(model: VllmModel, shapes: Mapping[str, torch.Size], group: dist.
     try:
         copies = _record(model, shapes, parameters)
         _check_written(copies, parameters)
-        replaced = [name for name, p in model.named_parameters() if p.data_ptr() != parameters[name].data_ptr()]
-        if replaced:
+        if replaced := [name for name, p in model.named_parameters() if p.data_ptr() != parameters[name].data_ptr()]:
             raise PlanError(f"the loader puts another tensor in the place of {replaced[0]}")
     except PlanError as error:
         complaint = str(error)
@@ -193,8 +190,7 @@ def _check_taken(slices: Iterable[tuple], shapes: Mapping[str, torch.Size], devi
     for name, *where in slices:
         taken[name].append(where)
     for name, shape in shapes.items():
-        count = _count_covered(shape.numel(), taken[name], device)
-        if count != shape.numel():
+        if (count := _count_covered(shape.numel(), taken[name], device)) != shape.numel():
             raise PlanError(f"the loader takes {count} of {shape.numel()} elements of {name}")
 
 

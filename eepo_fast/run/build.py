@@ -128,8 +128,7 @@ def _digest(content: object) -> str:
 def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> str:
     """Checks that all ranks have the same config and data; returns training data's digest. others: of evaluation."""
     data, other_data = (_digest([(p.id, p.problem, p.answer) for p in part]) for part in (problems, others))
-    mine = _digest(dump_config(config)), data, other_data
-    everyone = world.gather(mine)
+    everyone = world.gather((_digest(dump_config(config)), data, other_data))
     for rank, found in enumerate(everyone):
         if found != everyone[0]:
             what = "config" if found[0] != everyone[0][0] else f"data of {config.data.train}"
@@ -199,8 +198,7 @@ def _check_engine(parts: Parts, temperature: float) -> None:
     rollouts = [r for share in parts.policy.world.gather(mine) for r in share]
     scored = parts.policy.score(rollouts).logprobs
     for rank, (rollout, logprobs) in enumerate(zip(rollouts, scored, strict=True)):
-        pairs = zip(logprobs, rollout.rollout_logprobs, strict=True)
-        gap = sum(abs(a - b) for a, b in pairs) / rollout.num_tokens
+        gap = sum(abs(a - b) for a, b in zip(logprobs, rollout.rollout_logprobs, strict=True)) / rollout.num_tokens
         if not gap < LARGEST_GAP:
             raise UserError(
                 f"rollout.engine: expected the engine's log-probs to be the policy's, found them {gap:.2f} nats apart "
@@ -239,15 +237,11 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     with closing(grader):  # its worker processes must not outlive a refused command
         with world.agree():
             grader.start()
-        note = partial(_note_hang, config.run_dir)
+        note = partial(write_ending, config.run_dir, "hung")
         with watching(world.rank, world.size, world.store, config.run.timeout_s, note) as watchdog:
             world = replace(world, on_micro_batch=watchdog.advance)
             _run(config, grader, folder, resume, display, world, watchdog)
     return config.run_dir
-
-
-def _note_hang(run_dir: Path, complaint: str) -> None:
-    write_ending(run_dir, "hung", complaint)
 
 
 def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
@@ -305,9 +299,8 @@ def _run(
             meeting = Meeting(world, writer, request, display)
             trainer = parts.trainer(config, grader, state)
             trainer.on_phase, trainer.at_safe_point = on_phase, meeting
-            loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
             try:
-                loop.run(show)
+                Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total).run(show)
             except (Interrupted, KeyboardInterrupt):
                 raise
             except Exception as error:
@@ -332,8 +325,7 @@ def _write_folder(config: Config, state: TrainerState) -> None:
 
 
 def _check_same_inputs(folder: Path, fingerprint: dict[str, str], config: Config) -> None:
-    changed = changed_inputs(folder, fingerprint)
-    if changed:
+    if changed := changed_inputs(folder, fingerprint):
         where = {"data": config.data.train, "model": config.model.path, "tokenizer": config.model.path}
         raise UserError(
             f"--resume: the {changed[0]} of {where[changed[0]]} is not what the run began with; put it back, or start "
@@ -347,19 +339,16 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
     folder, complaints = checkpoint.newest_valid(config.run_dir)
     for line in complaints:
         display.warn(line)
-    if folder is not None:
-        changed = checkpoint.changed_keys(checkpoint.read_state(folder)["config"], config)
-        if changed:
-            raise UserError(
-                f"--resume: the config differs from the run's own in {', '.join(changed)}; set them back as in "
-                f"{config.run_dir / 'config.yaml'}, or start another run.name"
-            )
+    if folder and (changed := checkpoint.changed_keys(checkpoint.read_state(folder)["config"], config)):
+        raise UserError(
+            f"--resume: the config differs from the run's own in {', '.join(changed)}; set them back as in "
+            f"{config.run_dir / 'config.yaml'}, or start another run.name"
+        )
     return folder
 
 
 def _is_finished(state: dict, config: Config) -> bool:
     """Returns, without loading the model, whether the run reached its planned end and the plan is the same."""
     same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
-    evaluation = config.evaluation
-    owed = evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always
+    owed = config.evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always
     return same_plan and state["step"] >= state["total"] and not owed

@@ -1,7 +1,5 @@
 """Shows what a run does while it goes: one live panel on a terminal, one line an iteration elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -77,7 +75,7 @@ def sparkline(values: list[float], width: int = SPARKS) -> str:
 class Training:
     """Tells, line by line, how a run goes."""
 
-    def __init__(self, display: Display, name: str, done: int, total: int):
+    def __init__(self, display: "Display", name: str, done: int, total: int):
         self.display, self.name, self.total = display, name, total
 
     def phase(self, name: str) -> None:
@@ -94,7 +92,7 @@ class Training:
 class LivePanel(Training):
     """Shows progress, both stages with sparklines, the forget step, speed, and where the last iteration's time went."""
 
-    def __init__(self, display: Display, name: str, done: int, total: int):
+    def __init__(self, display: "Display", name: str, done: int, total: int):
         super().__init__(display, name, done, total)
         self.rows: list[Row] = []
         self.doing = ""
@@ -180,7 +178,7 @@ class Display:
         self.console = console or Console(highlight=False, soft_wrap=True)
 
     @classmethod
-    def silent(cls) -> Display:
+    def silent(cls) -> "Display":
         """Returns the display of every rank but the first."""
         return cls(Console(quiet=True))
 

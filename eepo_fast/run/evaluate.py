@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eepo_fast import checkpoint
-from eepo_fast.config import Config, make_config
+from eepo_fast.config import Config, DataConfig, RewardConfig, make_config
 from eepo_fast.config.checks import COLDEST_OF_VLLM
 from eepo_fast.config.files import merge, read_override
 from eepo_fast.config.schema import without_unread
 from eepo_fast.data.problems import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
-from eepo_fast.distributed import World
+from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
 from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
 from eepo_fast.evaluation.sets import EvalSet, digest, load_set
@@ -93,8 +93,7 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
             Display().warn(line)
         folder = newest
     if (folder / "manifest.json").is_file() and (folder / "model").is_dir():
-        complaint = checkpoint.verify(folder)
-        if complaint:
+        if complaint := checkpoint.verify(folder):
             raise UserError(f"--model: checkpoint {folder} is damaged: {complaint}")
         state = checkpoint.read_state(folder)
         values = without_unread({s: v for s, v in state["config"].items() if s in SECTIONS})
@@ -111,11 +110,9 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
                 )
     given = {"eepo": {"enabled": False}}
     for text in overrides:
-        section = text.partition(".")[0]
-        if section not in SECTIONS:
+        if text.partition(".")[0] not in SECTIONS:
             raise UserError(f"override {text!r}: eval takes keys of {', '.join(SECTIONS)}; the others are of training")
-        option = OPTIONS.get(text.partition("=")[0])
-        if option:
+        if option := OPTIONS.get(text.partition("=")[0]):
             raise UserError(f"override {text!r}: eval does not take this key; use {option}")
         given = merge(given, read_override(text))
     return make_config(values, given), found
@@ -223,7 +220,6 @@ def with_template(config: Config, template: str) -> Config:
 def load_for_sampling(config: Config, options: EvalOptions, display: Display):
     """Returns (model, tokenizer, config with a dtype for this device, device)."""
     from eepo_fast.data.base_model import ensure_base
-    from eepo_fast.distributed import default_device
     from eepo_fast.policy.loading import load_model
 
     model_config = config.model
@@ -248,17 +244,13 @@ def fingerprint(model) -> str:
 def evaluate_completions(file: Path, options: EvalOptions, mode: Literal["strict", "paper"], display: Display) -> dict:
     """Grades completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They are
     reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
-    from eepo_fast.config import DataConfig, RewardConfig
-
     sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
     check_sets(sets, RewardConfig(mode=mode))
     responses = read_responses(file)
     owners = Counter(p.id for s in sets for p in s.problems)
-    twice = next((i for i, count in owners.items() if count > 1), None)
-    if twice is not None:
+    if (twice := next((i for i, count in owners.items() if count > 1), None)) is not None:
         raise UserError(f"--data: id {twice!r} is in more than one set; with --completions ids must tell them apart")
-    unknown = next((i for i in responses if i not in owners), None)
-    if unknown is not None:
+    if (unknown := next((i for i in responses if i not in owners), None)) is not None:
         raise UserError(f"{file}: id {unknown!r} is in none of the sets of --data")
     settings = {
         "completions": str(file.resolve()), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
@@ -275,8 +267,7 @@ def evaluate_completions(file: Path, options: EvalOptions, mode: Literal["strict
         with closing(make_answer_grader(eval_set.task, reward)) as grader:
             grades = grader.grade([p for p, _, _ in pairs], [r for _, _, r in pairs])
         rows[eval_set.name] = [
-            {"id": p.id, "sample": k, "completion": r, "num_tokens": None,
-             "finished": None, "status": g.status,
+            {"id": p.id, "sample": k, "completion": r, "num_tokens": None, "finished": None, "status": g.status,
              "reward": g.reward if g.status not in ("timeout", "error") else None}
             for (p, k, r), g in zip(pairs, grades, strict=True)
         ]  # fmt: skip

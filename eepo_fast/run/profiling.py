@@ -37,10 +37,9 @@ class Peaks:
     bytes: dict[str, int] = field(default_factory=dict)
 
     def enter(self, phase: str) -> None:
+        peak = take_peak()
         if self.phase:
-            self.bytes[self.phase] = max(self.bytes.get(self.phase, 0), take_peak())
-        else:
-            take_peak()
+            self.bytes[self.phase] = max(self.bytes.get(self.phase, 0), peak)
         self.phase = phase
 
 
@@ -94,7 +93,7 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
                 display.say(f"iteration {i + 1} of {capture.skip} to warm up")
                 trainer.iteration()
             peaks.phase, peaks.bytes = "", {}
-            tracer = nullcontext() if nsys else make_tracer()
+            tracer = nullcontext() if nsys else torch.profiler.profile()
             with window(nsys), tracer as trace:
                 for _ in range(capture.iterations):
                     with ranges.named("iteration"):
@@ -107,13 +106,6 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
     show(rows, peaks, trace, display)
     if not nsys:
         say_nsys(out, capture.command, display)
-
-
-def make_tracer() -> torch.profiler.profile:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities)
 
 
 @contextmanager

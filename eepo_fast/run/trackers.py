@@ -4,12 +4,11 @@ Each tracker is spoken to by a thread of its own: one that fails or hangs is rep
 run never waits for it. A package that is asked for and not installed is the user's mistake, named at the start.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import math
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -52,13 +51,10 @@ class Hosted:
 
     def __init__(self, config: Config, step: int, *, module: str, project: str):
         self.module = importlib.import_module(module)
-        options: dict[str, Any] = {"project": project, "name": config.run.name, "config": config.model_dump()}
-        if module == "wandb":
-            # one page for a run, however often it is resumed
-            options |= {"id": _run_id(config.run_dir), "resume": "allow", "dir": str(config.run_dir)}
-        else:
-            options |= {"resume": "allow"}
-        self.module.init(**options)
+        # W&B has one page for a run, however often it is resumed
+        more = {"id": _run_id(config.run_dir), "dir": str(config.run_dir)} if module == "wandb" else {}
+        settings = config.model_dump()
+        self.module.init(project=project, name=config.run.name, config=settings, resume="allow", **more)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)
@@ -69,8 +65,6 @@ class Hosted:
 
 def _run_id(run_dir: Path) -> str:
     """Returns the id that was drawn once for a run's folder."""
-    import secrets
-
     path = run_dir / "wandb_id"
     if not path.is_file():
         path.write_text(secrets.token_hex(6) + "\n", encoding="utf-8")
@@ -106,7 +100,7 @@ class Trackers:
         for thread in self._threads:
             thread.send((values, step))
 
-    def __enter__(self) -> Trackers:
+    def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ All of it is plain ctypes, without torch's headers. `_C` is the CPU part, `_C_cu
 compiler has neither, and PyTorch serves.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.util
@@ -38,7 +36,7 @@ class Update(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, operation: int, eta: float = 0.0, step: int = 0, seed: int = 0) -> Update:
+    def of(cls, operation: int, eta: float = 0.0, step: int = 0, seed: int = 0) -> "Update":
         return cls(operation, eta, step & 0xFFFFFFFF, seed & 0xFFFFFFFF)
 
 
@@ -53,8 +51,7 @@ def library(device_type: str) -> ctypes.CDLL | None:
     except OSError as error:
         log.warning("weight update: %s cannot be loaded: %s", spec.origin, error)
         return None
-    lacking = [name for name in FUNCTIONS[device_type] if not hasattr(loaded, name)]
-    if lacking:
+    if lacking := [name for name in FUNCTIONS[device_type] if not hasattr(loaded, name)]:
         log.warning(
             "weight update: %s was built from other sources, without %s; `pip install -e .` builds it again, and "
             "PyTorch does the same work until then, slowly", spec.origin, lacking[0],

@@ -5,8 +5,6 @@ Nothing here is chunked or fused, and gradients come from autograd.
 Shapes: N tokens, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ class TokenStats(NamedTuple):
     """Entropy of the whole distribution, in nats."""
     log1mp: Tensor
     """log(1 - p) of the sampled token."""
-    history: TokenStats | None = None
+    history: "TokenStats | None" = None
     """Detached statistics of all tokens up to the end of this chunk, for causal windows; inside a `loss_fn` only."""
 
 

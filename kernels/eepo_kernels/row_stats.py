@@ -245,23 +245,21 @@ class TritonRows:
         n = len(logits)
         assert _has_padded_rows(logits)
         targets = _aligned(targets)
-        self.logits, self.targets, self.bias, self.temperature = logits, targets, bias, temperature
+        self.logits, self.targets, self.temperature = logits, targets, temperature
+        self.has_bias, self.bias = bias is not None, logits if bias is None else bias  # a kernel takes no None
         self.columns = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(5)]
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             row_stats_fwd_kernel[(n,)](
                 logits,
-                self._bias_or_placeholder(),
+                self.bias,
                 targets,
                 *self.columns,
                 logits.stride(0),
                 logits.shape[1],
                 1.0 / temperature,
-                HAS_BIAS=bias is not None,
+                HAS_BIAS=self.has_bias,
                 **LAUNCH,
             )
-
-    def _bias_or_placeholder(self) -> Tensor:
-        return self.logits if self.bias is None else self.bias
 
     def stats(self) -> TokenStats:
         return TokenStats(self.columns[0], self.columns[1], self.columns[2])
@@ -273,7 +271,7 @@ class TritonRows:
         with torch.cuda.device_of(out):
             row_grad_kernel[(len(index),)](
                 self.logits,
-                self._bias_or_placeholder(),
+                self.bias,
                 self.targets,
                 *self.columns,
                 *coefficients,
@@ -283,6 +281,6 @@ class TritonRows:
                 out.stride(0),
                 self.logits.shape[1],
                 1.0 / self.temperature,
-                HAS_BIAS=self.bias is not None,
+                HAS_BIAS=self.has_bias,
                 **LAUNCH,
             )

@@ -99,7 +99,7 @@ def hang_without_disk(method, phase):
     def note(*args):
         raise OSError(30, "Read-only file system")
 
-    build._note_hang = note
+    build.write_ending = note
     hang(method, phase)
 
 

@@ -88,7 +88,7 @@ def test_packed_attention_is_one_call_a_layer(played):
 def test_the_host_waits_for_the_step_s_norm_and_for_scores_alone(played):
     waits = played["policy"]["waits"]
     assert waits.pop("item in plain.TorchPolicy.step") == 1
-    assert set(waits) == {"copy in module.score"}
+    assert set(waits) == {"copy in module.ModulePolicy.score"}
 
 
 def test_the_gradient_of_unlearning_is_there_once(played):
@@ -111,7 +111,7 @@ def test_a_start_holds_one_model_on_the_host(played):
 def test_an_iteration_moves_what_it_moves_without_waiting(played):
     """Sync, stages, streamed unlearning, the forget step, scores of policy and reference, update: all on the device."""
     found = played["trainer"]
-    read = {"copy in module.score", "copy in forget.GradientPass.result.<locals>.<genexpr>"}
+    read = {"copy in module.ModulePolicy.score", "copy in forget.GradientPass.result.<locals>.<genexpr>"}
     assert {where for where in found["waits"] if where.startswith("copy")} == read
     assert any(where.startswith("copy in micro_batches") for where in played["unpinned"]["waits"])
     assert found["misaligned"] == {"row_stats_fwd_kernel": 0, "row_grad_kernel": 0}

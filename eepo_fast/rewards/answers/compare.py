@@ -37,6 +37,7 @@ VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9
 COORDINATE = re.compile(r"[xyz]|[A-Z]{2,5}")
 WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
+ARITHMETIC = re.compile(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b")
 FOR_ALL = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|\\forall ?)[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
 MEMBER = re.compile(r"^[A-Za-z]\\in ?(?=\\\{)")
 
@@ -171,8 +172,7 @@ def _ordered(golds: list[str], answers: list[str], ask: Ask) -> bool | None:
         return False
     result: bool | None = True
     for gold, answer in zip(golds, answers, strict=True):
-        one = compare(gold, answer, ask)
-        if one is False:
+        if (one := compare(gold, answer, ask)) is False:
             return False
         result = None if one is None else result
     return result
@@ -244,9 +244,7 @@ def _last_side(gold: str, sides: list[str], signs: list[str], ask: Ask) -> bool 
     if not result and "\\approx" in signs and (number := read_number(gold)) and number.ulp:
         result = compare(gold, sides[-1], ask)
     for side in exact[:-1]:
-        if result is not False and not re.search(
-            r"[A-Za-z]", re.sub(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b", "", side)
-        ):
+        if result is not False and not re.search(r"[A-Za-z]", ARITHMETIC.sub("", side)):
             holds = compare(exact[-1], side, ask)
             result = holds if not holds else result
     return result
@@ -262,8 +260,7 @@ def _compare_both(gold_relation, answer_relation, ask: Ask) -> bool | None:
             return compare(golds[-1], answers[-1], ask)
         first, second = as_interval(golds, gold_signs), as_interval(answers, answer_signs)
         return compare(first, second, ask) if first and second else False
-    same_left = golds[0] == answers[0]
-    if same_left or len(golds) > 2:
+    if golds[0] == answers[0] or len(golds) > 2:
         result = _ordered(golds, answers, ask)
         if result or len(golds) > 2 or NAME.fullmatch(golds[0]):
             return result

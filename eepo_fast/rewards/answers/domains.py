@@ -91,8 +91,7 @@ def _read(text: str, depth: int = 0) -> list[Piece]:
     text = MEMBER.sub("", text, count=1) if "," not in text else text
     if text == REALS:
         return [EVERYTHING]
-    match = ALL_BUT.fullmatch(text)
-    if match:
+    if match := ALL_BUT.fullmatch(text):
         return _common([EVERYTHING], _rest(_points(split(match.group(1), ","))))
     unions = split(text, "\\cup")
     if len(unions) > 1:
@@ -100,8 +99,7 @@ def _read(text: str, depth: int = 0) -> list[Piece]:
     without = split(re.sub(r"(?<=[\])}])-(?=\\\{)", r"\\setminus", text), "\\setminus")
     if len(without) == 2:
         return _common(_read(without[0], depth + 1), _rest(_read(without[1], depth + 1)))
-    match = BUILDER.fullmatch(text)
-    if match:
+    if match := BUILDER.fullmatch(text):
         return _conditions(match.group(1))
     if text.startswith("\\{") and text.endswith("\\}") and closes_at_end(text):
         return _points(split(text[2:-2], ","))
@@ -124,8 +122,7 @@ def _conditions(text: str) -> list[Piece]:
             raise ValueError
         sides, signs = found
         names |= {side for side in sides if NAME.fullmatch(side) and side not in CONSTANTS}
-        excluding = signs == ["\\ne"]
-        if excluding:
+        if excluding := signs == ["\\ne"]:
             excluded.append(sides[1])
         elif signs == ["="]:
             pieces += _points(sides[1:])
@@ -161,8 +158,7 @@ def _points(texts: Sequence[str]) -> list[Piece]:
 def _value(text: str) -> Fraction | float:
     if text.lstrip("+-") == "\\infty":
         return -math.inf if text.startswith("-") else math.inf
-    number = read_number(text)
-    if number is None:
+    if (number := read_number(text)) is None:
         raise ValueError
     return number.value
 

@@ -5,6 +5,7 @@ completions are long, and written by models that are rewarded for what happens h
 """
 
 import re
+from collections import deque
 
 # `Answer: 18` ends its line; `Answer: She sold 18 in May and` begins to reason
 SHORT_ANSWER = r"^answer(?=\s{0,9}:[ \t]{0,9}(?:\(?[A-J]\)?|[-$\\0-9](?:(?!\. )[^\n]){0,80})\.?[ \t]{0,9}$)"
@@ -35,28 +36,23 @@ MAX_LINE = 2001  # one more than an answer may have, so that a longer one is see
 
 def extract_answer(completion: str) -> str | None:
     """Returns the answer's text; None where there is none."""
-    boxed = _last_boxed(completion)
-    if boxed is not None:
+    if (boxed := _last_boxed(completion)) is not None:
         return boxed.strip() or None
-    announced = None
-    for match in ANSWER_IS.finditer(completion):
-        announced = match
-    if announced:
-        rest = _announced(completion[announced.end() :])
-        if rest:
-            return rest
-    last = None
-    for match in LAST_NUMBER.finditer(completion):
-        last = match
-    if last is None:
+    announced = _last(ANSWER_IS, completion)
+    if announced and (rest := _announced(completion[announced.end() :])):
+        return rest
+    if (last := _last(LAST_NUMBER, completion)) is None:
         return None
-    formula = _formula_around(completion, last.end() - 1)
-    if formula:
+    if formula := _formula_around(completion, last.end() - 1):
         return formula
     number = MINUS_SIGN.sub("-", last.group().replace("$", "").replace("{10}^", "10^"))
     before = completion[max(0, last.start() - 9) : last.start()].rstrip()[-1:]
     minus = number.startswith("-") and (before.isdigit() or before in (")", "}"))  # 5 - 3 ends with 3, not -3
     return number[1:] if minus else number
+
+
+def _last(pattern: re.Pattern, text: str) -> re.Match | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _formula_around(text: str, place: int) -> str | None:

@@ -4,8 +4,7 @@ import re
 
 OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
-RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "\\le", "\\ge": "\\ge", "\\ne": "\\ne", "\\in": "\\in",
-             "\\approx": "\\approx", "\\equiv": "\\equiv"}  # fmt: skip
+RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx", "\\equiv")
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 NAME = re.compile(
     r"(?:\\text\{[^{}]*\}|(?:\\angle |\\triangle |m\\angle )?(?:\\[A-Za-z]+|[A-Za-z]{1,4}))"
@@ -58,19 +57,14 @@ def group(text: str) -> tuple[tuple[str, str], list[str]] | None:
 
 def relation(text: str) -> tuple[list[str], list[str]] | None:
     """Returns (sides, relation signs) of an equation, an inequality or a chain of them; None for other texts."""
-    signs = [t for t in top_level(text) if t in RELATIONS]
-    return (split(text, *RELATIONS), signs) if signs else None
-
-
-def top_level(text: str) -> list[str]:
     if not any(sign in text for sign in RELATIONS):
-        return []
-    tokens, depth = [], 0
+        return None
+    signs, depth = [], 0
     for token in TOKEN.findall(text):
         depth += (token in OPENING) - (token in CLOSING)
-        if depth == 0:
-            tokens.append(token)
-    return tokens
+        if depth == 0 and token in RELATIONS:
+            signs.append(token)
+    return (split(text, *RELATIONS), signs) if signs else None
 
 
 def oriented(sides: list[str], signs: list[str]) -> tuple[list[str], list[str]]:

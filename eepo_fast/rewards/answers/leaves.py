@@ -53,12 +53,8 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if percents[1] and not percents[0] and not read_number(gold):
         return False  # \\sqrt{2} percent
     if "\\pmod" in gold or "\\pmod" in answer:
-        parts = gold.split("\\pmod"), answer.split("\\pmod")
-        return (
-            len(parts[0]) == len(parts[1])
-            and parts[0][1:] == parts[1][1:]
-            and compare_leaves(parts[0][0], parts[1][0], ask)
-        )
+        golds, answers = gold.split("\\pmod"), answer.split("\\pmod")
+        return golds[1:] == answers[1:] and compare_leaves(golds[0], answers[0], ask)
     if ":" in gold or ":" in answer:
         golds, answers = gold.split(":"), answer.split(":")
         if CLOCK.search(gold_unit + answer_unit):  # 9 a.m. is 9:00 a.m.
@@ -113,15 +109,12 @@ def _word(text: str) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    found = re.findall(r"[a-z0-9.]+", " ".join(TEXT.findall(text)).lower() if "\\text" in text else text.lower())
-    return [word.rstrip(".") if word not in ("a.m.", "p.m.") else word for word in found]
-
-
-def _singular(word: str) -> str:
-    return word.removesuffix("s") if len(word) > 4 else word
+    """Returns the words without articles, in the singular."""
+    found = re.findall(r"[a-z0-9.]+", (" ".join(TEXT.findall(text)) if "\\text" in text else text).lower())
+    words = [word if word in ("a.m.", "p.m.") else word.rstrip(".") for word in found]
+    return [word.removesuffix("s") if len(word) > 4 else word for word in words if word not in ("the", "a", "an")]
 
 
 def _same_text(gold: str, answer: str) -> bool:
-    articles = ("the", "a", "an")
-    golds, answers = ([_singular(w) for w in _words(text) if w not in articles] for text in (gold, answer))
+    golds, answers = _words(gold), _words(answer)
     return "".join(golds) == "".join(answers) and bool(golds)

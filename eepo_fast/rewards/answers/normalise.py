@@ -55,18 +55,7 @@ UNITS = word_set(
     "pound gallons gallon au pc ly and or to of is about approximately roughly no yes odd even true false none "
     "empty rs hundred thousand million billion trillion times more less than the a an be"
 ) - {"a", "in", "au", "to"}
-ENVIRONMENTS = (
-    "matrix",
-    "smallmatrix",
-    "pmatrix",
-    "bmatrix",
-    "vmatrix",
-    "Bmatrix",
-    "array",
-    "cases",
-    "overline",
-    "mathbb",
-)
+ENVIRONMENTS = word_set("matrix smallmatrix pmatrix bmatrix vmatrix Bmatrix array cases overline mathbb")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # non-negative is a word, xy-yz is none
 WORDS = re.compile(
@@ -166,9 +155,8 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("**", "^").replace("*", "\\cdot ").replace("<=", "\\le ").replace(">=", "\\ge ")
     text = text.replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
-    return _spaces(
-        re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
-    ).replace(NEW_ROW, "\\\\")
+    text = re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
+    return _spaces(text).replace(NEW_ROW, "\\\\")
 
 
 def _small_commands(text: str) -> str:
@@ -179,9 +167,8 @@ def _small_commands(text: str) -> str:
     text = re.sub(r"\\text\s*\{\s*\^\\circ\s*\}|\{\}\s*\^\s*\{?\\circ\s*\}?", r"^\\circ ", text)
     text = re.sub(r"(?<=[0-9])\s*\\deg\s*$", r"^\\circ ", DEGREES_ABOVE.sub(r"\\frac{\1}{\2}^\\circ ", text))
     text = re.sub(r"^\(([0-9A-F]+)\)\s*_", r"\1_", re.sub(r"_\s*\{\s*\(([0-9]{1,2})\)\s*\}", r"_{\1}", text))
-    text = re.sub(
-        r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
-    )
+    text = LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", text)
     return text.replace("\\equiv", "=") if "mod" not in text else text
 
 
@@ -231,8 +218,7 @@ def _phrase(text: str) -> str:
 def _said(text: str) -> str:
     """Drops "the answer is" at the start, and puts into digits a number in words: eighteen, 18 (eighteen), 2 to 1."""
     text = LABEL.sub("", ANSWER_IS.sub("", text))
-    match = OPTION.fullmatch(text)
-    if match:
+    if match := OPTION.fullmatch(text):
         return match.group(1)
     match = IN_WORDS.fullmatch(text)
     if match and match.group(1).lower() in SPOKEN:
@@ -271,8 +257,6 @@ def _command(match: re.Match) -> str:
     if name not in COMMANDS:
         return match.group()
     new = COMMANDS[name]
-    if new == "text" and name == "operatorname":
-        return "\\text" + space
     return ("\\" + new if new[:1].isalpha() or new in ("{", "}") else new) + space
 
 
@@ -294,10 +278,9 @@ def _texts(text: str) -> str:
             parts.append("\\text{" + " ".join(inner.split()) + "}")
         position = match.end()
     parts.append(_plain(text[position:]))
-    parts = [PER_UNIT.sub(r"\1\\text{\2}", "".join(parts))]
-    text = UNIT_LETTER.sub(r"\\text{\1}\2", "".join(parts))
-    text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
-    text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text) if text.count("\\text") > 1 else text
+    text = UNIT_LETTER.sub(r"\\text{\1}\2", PER_UNIT.sub(r"\1\\text{\2}", "".join(parts)))
+    for _ in range(2):
+        text = re.sub(r"\\text\{([^{}]*)\}\s*\\text\{", r"\\text{\1 ", text)
     text = BETWEEN.sub(lambda m: _separator(m) if m.start() > 0 and m.end() < len(m.string) else m.group(), text)
     return re.sub(
         r"\\text\{(hundred|thousand|million|billion|trillion)\b ?([^{}]*)\}",
@@ -332,17 +315,11 @@ def _word(match: re.Match) -> str:
     at_end = before[-1:].isdigit() and UNITS_TO_THE_END.fullmatch(match.string, match.end())
     if word in FUNCTIONS and not (low in UNITS and at_end):
         return f"\\{word} "
-    if (
-        len(word) == 2
-        and low in UNITS
-        and (low not in SMALL_WORDS or (low in PRODUCTS and _beside_sign(match)))
-        and not at_end
-    ):
+    small = low in SMALL_WORDS and not (low in PRODUCTS and _beside_sign(match))
+    if len(word) == 2 and low in UNITS and not small and not at_end:
         return word  # a product of variables
     spaced = before[-1:].isdigit() and match.string[match.start() - 1].isspace()  # 60 kmph, not 2abcd
-    if low not in UNITS and not spaced and PRODUCT.fullmatch(word):
-        return word
-    if word in ENVIRONMENTS:
+    if word in ENVIRONMENTS or (low not in UNITS and not spaced and PRODUCT.fullmatch(word)):
         return word
     if low in UNITS or (len(word) >= 4 and not word.isupper()):
         return "\\text{" + ("percent" if low == "pct" else word) + "}"
@@ -389,5 +366,4 @@ def _spaces(text: str) -> str:
     text = TEXT.sub(keep, text)
     text = SPACE_AFTER_COMMAND.sub("\\1\x01", GAP.sub("\x02", text))
     text = "".join(text.split()).replace("\x01", " ").replace("\x02", " ")
-    parts = text.split("\x00")
-    return "".join(a + b for a, b in zip(parts, [*kept, ""], strict=True))
+    return "".join(a + b for a, b in zip(text.split("\x00"), [*kept, ""], strict=True))

@@ -49,22 +49,17 @@ def read_number(text: str) -> Number | None:
     """Returns the number that a normalised text is; None where it is something else."""
     if len(text) > 400 or not text:
         return None
-    match = POWER.fullmatch(text)
-    if match:
+    if match := POWER.fullmatch(text):
         return _scientific(match.group(1), "1", "", match.group(2))
-    match = DECIMAL.fullmatch(text)
-    if match:
+    if match := DECIMAL.fullmatch(text):
         sign, whole, point, exponent = match.groups()
         return _scientific(sign, whole, point, exponent) if whole or (point and len(point) > 1) else None
-    match = FRACTION.fullmatch(text)
-    if match:
+    if match := FRACTION.fullmatch(text):
         return _quotient(match.group(1), match.group(2), match.group(3))
-    match = MIXED.fullmatch(text)
-    if match:
+    if match := MIXED.fullmatch(text):
         integer, numerator, denominator = (int(n) for n in match.groups()[1:])
         return Number(_sign(match.group(1)) * (integer + Fraction(numerator, denominator))) if denominator else None
-    match = REPEATING.fullmatch(text)
-    if match:
+    if match := REPEATING.fullmatch(text):
         sign, whole, start, period = match.groups()
         value = Fraction(int("0" + whole + start)) + Fraction(int(period), 10 ** len(period) - 1)
         return Number(_sign(sign) * value / 10 ** len(start))
@@ -91,8 +86,7 @@ def _scientific(sign: str, whole: str, point: str | None, exponent: str | None) 
         return Number(value)
     if exponent is not None and not places and len(whole.rstrip("0")) <= 1:
         return Number(value)  # 10^3, 4e33: exact, as far as anyone can say
-    significant = digits.lstrip("0")
-    return Number(value, scale / 10 ** len(places), len(significant), exponent is not None)
+    return Number(value, scale / 10 ** len(places), len(digits.lstrip("0")), exponent is not None)
 
 
 def _quotient(sign: str, above: str, below: str) -> Number | None:

@@ -65,20 +65,15 @@ class NotMathematicsError(Exception):
 def ask(question: str, gold: str, answer: str) -> bool:
     """Answers what `compare` asks of a worker; NotMathematicsError for a gold that cannot be parsed."""
     gold_expression = parse_latex(gold)
-    unfinished = _unfinished(answer) - _unfinished(gold)
     try:
         answer_expression = parse_latex(answer)
     except NotMathematicsError:
         return False
-    if unfinished:
+    if UNFINISHED.intersection(COMMAND.findall(answer)).difference(COMMAND.findall(gold)):
         return False
     if question != "equal":
         return _proportional(gold_expression, answer_expression, question == "positively_proportional")
     return equal(gold_expression, answer_expression, read_number(gold), read_number(answer))
-
-
-def _unfinished(text: str) -> frozenset[str]:
-    return UNFINISHED.intersection(COMMAND.findall(text))
 
 
 @lru_cache(maxsize=512)
@@ -124,10 +119,8 @@ def equal(gold: Basic, answer: Basic, gold_number: Number | None = None, answer_
     if not symbols:
         exact = gold.doit() - answer.doit()
         if exact.is_Rational:  # 2^{2008}-2 is not 2^{2008}-3
-            return exact == 0 or (
-                gold_number is not None and gold_number.ulp is not None
-                and rounds_to(gold_number, gold_number.value - Fraction(int(exact.p), int(exact.q)))
-            )  # fmt: skip
+            error = Fraction(int(exact.p), int(exact.q))
+            return error == 0 or (gold_number is not None and rounds_to(gold_number, gold_number.value - error))
         first, second = _value(gold), _value(answer)
         if first is None or second is None:
             return False

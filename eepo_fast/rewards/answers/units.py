@@ -81,8 +81,7 @@ def mark_unit(text: str) -> str:
     for match in NUMBER.finditer(text, max(0, len(text) - MAX_UNIT - MAX_NUMBER)):
         if BEFORE.fullmatch(text[: match.start()]):
             rest = text[match.end() :].strip() if "frac" in match.group() else text[match.end() :]
-            unit = read_unit(rest, bare=True)  # \\frac{37}{4} m may well be a product
-            if unit:
+            if unit := read_unit(rest, bare=True):  # \\frac{37}{4} m may well be a product
                 return f"{text[: match.end()]}\\text{{{unit}}}"
     return text
 
@@ -96,8 +95,7 @@ def read_unit(text: str, bare: bool = False) -> str | None:
     worded = "\\text" in text or "\\frac" in text or (spaced and re.search(r"[/^]", text) is not None)
     text = SUNS.sub(r" ☉\1 ", CELSIUS.sub(lambda m: f" °{m.group(1) or m.group(2)} ", text))
     reader = _Reader([token for token in TOKEN.findall(text) if not token.isspace()])
-    powers = reader.read()
-    if not powers:
+    if not (powers := reader.read()):
         return None
     words = [token for token in reader.tokens if token[0].isalpha()]
     special = any(token[0] in "°☉μΩÅ" or token[-1] == "Ω" for token in reader.tokens) and len(words) <= 1
@@ -230,8 +228,7 @@ def same_unit(gold: str, answer: str) -> bool:
 def unit_words(text: str) -> list[str]:
     """Returns a unit's words and exponents under common names; `sq units`, `square units` and `units^2` are one."""
     marked = MARKED.fullmatch(text)
-    known = marked.group(1) if marked else read_unit(text)
-    if known:
+    if known := marked.group(1) if marked else read_unit(text):
         return known.split(".")
     words = []
     for word in re.findall(r"[a-z.]+|[0-9]", re.sub(r"\\text|\\cdot", " ", text.lower())):

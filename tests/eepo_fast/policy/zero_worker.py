@@ -12,7 +12,7 @@ from eepo_fast.algorithm.losses import PolicyTokens, policy_loss
 from eepo_fast.config import make_config
 from eepo_fast.distributed import start_world
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.policy.shards import all_gather, forgetful_buckets
+from eepo_fast.policy.shards import all_gather
 from eepo_fast.policy.zero import ZeroPolicy
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
@@ -151,7 +151,7 @@ def touched(policy, config):
     found = compute_unlearning(policy, rollouts, config.eepo, [])
     sums = torch.zeros(4, dtype=torch.float64)
     options = dict(seed=0, step=0)
-    for _ in forgetful_buckets(found.gradient, policy._own_slice, policy.engine_dtype, config.eepo, sums, **options):
+    for _ in policy.forgetful_buckets(found.gradient, config.eepo, sums, **options):
         pass
     after = snapshot(policy)
     policy.backward(micro, lambda stats, rows: -stats.logprobs / counted)  # the control: this must be seen
