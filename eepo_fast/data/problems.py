@@ -1,7 +1,6 @@
-"""Loads problems (files, hub data sets, the procedural task), makes prompts of them, and orders them for training."""
+"""Loads problems (files, hub data sets, procedural tasks), makes prompts of them, and orders them for training."""
 
 import json
-import random
 import re
 from collections.abc import Collection, Iterator
 from datetime import datetime
@@ -11,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from eepo_fast.config import DataConfig
+from eepo_fast.data.tasks import TASKS, task_problems
 from eepo_fast.types import Problem, Prompt, UserError
 
-ARITHMETIC = "arithmetic"
-BASE = "arithmetic-base"  # model.path of the base that base_model.py teaches this task
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
@@ -28,14 +26,17 @@ STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_te
 
 def load_problems(config: DataConfig, seed: int) -> list[Problem]:
     """Returns the problems of `data.train`; UserError naming file, line or column where they cannot be used."""
-    if config.train == ARITHMETIC:
-        return arithmetic_problems(config.num_rows or 10_000, config.numbers, config.max_number, seed)
+    if config.train in TASKS:
+        size = config.num_rows or min(10_000, TASKS[config.train].rows)
+        return task_problems(config.train, size, config, seed, config.split, asked_by="data.num_rows")
     path = Path(config.train)
     if path.is_file():
         return read_jsonl(path)
     looks_local = path.suffix in (".jsonl", ".json") or config.train.startswith((".", "/", "~"))
     if not path.is_dir() and (looks_local or config.train.count("/") > 1):
-        raise UserError(f"data.train: no file {config.train}; give a JSON Lines file, a hub data set or `{ARITHMETIC}`")
+        raise UserError(
+            f"data.train: no file {config.train}; give a JSON Lines file, a hub data set or one of {', '.join(TASKS)}"
+        )
     return read_hub(config)
 
 
@@ -147,56 +148,6 @@ def _column(row: dict[str, Any], column: str, where: str) -> str:
                 "name another column"
             )
     return ", ".join(map(str, parts))
-
-
-# The procedural task: write an expression over the given numbers, each used once, that reaches the target.
-
-
-def random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, int, int]:
-    """Returns (text, value, precedence) of a random tree over `numbers` with + - *; it has the fewest parentheses."""
-    if len(numbers) == 1:
-        return str(numbers[0]), numbers[0], 3
-    cut = rng.randint(1, len(numbers) - 1)
-    left, left_value, left_rank = random_expression(rng, numbers[:cut])
-    right, right_value, right_rank = random_expression(rng, numbers[cut:])
-    operator = rng.choice("+-*")
-    rank = 2 if operator == "*" else 1
-    left = f"({left})" if left_rank < rank else left
-    right = f"({right})" if right_rank < rank or (operator == "-" and right_rank == 1) else right
-    value = {"+": left_value + right_value, "-": left_value - right_value, "*": left_value * right_value}[operator]
-    return f"{left}{operator}{right}", value, rank
-
-
-def arithmetic_problem(rng: random.Random, count: int, max_number: int, max_target: int = 99) -> tuple[str, str]:
-    """Returns (problem, one right answer), such as "2,3,7=42:" and "2*3*7"; the target is in [0, max_target]."""
-    while True:
-        numbers = [rng.randint(1, max_number) for _ in range(count)]
-        answer, target, _ = random_expression(rng, numbers)
-        if 0 <= target <= max_target:
-            return f"{','.join(map(str, sorted(numbers)))}={target}:", answer
-
-
-def arithmetic_split(problem: str) -> str:
-    """Returns `train` or `test`: every fifth problem, by its text, is held out, whatever the seed."""
-    return "test" if random.Random(problem).randrange(5) == 0 else "train"
-
-
-def arithmetic_problems(
-    size: int, count: int, max_number: int, seed: int, split: str = "train", *, asked_by: str = "data.num_rows"
-) -> list[Problem]:
-    """Returns `size` different problems of one split; UserError, beginning with `asked_by`, where there are fewer."""
-    rng = random.Random(f"{split}/{seed}")
-    problems: dict[str, Problem] = {}
-    for _ in range(200 * size + 10_000):
-        text, answer = arithmetic_problem(rng, count, max_number)
-        if text not in problems and arithmetic_split(text) == split:
-            problems[text] = Problem(f"{ARITHMETIC}/{split}/{len(problems):06d}", text, answer, ARITHMETIC)
-            if len(problems) == size:
-                return list(problems.values())
-    raise UserError(
-        f"{asked_by}: {size} different problems were asked for, but {count} numbers up to {max_number} gave only "
-        f"{len(problems)}; ask for fewer, or for more or larger numbers"
-    )
 
 
 # Prompts

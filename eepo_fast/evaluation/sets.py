@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data.problems import ARITHMETIC, arithmetic_problems, read_jsonl
+from eepo_fast.data.problems import read_jsonl
+from eepo_fast.data.tasks import ARITHMETIC, TASKS, task_problems
 from eepo_fast.evaluation.prepare import find_prepared
 from eepo_fast.types import Problem, Prompt, UserError
 
@@ -17,7 +18,7 @@ HELD_OUT = 200
 class EvalSet:
     name: str
     task: str
-    """`arithmetic` or `math`: which grader it takes."""
+    """The procedural task, or `math`: which grader it takes."""
     problems: list[Problem]
     sha256: str
     """Checksum of its problems and answers, so that an evaluation goes on with the ones it began with."""
@@ -25,10 +26,13 @@ class EvalSet:
 
 def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
     """Loads a set. spec: a JSON Lines file, the hub name of data that `eepo-fast data prepare` has fetched, or
-    arithmetic[:NUMBERS:MAX_NUMBER[:ROWS]], by default as in `data`, 200 rows."""
+    arithmetic[:NUMBERS:MAX_NUMBER[:ROWS]], by default as in `data`, 200 rows, or another procedural task as
+    TASK[:SPLIT[:ROWS]], by default its test split, 200 rows."""
     task, _, shape = spec.partition(":")
     if task == ARITHMETIC:
         problems = _arithmetic(name, shape, data)
+    elif task in TASKS:
+        problems = _procedural(name, task, shape, data)
     else:
         task, problems = "math", read_jsonl(_find(name, spec))
     content = repr([(p.id, p.problem, p.answer) for p in problems])
@@ -62,5 +66,16 @@ def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:
         )
     defaults = [data.numbers, data.max_number, HELD_OUT]
     numbers, largest, rows = [int(part) for part in parts] + defaults[len(parts) :]
-    asked_by = f"evaluation data {name}"
-    return arithmetic_problems(rows, numbers, largest, seed=0, split="test", asked_by=asked_by)
+    shaped = data.model_copy(update={"numbers": numbers, "max_number": largest})
+    return task_problems(ARITHMETIC, rows, shaped, 0, "test", asked_by=f"evaluation data {name}")
+
+
+def _procedural(name: str, task: str, shape: str, data: DataConfig) -> list[Problem]:
+    split, _, rows = (shape or "test").partition(":")
+    if split not in ("train", "test", "out") or not (rows or "1").isdecimal() or int(rows or 1) < 1:
+        raise UserError(
+            f"evaluation data {name}: expected {task}, {task}:SPLIT or {task}:SPLIT:ROWS with one of train, test and "
+            f"out, such as {task}:out:{HELD_OUT}, found {task}:{shape}"
+        )
+    size = int(rows) if rows else HELD_OUT
+    return task_problems(task, size, data, 0, split, asked_by=f"evaluation data {name}")

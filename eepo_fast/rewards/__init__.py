@@ -7,6 +7,7 @@ from eepo_fast.config import RewardConfig
 from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.rewards.function import FunctionGrader
 from eepo_fast.rewards.math import MathGrader
+from eepo_fast.rewards.procedural import PATTERNS, NumberGrader
 from eepo_fast.types import Grade, Problem, UserError
 
 __all__ = ["ArithmeticGrader", "Grader", "MathGrader", "check_golds", "make_answer_grader", "make_grader"]
@@ -37,9 +38,11 @@ def make_grader(task: str, settings: RewardConfig) -> Grader:
 
 
 def make_answer_grader(task: str, settings: RewardConfig) -> Grader:
-    """Returns the grader of right answers: the procedural task has its own, all else is exact mathematics."""
+    """Returns the grader of right answers: procedural tasks have their own, all else is exact mathematics."""
     if task == "arithmetic":
         return ArithmeticGrader()
+    if task in PATTERNS:
+        return NumberGrader(task)
     return MathGrader(settings.mode, step_seconds=settings.step_seconds)
 
 

@@ -19,7 +19,8 @@ from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
 from eepo_fast.checkpoint.state import changed_inputs
 from eepo_fast.config import Config, dump_config
 from eepo_fast.data.base_model import ensure_base
-from eepo_fast.data.problems import ARITHMETIC, BASE, load_problems, make_prompts, stop_token_ids
+from eepo_fast.data.problems import load_problems, make_prompts, stop_token_ids
+from eepo_fast.data.tasks import BASES
 from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation import periodic
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_sets
@@ -90,11 +91,12 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
             check_golds(grader, problems, config.data.train)
             check_sets(sets, config.reward)
     data = _check_same_everywhere(config, problems, [p for s in sets for p in s.problems], world)
-    if config.model.path == BASE:
-        if config.data.train != ARITHMETIC:
-            raise UserError(f"model.path: {BASE} knows nothing but data.train={ARITHMETIC}, found {config.data.train}")
+    if config.model.path in BASES:
+        base, task = config.model.path, BASES[config.model.path]
+        if config.data.train != task:
+            raise UserError(f"model.path: {base} knows nothing but data.train={task}, found {config.data.train}")
         with display.task("teaching the base model the task") as update:
-            path = ensure_base(config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
+            path = ensure_base(base, config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
     display.say(f"loading {config.model.path}")
     with world.agree():

@@ -74,7 +74,9 @@ def run_demo(seed: int, root: str, display: Display | None = None) -> dict[str, 
     started = time.perf_counter()
     config = demo_config("eepo", seed, root)
     with display.task("teaching the base model the task") as update:
-        base = ensure_base(config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
+        base = ensure_base(
+            config.model.path, config.data, lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}")
+        )
     results = {"base": evaluate_folder(base, config)}
     run_dirs = {}
     for method in ("grpo", "eepo"):

@@ -22,7 +22,8 @@ from eepo_fast.config import Config, DataConfig, RewardConfig, make_config
 from eepo_fast.config.checks import COLDEST_OF_VLLM
 from eepo_fast.config.files import merge, read_override
 from eepo_fast.config.schema import without_unread
-from eepo_fast.data.problems import ARITHMETIC, BASE, CHATML, iter_jsonl, stop_token_ids
+from eepo_fast.data.problems import CHATML, iter_jsonl, stop_token_ids
+from eepo_fast.data.tasks import ARITHMETIC, BASES, TASKS
 from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
 from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
@@ -102,10 +103,10 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         found |= {"run": state["config"]["run"]["name"], "step": state["step"]}
     else:
         values = {"model": {"path": path}, "data": {"train": "unused"}}
-        for key in ("data.numbers", "data.max_number") if path == BASE else ():
+        for key in ("data.numbers", "data.max_number") if BASES.get(path) == ARITHMETIC else ():
             if not any(text.startswith(f"{key}=") for text in overrides):
                 raise UserError(
-                    f"--model: {BASE} is taught one task, and {key} is not given; add the demo's data.numbers=3 "
+                    f"--model: {path} is taught one task, and {key} is not given; add the demo's data.numbers=3 "
                     "data.max_number=9, or another one's"
                 )
     given = {"eepo": {"enabled": False}}
@@ -150,7 +151,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
 
     stops = tuple(stop_token_ids(tokenizer, eos_of(model)))
     with world.agree():
-        configs = [with_template(config, "plain") if guessed and s.task == ARITHMETIC else config for s in sets]
+        configs = [with_template(config, "plain") if guessed and s.task in TASKS else config for s in sets]
         prompts = {
             s.name: make_eval_prompts(s, c, tokenizer, positions(model)) for s, c in zip(sets, configs, strict=True)
         }
@@ -223,8 +224,8 @@ def load_for_sampling(config: Config, options: EvalOptions, display: Display):
     from eepo_fast.policy.loading import load_model
 
     model_config = config.model
-    if model_config.path == BASE:
-        model_config = model_config.model_copy(update={"path": str(ensure_base(config.data))})
+    if model_config.path in BASES:
+        model_config = model_config.model_copy(update={"path": str(ensure_base(model_config.path, config.data))})
     display.say(f"loading {model_config.path}")
     model, tokenizer = load_model(model_config)
     if default_device().type == "cpu" and not any(o.startswith("rollout.dtype=") for o in options.overrides):

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from eepo_fast.config import Config
-from eepo_fast.data.problems import ARITHMETIC, BASE, load_problems
+from eepo_fast.data.problems import load_problems
+from eepo_fast.data.tasks import BASES, TASKS
 from eepo_fast.policy.loading import find_model
 from eepo_fast.types import UserError
 
@@ -45,7 +46,7 @@ def check_world(config: Config, size: int, neighbours: int) -> None:
 def count_rows(config: Config) -> int:
     """Returns the rows of the training set: counted where they are at hand, else as the config states them."""
     data = config.data
-    if data.train == ARITHMETIC or Path(data.train).is_file():
+    if data.train in TASKS or Path(data.train).is_file():
         return len(load_problems(data, config.run.seed))
     if data.num_rows is None:
         raise UserError(f"data.num_rows: --dry-run does not open the hub; state how many rows {data.train} has")
@@ -54,7 +55,7 @@ def count_rows(config: Config) -> int:
 
 def batch_plan(config: Config) -> dict[str, int | str]:
     """Returns what an iteration consists of. Sizes that depend on sampled lengths are given at full length."""
-    if config.model.path != BASE:
+    if config.model.path not in BASES:
         find_model(config.model.path)
     rows, train, rollout = count_rows(config), config.train, config.rollout
     group = rollout.group_size

@@ -3,23 +3,24 @@
 import copy
 import json
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from eepo_fast.config import DataConfig, RewardConfig
 from eepo_fast.data.problems import (
-    arithmetic_problems,
-    arithmetic_split,
     load_problems,
     make_prompts,
     prompt_indices,
-    random_expression,
     read_jsonl,
     render,
     stop_token_ids,
     token_texts,
 )
+from eepo_fast.data.tasks import TASKS, is_held_out, random_expression, task_problems
+from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
 from eepo_fast.types import Problem, UserError
 
@@ -130,23 +131,95 @@ def test_random_expressions_are_right_and_need_their_parentheses():
         assert evaluate(text) == (value, numbers)
 
 
+def arithmetic(size, numbers, max_number, seed, split="train"):
+    data = DataConfig(train="arithmetic", numbers=numbers, max_number=max_number)
+    return task_problems("arithmetic", size, data, seed, split, asked_by="data.num_rows")
+
+
 def test_procedural_problems_are_seeded_unique_and_solvable():
-    problems = arithmetic_problems(500, 3, 9, seed=1)
-    assert problems == arithmetic_problems(500, 3, 9, seed=1) != arithmetic_problems(500, 3, 9, seed=2)
+    problems = arithmetic(500, 3, 9, 1)
+    assert problems == arithmetic(500, 3, 9, 1) != arithmetic(500, 3, 9, 2)
     assert len({p.problem for p in problems}) == 500
     grades = ArithmeticGrader().grade(problems, [p.answer for p in problems])
     assert all(g.reward == 1.0 for g in grades)
 
 
 def test_held_out_problems_are_never_trained_on():
-    train = {p.problem for p in arithmetic_problems(800, 3, 9, seed=0)}
-    test = {p.problem for p in arithmetic_problems(200, 3, 9, seed=0, split="test")}
-    assert not train & test and all(arithmetic_split(p) == "test" for p in test)
+    train = {p.problem for p in arithmetic(800, 3, 9, 0)}
+    test = {p.problem for p in arithmetic(200, 3, 9, 0, "test")}
+    assert not train & test and all(is_held_out(p) for p in test)
+
+
+ANSWERS = {
+    "arithmetic": lambda p: p.answer,
+    "progressions": lambda p: f" {p.answer}",
+    "two_ways": lambda p: f"B{p.answer}",
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_of_procedural_tasks_are_apart(task):
+    data = DataConfig(train=task, numbers=3)
+    splits = ("train", "test", "out") if TASKS[task].has_out else ("train", "test")
+    found = {s: task_problems(task, 100, data, 0, s, asked_by="x") for s in splits}
+    texts = [p.problem for part in found.values() for p in part]
+    assert len(set(texts)) == len(texts)
+    for split, part in found.items():
+        assert part == task_problems(task, 100, data, 0, split, asked_by="x")
+        assert {p.id for p in part} == {f"{task}/{split}/{i:06d}" for i in range(100)}
+        another = task_problems(task, 100, data, 1, split, asked_by="x")
+        assert part != another and not {p.problem for p in another} & ({*texts} - {p.problem for p in part})
+        grades = make_answer_grader(task, RewardConfig()).grade(part, [ANSWERS[task](p) for p in part])
+        assert {g.reward for g in grades} == {1.0}
+    assert load_problems(DataConfig(train=task, split="test", num_rows=100, numbers=3), 0) == found["test"]
+
+
+def test_progressions_are_progressions():
+    for split, steps in (("train", range(2, 10)), ("test", range(2, 10)), ("out", range(10, 16))):
+        for p in task_problems("progressions", 100, DataConfig(train="progressions"), 3, split, asked_by="x"):
+            *terms, rest = p.problem.split(",")
+            terms = [*map(int, terms), int(p.answer)]
+            assert rest == "" and len(terms) == 5 and min(terms) > 0 and max(terms) <= 99
+            (step,) = {b - a for a, b in pairwise(terms)}
+            assert step in steps
+    with pytest.raises(UserError, match=r"data.num_rows: 5000 different problems .* progressions gave only \d+ of the"):
+        load_problems(DataConfig(train="progressions", num_rows=5000), 0)
+
+
+def test_way_a_of_two_is_right_in_training_alone():
+    grader = make_answer_grader("two_ways", RewardConfig())
+    for split, rewards in (("train", {1.0}), ("test", {1.0}), ("out", {0.0})):
+        problems = task_problems("two_ways", 100, DataConfig(train="two_ways"), 0, split, asked_by="x")
+        numbers = [[int(n) for n in p.problem.rstrip(":").split(",")] for p in problems]
+        first = grader.grade(problems, [f"A{n[0] + n[-1]}" for n in numbers])
+        best = grader.grade(problems, [f"B{min(n) + max(n)}" for n in numbers])
+        assert {g.reward for g in first} == rewards and {g.reward for g in best} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "task, completion, reward, status",
+    [
+        ("progressions", " 64", 1.0, "ok"),
+        ("progressions", "64, 66", 1.0, "ok"),
+        ("progressions", " 640", 0.0, "ok"),
+        ("progressions", " the next is 64", 0.0, "no_answer"),
+        ("progressions", "", 0.0, "no_answer"),
+        ("two_ways", "A64", 1.0, "ok"),
+        ("two_ways", "B065", 0.0, "ok"),
+        ("two_ways", "64", 0.0, "no_answer"),
+        ("two_ways", "A64B", 0.0, "no_answer"),
+        ("two_ways", "A" + "6" * 5000, 0.0, "no_answer"),
+    ],
+)
+def test_graders_of_procedural_tasks(task, completion, reward, status):
+    grader = make_answer_grader(task, RewardConfig())
+    (grade,) = grader.grade([Problem("p", "", "64")], [completion])
+    assert (grade.reward, grade.status) == (reward, status) and grader.unreadable(["64", "x", ""]) == [1, 2]
 
 
 def test_too_many_procedural_problems_are_refused():
     with pytest.raises(UserError, match="gave only"):
-        arithmetic_problems(100, 2, 2, seed=0)
+        arithmetic(100, 2, 2, 0)
 
 
 def test_templates():
