@@ -20,6 +20,7 @@ LAYERS = (  # bottom up: a module imports from lower layers and from its own roo
     ("checkpoint", "evaluation"),
     ("report",),
     ("run",),
+    ("compare",),
     ("cli",),
 )
 ALONE = {"rewards/answers"}  # knows nothing else of ours but types

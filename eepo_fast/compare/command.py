@@ -7,8 +7,9 @@ from typing import Any
 
 from eepo_fast.compare.page import write_comparison
 from eepo_fast.compare.plan import read_plan, run_config, stamp
-from eepo_fast.compare.runs import command, is_done, jobs, run_all
-from eepo_fast.types import UserError
+from eepo_fast.compare.runs import command, is_done, jobs, run_all, take_up
+from eepo_fast.evaluation.periodic import load_sets
+from eepo_fast.report.command import write_report
 
 
 def compare(
@@ -20,17 +21,22 @@ def compare(
     what is there, and takes up what other machines have finished in OUT/runs.
     """
     plan = read_plan(path)
-    for name in plan.methods:  # a wrong key is said before anything is written
-        run_config(plan, name, plan.seeds[0], out)
+    for name in plan.methods:  # a mistake is said before anything is written
+        load_sets(run_config(plan, name, plan.seeds[0], out)[0])
     stamps = stamp(plan, out, runs_exist=any((out / "results").glob("*.json")))
-    if only_print:
-        for job in jobs(plan):
-            if not is_done(plan, out, job):
+    todo = [job for job in jobs(plan) if not is_done(plan, out, job)]
+    try:
+        if only_print:
+            for job in todo:
                 say(shlex.join(command(plan, out, job)))
-    elif not only_page:
-        try:
-            run_all(plan, out, num_jobs, say)
-        except UserError:
-            write_comparison(plan, out, stamps)
-            raise
-    return write_comparison(plan, out, stamps)
+        elif only_page:
+            for job in todo:
+                take_up(plan, out, job)
+        else:
+            run_all(plan, out, todo, num_jobs, say)
+    finally:
+        page = write_comparison(plan, out, stamps)
+    folders = [out / "runs" / f"{name}-{seed}" for name, seed in jobs(plan)]
+    if found := [folder for folder in folders if (folder / "metrics.jsonl").is_file()]:
+        write_report(found, out / "report")
+    return page

@@ -8,10 +8,11 @@ OUT/results/METHOD-SEED.json       its numbers: with them a run is done, whateve
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from eepo_fast.compare.numbers import Result
 from eepo_fast.compare.plan import Plan, run_config, settings_digest
 from eepo_fast.config import Config
+from eepo_fast.run.loop import ENDING
 from eepo_fast.types import UserError
 
 Job = tuple[str, int]
@@ -53,15 +55,16 @@ def command(plan: Plan, out: Path, job: Job) -> list[str]:
     return ["eepo-fast", "train", *run_config(plan, *job, out)[1], "--resume"]
 
 
-def run_all(plan: Plan, out: Path, num_jobs: int, say: Callable[[str], Any]) -> None:
-    """Does the runs that are not done, `num_jobs` at a time; UserError where some failed, after all others."""
-    todo = [job for job in jobs(plan) if not is_done(plan, out, job)]
+def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Callable[[str], Any]) -> None:
+    """Does runs, `num_jobs` at a time; UserError where some failed, after all others."""
     say(f"{len(todo)} of {len(jobs(plan))} runs to do, {num_jobs} at a time")
-    failed = []
+    failed: list[Job] = []
+
+    processes: list[subprocess.Popen] = []
 
     def do(job: Job) -> None:
         started = time.perf_counter()
-        error = _run(plan, out, job, num_jobs)
+        error = _run(plan, out, job, num_jobs, processes)
         if error is None:
             say(f"{job[0]}, seed {job[1]}: {time.perf_counter() - started:.0f} s")
         else:
@@ -69,17 +72,23 @@ def run_all(plan: Plan, out: Path, num_jobs: int, say: Callable[[str], Any]) -> 
             say(f"{job[0]}, seed {job[1]}: failed: {error}")
 
     pool = ThreadPoolExecutor(num_jobs)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         list(pool.map(do, todo))
-    finally:  # what a Ctrl-C has not reached yet is not begun; what runs has got it too, and saves
+    except SystemExit:  # unlike a Ctrl-C, which every process of a terminal gets
+        for process in processes:
+            process.terminate()
+        raise
+    finally:  # what has not begun does not begin; what runs saves, and leaves
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
     if failed:
         names = ", ".join(f"{name}-{seed}" for name, seed in failed)
         raise UserError(f"{len(failed)} runs failed: {names}; their logs are in {out / 'runs'}; a second call goes on")
 
 
-def _run(plan: Plan, out: Path, job: Job, num_jobs: int) -> str | None:
-    """Does a run and keeps its numbers; returns what went wrong."""
+def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subprocess.Popen]) -> str | None:
+    """Does a run and keeps its numbers; returns what went wrong. processes: gets the run's."""
     config = run_config(plan, *job, out)[0]
     log = config.run_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,20 +96,30 @@ def _run(plan: Plan, out: Path, job: Job, num_jobs: int) -> str | None:
     if num_jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_jobs)))
     with log.open("a", encoding="utf-8") as file:
-        process = [sys.executable, "-m", "eepo_fast.cli", *command(plan, out, job)[1:]]
-        code = subprocess.run(process, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        arguments = [sys.executable, "-m", "eepo_fast.cli", *command(plan, out, job)[1:]]
+        process = subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        processes.append(process)
+        code = process.wait()
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"exit code {code}: {lines[-1] if lines else 'nothing was printed'}"
+    take_up(plan, out, job)
+    return None
+
+
+def take_up(plan: Plan, out: Path, job: Job) -> None:
+    """Keeps the numbers of a run in one file, if it is finished."""
+    config, path = run_config(plan, *job, out)[0], result_file(out, job)
+    ending = config.run_dir / ENDING
+    if not ending.is_file() or json.loads(ending.read_text(encoding="utf-8"))["reason"] != "finished":
+        return
     content = read_run(config, plan)
-    path = result_file(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     temporary.replace(path)
     if not plan.keep_checkpoints:
         shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
-    return None
 
 
 def read_run(config: Config, plan: Plan) -> Result:
