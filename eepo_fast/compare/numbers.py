@@ -16,7 +16,7 @@ from eepo_fast.compare.plan import Claim, Measure, Plan
 Result = dict[str, Any]
 """The content of OUT/results/METHOD-SEED.json."""
 Results = dict[str, dict[int, Result]]
-"""By method and seed."""
+"""The results of each method, by seed."""
 CONFIDENCE = 0.95
 
 

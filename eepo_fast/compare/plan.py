@@ -99,7 +99,7 @@ def read_plan(path: Path) -> Plan:
     """Reads a plan; UserError, one line, where it cannot be carried out."""
     where = f"plan {path}"
     try:
-        plan = Plan.model_validate(read_yaml(path, "plan"))
+        plan = Plan.model_validate(read_yaml(path, "plan", "keys like `methods:` and `seeds:`"))
     except ValidationError as error:
         first = error.errors()[0]
         key, message = ".".join(map(str, first["loc"])), first["msg"].replace("Input should be ", "expected ")

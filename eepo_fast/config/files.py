@@ -53,8 +53,10 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
 
 
-def read_yaml(path: str | Path, kind: str = "config file") -> dict[str, Any]:
-    """Returns what a YAML file holds; UserError, which says what kind of file it is, where that is no mapping."""
+def read_yaml(
+    path: str | Path, kind: str = "config file", shape: str = "sections like `run:` and `model:`"
+) -> dict[str, Any]:
+    """Returns what a YAML file holds; UserError, which says what kind of file it is, and what was expected in it."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -64,7 +66,7 @@ def read_yaml(path: str | Path, kind: str = "config file") -> dict[str, Any]:
     if (values := _parse_yaml(text, f"{kind} {path}")) is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{kind} {path}: expected keys such as `run:` and `name:`, found a {type(values).__name__}")
+        raise UserError(f"{kind} {path}: expected {shape}, found a {type(values).__name__}")
     return values
 
 

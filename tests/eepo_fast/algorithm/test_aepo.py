@@ -206,6 +206,7 @@ DIFFERENCES = {
     "eepo_multistep": {"eepo.num_steps": 3},
     "eepo_iteration_gate": {"eepo.gate": "iteration"},
     "eepo_random": {"eepo.direction": "random"},
+    "eepo_hotter": {"eepo.direction": "temperature", "eepo.learning_rate": 0.2},
 }
 
 

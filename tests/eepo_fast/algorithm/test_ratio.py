@@ -81,18 +81,18 @@ def check(trainer, form, rel=2e-4):
     return batch, row, [gradient for _, gradient in found]
 
 
-def sections(form, updates=1, quorum=1.0):
+def sections(form, updates=1, quorum=1.0, eta=0.05):
     grpo = {"kl_coef": KL, "entropy_coef": ENTROPY, "clip_low": CLIP, "clip_high": CLIP, "ratio": form}
     return {
         "grpo": grpo | ({"ratio_cap": CAP} if form == "decoupled" else {}),
-        "eepo": {**OPEN, "quorum": quorum},
-        "rollout": {"max_new_tokens": 24, "group_size": 8},
+        "eepo": {**OPEN, "quorum": quorum, "learning_rate": eta},
+        "rollout": {"max_new_tokens": 40, "group_size": 8},
         "train": {"prompts_per_update": 4 // updates, "micro_batch_tokens": 150},
         "optimizer": {"learning_rate": 1e-2},
     }
 
 
-@pytest.mark.parametrize("quorum", [1.0, 0.5])
+@pytest.mark.parametrize("quorum", [1.0, 0.25])
 @pytest.mark.parametrize("updates", [1, 4])
 @pytest.mark.parametrize("form", FORMS)
 def test_updates_against_an_oracle(make_trainer, form, updates, quorum):
@@ -100,7 +100,7 @@ def test_updates_against_an_oracle(make_trainer, form, updates, quorum):
     batch, row, _ = check(trainer, form)
     assert row["policy/clip_fraction_stage2"] > 0 or (updates == 1 and form != "sampler"), "θ over θ is never cut"
     assert any(r.num_before for r in batch.rollouts) == (quorum < 1)
-    assert row["policy/weight_tail"] > 0 or form != "decoupled", "the cap is reached"
+    assert row["policy/weight_tail"] > 0 or updates > 1 or form != "decoupled", "the cap is reached"
 
 
 def test_updates_against_an_oracle_with_vllm(make_trainer, tokenizer):
@@ -114,11 +114,11 @@ def test_updates_against_an_oracle_with_vllm(make_trainer, tokenizer):
         tie_word_embeddings=True,
     )).eval()  # fmt: skip
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(6)
+        model.model.embed_tokens.weight.mul_(3)
     engine = VllmEngine(model, dtype=torch.float32, max_sequences=16, max_model_len=64)
     try:
         for form in FORMS:
-            trainer = make_trainer(reference=True, **sections(form, 2))
+            trainer = make_trainer(reference=True, **sections(form, 2, eta=5.0))
             for policy in (trainer.policy, trainer.reference):
                 policy.module.model = copy.deepcopy(model)
             trainer.engine = engine

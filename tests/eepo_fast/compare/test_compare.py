@@ -111,7 +111,9 @@ def test_a_plan_is_carried_out_and_goes_on(write_plan, tmp_path, capsys):
     assert "seen first (declared after runs were there)" in text and "no worse (declared" not in text
     assert "after runs were there." in text
     capsys.readouterr()
-    other = write_plan(overrides=["optimizer.learning_rate=0.002"])
+    other = write_plan(
+        overrides=["optimizer.learning_rate=0.002"], claims=[CLAIM, {**CLAIM, "says": "seen first", "margin": 0.0}]
+    )
     line = complaint(capsys, other, "--out", out)
     assert "grpo-3.json: its run had other settings than the plan has now" in line
 
@@ -137,7 +139,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(write_plan, tmp_path,
     assert "1 of 2 are missing (eepo-3)" in (out / "README.md").read_text()
 
 
-def test_a_comparison_that_is_told_to_leave_leaves_nothing_running(write_plan, tmp_path):
+def test_told_to_leave_it_leaves_nothing_running(write_plan, tmp_path):
     """Its runs are told, too: they save and leave, and go on with the next call."""
     plan, out = write_plan(overrides=["train.iterations=5000"]), tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-m", "eepo_fast.cli", "compare", str(plan), "--out", str(out)])
