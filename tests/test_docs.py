@@ -206,9 +206,14 @@ def how(words):
 
 
 def takes_long(command):
-    """Ranks of torchrun, an import of DeepSpeed, or every test imported; the first of each kind is quick enough."""
+    """Ranks of torchrun, an import of DeepSpeed, every test imported, or a comparison's runs; the first of each of the
+    first two is quick enough."""
     kinds = ("torchrun", "configs/qwen2.5-3b.yaml", "pytest")
-    return any(k in command and command != next(c for c in COMMANDS if k in c) for k in kinds) or "pytest" in command
+    return (
+        any(k in command and command != next(c for c in COMMANDS if k in c) for k in kinds)
+        or "pytest" in command
+        or "compare" in command
+    )
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * takes_long(c)) for c in COMMANDS])

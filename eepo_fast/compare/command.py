@@ -37,6 +37,7 @@ def compare(
     finally:
         page = write_comparison(plan, out, stamps)
     folders = [out / "runs" / f"{name}-{seed}" for name, seed in jobs(plan)]
-    if found := [folder for folder in folders if (folder / "metrics.jsonl").is_file()]:
+    found = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+    if found and todo and not only_print:
         write_report(found, out / "report")
     return page

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eepo_fast.algorithm.losses import PolicyTokens, policy_loss
 from eepo_fast.algorithm.metrics import UpdateStats
 from eepo_fast.algorithm.ratio import importance_weights
+from eepo_fast.policy.plain import TorchPolicy
 
 FORMS = ("sampler", "decoupled", "policy")
 CLIP, KL, ENTROPY, CAP = 0.05, 0.1, 0.05, 1.05
@@ -81,11 +82,11 @@ def check(trainer, form, rel=2e-4):
     return batch, row, [gradient for _, gradient in found]
 
 
-def sections(form, updates=1, quorum=1.0, eta=0.05):
+def sections(form, updates=1, quorum=1.0, eta=0.05, **eepo):
     grpo = {"kl_coef": KL, "entropy_coef": ENTROPY, "clip_low": CLIP, "clip_high": CLIP, "ratio": form}
     return {
         "grpo": grpo | ({"ratio_cap": CAP} if form == "decoupled" else {}),
-        "eepo": {**OPEN, "quorum": quorum, "learning_rate": eta},
+        "eepo": {**OPEN, "quorum": quorum, "learning_rate": eta, **eepo},
         "rollout": {"max_new_tokens": 40, "group_size": 8},
         "train": {"prompts_per_update": 4 // updates, "micro_batch_tokens": 150},
         "optimizer": {"learning_rate": 1e-2},
@@ -118,12 +119,14 @@ def test_updates_against_an_oracle_with_vllm(make_trainer, tokenizer):
     engine = VllmEngine(model, dtype=torch.float32, max_sequences=16, max_model_len=64)
     try:
         for form in FORMS:
-            trainer = make_trainer(reference=True, **sections(form, 2, eta=5.0))
-            for policy in (trainer.policy, trainer.reference):
-                policy.module.model = copy.deepcopy(model)
-            trainer.engine = engine
-            trainer.policy.step = lambda: (1.0, False)  # three forms on one model
-            check(trainer, form)
+            trainer = make_trainer(reference=True, **sections(form, 2, max_step=9.0, max_kl=50.0))
+            trainer.policy = TorchPolicy(
+                copy.deepcopy(model), compute_dtype=torch.float32, temperature=1.0, micro_batch_tokens=150, pad_id=0,
+                optimizer=trainer.config.optimizer,
+            )  # fmt: skip
+            trainer.reference, trainer.engine = trainer.policy.with_model(copy.deepcopy(model)), engine
+            _, row, _ = check(trainer, form)
+            assert row["unlearn/applied"] == 1
     finally:
         engine.close()
 

@@ -67,6 +67,7 @@ def complaint(capsys, *arguments):
     return line
 
 
+@pytest.mark.slow
 def test_a_plan_is_carried_out_and_goes_on(write_plan, tmp_path, capsys):
     """All runs, side by side; a second call has nothing to do; what is removed is done again, to the same numbers."""
     plan, out = write_plan(), tmp_path / "out"
@@ -139,6 +140,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(write_plan, tmp_path,
     assert "1 of 2 are missing (eepo-3)" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_told_to_leave_it_leaves_nothing_running(write_plan, tmp_path):
     """Its runs are told, too: they save and leave, and go on with the next call."""
     plan, out = write_plan(overrides=["train.iterations=5000"]), tmp_path / "out"

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.algorithm.losses import PolicyTokens, policy_loss
+from eepo_fast.algorithm.ratio import set_old_logprobs
 from eepo_fast.config import make_config
 from eepo_fast.distributed import start_world
 from eepo_fast.policy.plain import TorchPolicy
@@ -65,16 +66,14 @@ def update(policy, config, rollouts):
     """Two GRPO steps on the same rollouts; the losses."""
     losses = []
     counted = sum(r.num_tokens for r in rollouts)
+    for r, logprobs in zip(rollouts, policy.score(rollouts).logprobs, strict=True):
+        r.prox_logprobs = logprobs
+    set_old_logprobs(rollouts, config.grpo)
     for _ in range(2):
         total = 0.0
         for micro in policy.micro_batches(rollouts):
-            tokens = PolicyTokens(
-                advantages=micro.per_token([r.advantage for r in micro.rollouts]),
-                old_logprobs=micro.concatenate([r.prox_logprobs or r.rollout_logprobs for r in micro.rollouts]),
-                on_policy=micro.per_token([0.0 for r in micro.rollouts]).bool(),
-                weights=micro.per_token([1 / counted for r in micro.rollouts]),
-                ref_logprobs=None,
-            )
+            weights = micro.per_token([1 / counted for r in micro.rollouts])
+            tokens = PolicyTokens.of(micro, weights, with_reference=False)
             total += float(policy.backward(micro, policy_loss(config.grpo, tokens))[0])
         norm, applied = policy.step()
         losses += [policy.world.total([total])[0], norm, float(applied)]
@@ -174,7 +173,7 @@ def main(world):
     for family, dtype, stage, packing, tokens, checkpointing, *offload in json.loads(sys.argv[1]):
         config = make_config({
             "model": {"path": "unused"}, "data": {"train": "arithmetic"},
-            "grpo": {"kl_coef": 0.0, "entropy_coef": 1e-3},
+            "grpo": {"kl_coef": 0.0, "entropy_coef": 1e-3, "ratio": ("sampler", "decoupled", "policy")[stage % 3]},
             # steps that bf16 weights can follow closely; and an Adam whose step is not the gradient's sign
             "eepo": {"alpha": 9.0, "learning_rate": 0.05 if dtype == "float32" else 5.0},
             "optimizer": {"learning_rate": 1e-2, "eps": 1e-8 if dtype == "float32" else 1e-1},
