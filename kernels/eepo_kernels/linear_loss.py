@@ -152,9 +152,8 @@ def _linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(hidden):
         check = _TargetCheck(targets, len(weight))
-        head = Head(
-            hidden, weight, bias, Options(temperature, chunk_bytes, _resolve_backend(backend, hidden), dtype), False
-        )
+        options = Options(temperature, chunk_bytes, _resolve_backend(backend, hidden), dtype)
+        head = Head(hidden, weight, bias, options, with_grad=False)
         out = _empty_stats(hidden, head.stats_dtype)
         for turn, rows in enumerate(head.slices(len(targets))):
             logits = head.logits(hidden[rows], turn)
