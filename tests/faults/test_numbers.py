@@ -47,7 +47,7 @@ def test_a_nan_in_the_unlearning_gradient_skips_the_step(make_trainer, monkeypat
 def test_without_the_guard_the_nan_reaches_the_engine(make_trainer, monkeypatch):
     poisoned(monkeypatch)
     trainer = make_trainer(eepo=OPEN)
-    monkeypatch.setattr(TwoStage, "_went_too_far", lambda *args: False)  # which would take it back
+    monkeypatch.setattr(TwoStage, "went_too_far", lambda *args: False)  # which would take it back
     original = forget.compute_unlearning
 
     def believing(*args, **options):
@@ -156,7 +156,7 @@ def test_a_forget_step_that_is_too_long_is_not_taken(make_trainer):
 
 
 @pytest.mark.fault(17)
-def test_a_forget_step_that_went_too_far_is_taken_back(make_trainer):
+def test_a_forget_step_thatwent_too_far_is_taken_back(make_trainer):
     """Stage 2 is sampled again from θ, with θ's version, and nothing of θ' is in the update."""
     far = {**OPEN, "learning_rate": 1e3, "max_step": 1e30}
     batch, row = make_trainer(eepo={**far, "max_kl": 1.0}).iteration()
@@ -273,7 +273,7 @@ def test_a_logprob_that_is_none_leaves_its_completion_out(make_trainer, monkeypa
     for module in ("trainer", "ratio"):  # the control
         monkeypatch.setattr(f"eepo_fast.algorithm.{module}.has_finite_logprobs", lambda r: True)
     _, row = trainer.iteration()
-    assert row["policy/updates_skipped"] > 0
+    assert row["policy/updates_skipped"] > 0 if math.isnan(value) else row["policy/non_finite_ratios"] > 0
 
 
 def test_a_loss_that_is_none_is_counted_and_its_update_dropped(make_trainer, monkeypatch):
