@@ -35,9 +35,9 @@ def compare(
         else:
             run_all(plan, out, todo, num_jobs, say)
     finally:
+        folders = [out / "runs" / f"{name}-{seed}" for name, seed in jobs(plan)]
+        found = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+        if found and todo and not only_print:
+            write_report(found, out / "report")
         page = write_comparison(plan, out, stamps)
-    folders = [out / "runs" / f"{name}-{seed}" for name, seed in jobs(plan)]
-    found = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
-    if found and todo and not only_print:
-        write_report(found, out / "report")
     return page

@@ -31,6 +31,8 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     picture: str = ""
+    words: bool = False
+    """Whether the cells are words, which stand on the left; numbers stand on the right."""
 
 
 def write_comparison(plan: Plan, out: Path, stamps: Sequence[dict[str, Any]]) -> Path:
@@ -41,8 +43,10 @@ def write_comparison(plan: Plan, out: Path, stamps: Sequence[dict[str, Any]]) ->
     sections = [*_head(plan, results, stamps), *_claims(plan, results, stamps), *_differences(plan, results)]
     sections += _values(plan, results)
     if draw_curves(plan, results, out / "curves.png"):
-        text = f"Means over seeds, and their 95% intervals: {', '.join(plan.curves)}."
+        text = f"Means over seeds (how many there are), and their 95% intervals: {', '.join(plan.curves)}."
         sections.append(Section("Over training", text, picture="curves.png"))
+    if (out / "report" / "index.html").is_file():
+        sections.append(Section("Run by run", "Curves, settings and completions of each run: report/index.html."))
     (out / "README.md").write_text(to_markdown(plan.name, sections), encoding="utf-8")
     page = out / "index.html"
     page.write_text(to_html(plan.name, sections), encoding="utf-8")
@@ -62,7 +66,7 @@ def _head(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> lis
     for later in stamps[1:]:
         when = "after runs were there" if later["after_runs"] else "before the first run, too"
         text += f" Changed {later['declared']} ({later['sha256'][:12]}), {when}."
-    return [Section("What was run", text.strip(), ("method", "runs", ""), rows)]
+    return [Section("What was run", text.strip(), ("method", "runs", ""), rows, words=True)]
 
 
 def _claims(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> list[Section]:
@@ -79,7 +83,8 @@ def _claims(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> l
         f"where all of it lies below. Of {num} claims that are all false, {0.025 * num:.2g} would hold by chance on "
         f"average: the last column has intervals at 1 − 0.05/{num} (Bonferroni)."
     )
-    return [Section("Claims", text, ("claim", "asked", "found", "holds", f"holds, of {num} at once"), rows)]
+    header = ("claim", "asked", "found", "holds", f"holds, of {num} at once")
+    return [Section("Claims", text, header, rows, words=True)]
 
 
 def _declared_late(claim: Claim, stamps: Sequence[dict[str, Any]]) -> str:
@@ -155,7 +160,7 @@ def draw_curves(plan: Plan, results: Results, path: Path) -> bool:
         for i, name in enumerate(plan.methods):
             steps, points = curve(results, name, key)
             colour = COLOURS[i % len(COLOURS)]
-            axis.plot(steps, [p.mean for p in points], color=colour, label=f"{name}, {len(results[name])} seeds")
+            axis.plot(steps, [p.mean for p in points], color=colour, label=f"{name} ({len(results[name])})")
             known = [(step, p) for step, p in zip(steps, points, strict=True) if p.count > 1]
             if known:
                 x, bands = zip(*known, strict=True)
@@ -175,7 +180,8 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
         parts += [f"## {section.title}"] if section.title else []
         parts += [section.text] if section.text else []
         if section.rows:
-            lines = [section.header, ["---", *["---:"] * (len(section.header) - 1)], *section.rows]
+            marks = ["---", *["---" if section.words else "---:"] * (len(section.header) - 1)]
+            lines = [section.header, marks, *section.rows]
             parts.append(
                 "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
             )
@@ -185,7 +191,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
 
 STYLE = "body{font:15px system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}\
 table{border-collapse:collapse;margin:.8rem 0}th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}\
-th:first-child{text-align:left}.scroll{overflow-x:auto}img{max-width:100%}"
+th:first-child,.words th,.words td{text-align:left}.scroll{overflow-x:auto}img{max-width:100%}"
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
@@ -193,7 +199,9 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
     for section in sections:
         parts += [f"<h2>{escape(section.title)}</h2>"] if section.title else []
         parts += [f"<p>{escape(part)}</p>" for part in section.text.split("\n\n") if part]
-        parts += [table(section.header, section.rows)] if section.rows else []
+        if section.rows:
+            kind = "words" if section.words else "numbers"
+            parts.append(f'<div class="{kind}">{table(section.header, section.rows)}</div>')
         parts += [f'<img src="{section.picture}" alt="{escape(section.title)}">'] if section.picture else []
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>" + "\n".join(parts) + "</body></html>\n"

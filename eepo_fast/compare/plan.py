@@ -173,13 +173,24 @@ def settings_digest(config: Config) -> str:
     return hashlib.sha256(dump_config(here).encode()).hexdigest()[:16]
 
 
+def plan_digest(plan: Plan) -> str:
+    """Returns a digest of the plan and of what its config files say, wherever they lie."""
+
+    def content(files: Sequence[str]) -> list[str]:
+        return [Path(file).read_text(encoding="utf-8") for file in files]
+
+    methods = {name: [content(m.files), m.overrides, m.about] for name, m in plan.methods.items()}
+    whole = {**plan.model_dump(), "base": content(plan.base), "methods": methods}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
 def stamp(plan: Plan, out: Path, *, runs_exist: bool) -> list[dict[str, Any]]:
     """Notes when which claims were declared, in OUT/stamps.json; returns all such notes. UserError where a claim that
     was there before the first run has another margin now, or is gone."""
     file = out / STAMPS
     stamps: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     claims = [claim.model_dump() for claim in plan.claims]
-    digest = hashlib.sha256(json.dumps(plan.model_dump(), sort_keys=True).encode()).hexdigest()
+    digest = plan_digest(plan)
     if stamps and runs_exist:
         _check_declared(claims, stamps[-1])
     if not stamps or stamps[-1]["sha256"] != digest:
