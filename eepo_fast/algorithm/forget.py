@@ -5,7 +5,8 @@ Deviations from the paper:
   (`gate: iteration`: mean token entropy of stage 1, averaged over the last `window` iterations).
 - `reduction: batch_mean` averages L over the whole stage-1 batch as Eq. 10 is written; Algorithm 1 samples one prompt.
   `prompt_sum` gives each prompt the step it would have had alone.
-- A step longer than `max_step` of the weights' norm is not taken (the paper has no such bound).
+- A step longer than `max_step` of the weights' norm is not taken, or with `step: kl` made that long (the paper has no
+  such bound).
 - Other steps than one along ∇L (`num_steps`, `direction`) are ablations: ablations.py.
 
 Counts, sums and decisions are over all ranks: each rank ends with the same `Unlearning`, but for its share of ∇L.
@@ -26,6 +27,8 @@ from eepo_fast.config import EepoConfig
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Gradient, Policy, gather_columns
 from eepo_fast.types import Rollout
+
+ROUNDING = 1e-9  # of a step that is made exactly as long as it may be
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Unlearning:
     finite: bool = True
     too_long: bool = False
     """The step would have been longer than `max_step`."""
+    learning_rate: float = math.nan
+    """η of the step, if it is taken: with `step: kl` no longer than `max_step` allows."""
     resampled: bool = False
     """Stage 2 showed that the step went further than `max_kl`, and was sampled again from the policy."""
     hidden_s: float = 0.0
@@ -86,8 +91,12 @@ def compute_unlearning(
         ablation(found, policy, rollouts)
         assert found.gradient is not None
         norm = found.gradient.norm()
+    found.learning_rate = config.learning_rate
     if found.apply:
-        found.too_long = not config.learning_rate * norm <= config.max_step * policy.weights_norm
+        longest = config.max_step * policy.weights_norm
+        if config.step == "kl":
+            found.learning_rate = min(config.learning_rate, longest / norm)
+        found.too_long = not found.learning_rate * norm <= longest * (1 + ROUNDING)
         found.apply = not found.too_long
     return found
 

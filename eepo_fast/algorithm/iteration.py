@@ -212,6 +212,7 @@ class Iteration:
             self.out_of_memory += streamed.gave_up
             found.hidden_s = streamed.seconds_until(ended) if hidden else 0.0
         self.unlearning, self.entropy_window = found, found.entropy_window
+        self.eepo = self.eepo.model_copy(update={"learning_rate": found.learning_rate})
         found.gradient = found.gradient if found.apply else None
         return found
 
@@ -241,7 +242,7 @@ class Iteration:
         self.sync()
 
     def forget_steps(self, kl: float) -> list[Step]:
-        """Returns the last forget steps, with this iteration's. kl: KL(θ'‖θ) as all of stage 2 shows it."""
+        """Returns the last forget steps, with this iteration's. kl: KL(θ'‖θ) as stage 2 shows in the first update."""
         found, before = self.unlearning, self.setup.state.forget_steps
         if found is None:
             return before

@@ -195,7 +195,7 @@ class PolicyTokens:
 def low_variance_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Returns exp(d) - d - 1, d = log π_ref - log π_θ: an unbiased, non-negative estimate of KL(π_θ ‖ π_ref)."""
     d = (ref_logprobs - policy_logprobs).clamp(-MAX_KL_EXPONENT, MAX_KL_EXPONENT)
-    return d.exp() - d - 1
+    return d.expm1() - d  # near 0 the other way cancels to noise, below 0 too
 
 
 def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:

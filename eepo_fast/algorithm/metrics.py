@@ -50,7 +50,7 @@ class _Mean:
 
 @dataclass
 class UpdateStats:
-    """Sums over the micro-batches of an iteration's updates. Stages by the weights that sampled: stage 2 is θ'."""
+    """Sums over the micro-batches of an iteration's updates. Stages as in `Rollout.token_stages`."""
 
     loss: Tensor | float = 0.0
     non_finite_losses: Tensor | int = 0

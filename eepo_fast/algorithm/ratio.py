@@ -5,7 +5,9 @@ With μ what sampled a token (θ' in stage 2, else θ) and π_prox the policy at
 - sampler: the clip of π_θ/μ around 1, the paper's sentence. What θ' moved by more than the clip range has no gradient
   in the first update already, and more so where the answer was wrong: stage 2's gradient is biased by that.
 - decoupled: min(π_prox/μ, ratio_cap) times the clip of π_θ/π_prox around 1. The importance weight and the trust region
-  are apart (decoupled PPO); only weights above the cap are biased, towards less of the token.
+  are apart (decoupled PPO). A token's weight corrects the choice of that token, up to the cap, and nothing else: what
+  came before it and what follows, and so the reward, are still what θ' makes of it. (Without bias would be the product
+  of all weights of an answer, and useless: its variance grows with every token.)
 - policy: the clip of π_θ/π_prox around 1, as if θ had sampled the token: biased by all that θ' differs from θ.
 
 Where θ sampled a token they are the same. Deviations from the paper:

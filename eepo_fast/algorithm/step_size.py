@@ -5,8 +5,9 @@ Deviations from the paper, whose η is fixed: `kl`. A fixed η is no strength: t
 certain, and with short answers (1/T_k) the same η went from 0.005 to 0.8 nats a token within seven iterations.
 
 KL grows as η^b, b = 2 for a short step; b is the slope of the last two steps in log-log (a secant), within SLOPES, for
-between two iterations it is not η alone that changes. What is measured is the mean over stage 2's tokens of
-exp(d) - d - 1, d = log π_θ - log π_θ', which varies less from sample to sample than `unlearn/kl`, the mean of -d.
+between two iterations it is not η alone that changes. What is measured is the mean over stage 2's tokens, those of the
+first update, of exp(d) - d - 1, d = log π_θ - log π_θ', which varies less from sample to sample than `unlearn/kl`, the
+mean of -d.
 """
 
 import math
@@ -16,8 +17,8 @@ from eepo_fast.config import EepoConfig
 
 Step = tuple[float, float | None]
 """(η, KL(θ'‖θ) in nats a token; None where it was too long to be taken)."""
-SLOPES = (1.0, 4.0)
-CHANGES = (1 / 8, 4.0)  # of η, from one step to the next
+SLOPES = (2.0, 4.0)  # less than 2 would answer noise with more of it
+CHANGES = (1 / 8, 8.0)  # of η, from one step to the next
 TOO_LONG = 0.5  # change after a step whose KL is not known, but that it was too long
 TOO_CLOSE = 1.1  # two steps whose lengths differ by less say nothing of the slope
 
@@ -42,7 +43,7 @@ def _slope(steps: Sequence[Step]) -> float:
     if len(steps) > 1:
         (before, kl_before), (rate, kl) = steps[-2:]
         apart = max(rate, before) > TOO_CLOSE * min(rate, before) > 0
-        if kl and kl_before and apart:
+        if kl is not None and kl_before is not None and kl > 0 < kl_before and apart:
             return min(max(math.log(kl / kl_before) / math.log(rate / before), SLOPES[0]), SLOPES[1])
     return 2.0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eepo_fast.compare.plan import Claim, Measure, Plan
+from eepo_fast.types import UserError
 
 Result = dict[str, Any]
 """The content of OUT/results/METHOD-SEED.json."""
@@ -78,7 +79,7 @@ def paired(
     return interval(found, confidence) if found else None
 
 
-def verdict(claim: Claim, plan: Plan, results: Results) -> tuple[str, str, str]:
+def verdict(claim: Claim, plan: Plan, results: Results, digits: int) -> tuple[str, str, str]:
     """Returns what was found for a claim, whether it holds, and whether it still does when all claims are counted."""
     measure = plan.all_measures()[claim.measure]
     pair = results.get(claim.method, {}), results.get(claim.against, {})
@@ -87,9 +88,19 @@ def verdict(claim: Claim, plan: Plan, results: Results) -> tuple[str, str, str]:
     if found is None or strict is None:
         return "", "no pair yet", ""
     if found.count < 2:
-        return found.text(2), "one pair says nothing", ""
-    held = "yes" if found.low > claim.margin else "no" if found.high < claim.margin else "not shown"
-    return found.text(2), held, "yes" if strict.low > claim.margin else "no"
+        return found.text(digits), "one pair says nothing", ""
+
+    def answer(interval: Interval) -> str:
+        return "yes" if interval.low > claim.margin else "no" if interval.high < claim.margin else "not shown"
+
+    return found.text(digits), answer(found), answer(strict)
+
+
+def read_result(path: Path) -> Result:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: is cut off; remove it, and its run's numbers are taken again") from None
 
 
 def read_results(out: Path, plan: Plan) -> Results:
@@ -98,7 +109,7 @@ def read_results(out: Path, plan: Plan) -> Results:
         for seed in plan.seeds:
             path = out / "results" / f"{name}-{seed}.json"
             if path.is_file():
-                found[name][seed] = json.loads(path.read_text(encoding="utf-8"))
+                found[name][seed] = read_result(path)
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from eepo_fast.compare.numbers import (
     over_seeds,
     paired,
     read_results,
+    value_of,
     verdict,
 )
-from eepo_fast.compare.plan import Claim, Plan
+from eepo_fast.compare.plan import Plan
+from eepo_fast.compare.stamps import Stamp, changes, declared
 from eepo_fast.report.page import table
 from eepo_fast.report.panels import COLOURS
 
@@ -35,7 +38,7 @@ class Section:
     """Whether the cells are words, which stand on the left; numbers stand on the right."""
 
 
-def write_comparison(plan: Plan, out: Path, stamps: Sequence[dict[str, Any]]) -> Path:
+def write_comparison(plan: Plan, out: Path, stamps: Sequence[Stamp]) -> Path:
     """Writes the page from the runs that are there; what is not there yet is said. Returns index.html."""
     results = read_results(out, plan)
     (out / "measures.csv").write_text(measures_csv(plan, results), encoding="utf-8")
@@ -53,43 +56,51 @@ def write_comparison(plan: Plan, out: Path, stamps: Sequence[dict[str, Any]]) ->
     return page
 
 
-def _head(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> list[Section]:
+def _head(plan: Plan, results: Results, stamps: Sequence[Stamp]) -> list[Section]:
     missing = [f"{name}-{s}" for name, runs in results.items() for s in plan.seeds if s not in runs]
-    rows = [[name, f"{len(results[name])} of {len(plan.seeds)}", m.about] for name, m in plan.methods.items()]
-    text = plan.about.strip()
+    rows = [
+        [name, f"{len(results[name])} of {len(plan.seeds)}", " ".join(m.about.split())]
+        for name, m in plan.methods.items()
+    ]
+    text = " ".join(plan.about.split())
+    finished = [run for runs in results.values() for run in runs.values()]
+    unknown = [label for label, m in plan.all_measures().items() if all(value_of(run, m) is None for run in finished)]
+    if finished and unknown:
+        text += f"\n\nNo run has: {', '.join(unknown)}. Is the metric's name right?"
     if missing:
         shown = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
         text += f"\n\nNot all runs are there yet: {len(missing)} of {len(plan.methods) * len(plan.seeds)} are missing "
         text += f"({shown})."
+    when = {False: "before the first run", True: "after runs were there"}
     first = stamps[0]
-    text += f"\n\nDeclared {first['declared']}, sha256 {first['sha256'][:12]}, before the first run."
-    for later in stamps[1:]:
-        when = "after runs were there" if later["after_runs"] else "before the first run, too"
-        text += f" Changed {later['declared']} ({later['sha256'][:12]}), {when}."
+    text += f"\n\nDeclared {first['declared']}, sha256 {first['sha256'][:12]}, {when[first['after_runs']]}."
+    for before, later in pairwise(stamps):
+        text += f" Changed {later['declared']}, {when[later['after_runs']]}: {changes(before, later)}."
     return [Section("What was run", text.strip(), ("method", "runs", ""), rows, words=True)]
 
 
-def _claims(plan: Plan, results: Results, stamps: Sequence[dict[str, Any]]) -> list[Section]:
+def _claims(plan: Plan, results: Results, stamps: Sequence[Stamp]) -> list[Section]:
     if not plan.claims:
         return []
     rows = []
     for claim in plan.claims:
-        found, held, strict = verdict(claim, plan, results)
+        found, held, strict = verdict(claim, plan, results, _digits(plan, claim.measure) + 1)
         asked = f"{claim.measure}: {claim.method} − {claim.against} > {claim.margin:g}"
-        rows.append([claim.says + _declared_late(claim, stamps), asked, found, held, strict])
+        rows.append([claim.says + _declared_late(declared(claim, plan), stamps), asked, found, held, strict])
     num = len(plan.claims)
     text = (
-        "A claim holds where the whole 95% interval of the differences, paired by seed, lies above its margin; “no” "
-        f"where all of it lies below. Of {num} claims that are all false, {0.025 * num:.2g} would hold by chance on "
-        f"average: the last column has intervals at 1 − 0.05/{num} (Bonferroni)."
+        "A claim holds where the whole 95% interval of the differences, paired by seed, lies above its margin: “no” "
+        "where all of it lies below, “not shown” where it holds the margin. Of "
+        f"{num} claims that are all false, {0.025 * num:.2g} would hold by chance on average: the last column has "
+        f"intervals at 1 − 0.05/{num} (Bonferroni)."
     )
     header = ("claim", "asked", "found", "holds", f"holds, of {num} at once")
     return [Section("Claims", text, header, rows, words=True)]
 
 
-def _declared_late(claim: Claim, stamps: Sequence[dict[str, Any]]) -> str:
+def _declared_late(claim: dict[str, Any], stamps: Sequence[Stamp]) -> str:
     """Returns a note where a claim was first declared when runs were there."""
-    first = next((s for s in stamps if claim.model_dump() in s["claims"]), None)
+    first = next((s for s in stamps if claim in s["plan"]["claims"]), None)
     return " (declared after runs were there)" if first is not None and first["after_runs"] else ""
 
 
@@ -115,9 +126,14 @@ def _differences(plan: Plan, results: Results) -> list[Section]:
             found = [paired(results[name], results[plan.baseline], plan.all_measures()[label]) for label in part]
             pairs = max((f.count for f in found if f), default=0)
             cells = [_text(f, _digits(plan, label), signed=True) for f, label in zip(found, part, strict=True)]
+            cells = [f"{c}, {f.count} pairs" if f and f.count < pairs else c for f, c in zip(found, cells, strict=True)]
             rows.append([name, str(pairs), *cells])
         title = f"Minus {plan.baseline}" if not sections else ""
-        text = "Differences paired by seed, Student's 95% intervals; percent measures in points." if title else ""
+        text = (
+            "Differences paired by seed, Student's 95% intervals, each alone; percent measures in points."
+            if title
+            else ""
+        )
         sections.append(Section(title, text, ("method", "pairs", *part), rows))
     return sections
 
@@ -156,7 +172,7 @@ def draw_curves(plan: Plan, results: Results, path: Path) -> bool:
     lines = -(-len(plan.curves) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis, key in zip(axes, plan.curves, strict=False):
+    for key, axis in zip(plan.curves, axes, strict=False):
         for i, name in enumerate(plan.methods):
             steps, points = curve(results, name, key)
             colour = COLOURS[i % len(COLOURS)]

@@ -1,4 +1,4 @@
-"""Reads and checks the plan of a comparison, and keeps what was declared before the first run.
+"""Reads and checks the plan of a comparison; says how each of its runs is configured.
 
     name: progressions
     base: [configs/smollm2-progressions.yaml]        # config files of all runs, later ones win
@@ -13,26 +13,19 @@
     claims:
       - {says: solves no less, measure: test pass@1, method: eepo, against: grpo, margin: -1.0}
 
-Files are looked for beside the plan, too. A claim holds where the whole 95% interval of method − against, paired by
-seed, lies above its margin.
+Files are looked for beside the plan, then here. A claim holds where the whole 95% interval of method − against, paired
+by seed, lies above its margin.
 """
 
-import hashlib
 import json
 import re
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from eepo_fast.config import Config, dump_config, load_config
+from eepo_fast.config import Config, load_config
 from eepo_fast.config.files import read_yaml
 from eepo_fast.types import UserError
-
-STAMPS = "stamps.json"
 
 
 class _Part(BaseModel):
@@ -66,7 +59,9 @@ class Claim(_Part):
     measure: str
     method: str
     against: str
-    margin: float = Field(0.0, description="in the measure's unit (points, where it is in percent)")
+    margin: float = Field(
+        0.0, allow_inf_nan=False, description="in the measure's unit (points, where it is in percent)"
+    )
 
 
 class Plan(_Part):
@@ -120,12 +115,12 @@ def read_plan(path: Path) -> Plan:
 
 
 def _find(file: str, plan: Path) -> Path:
-    """Returns a config file, which is named from here or from where the plan lies."""
-    places = [Path(file).expanduser(), plan.parent / file]
+    """Returns a config file, which is named from where the plan lies or from here."""
+    places = [plan.parent / file, Path(file).expanduser()]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise UserError(f"plan {plan}: no file {file}, neither here nor in {plan.parent}; name a config file")
-    return found
+        raise UserError(f"plan {plan}: no file {file}, neither in {plan.parent} nor here; name a config file")
+    return found.resolve()
 
 
 def _check(plan: Plan, where: str) -> None:
@@ -140,6 +135,9 @@ def _check(plan: Plan, where: str) -> None:
     for name in plan.methods:
         fits = re.fullmatch(r"[\w-]{1,100}", name) is not None
         require(fits, f"methods: expected names of letters, digits, _ and -, found {name[:100]!r}")
+    for text in [*plan.overrides, *(text for m in plan.methods.values() for text in m.overrides)]:
+        owned = text.partition(".")[0] in ("run", "evaluation")
+        require(not owned, f"overrides: found {text!r}: seeds, sets, k, num_samples and every say that; remove it")
     measures = plan.all_measures()
     for label, measure in measures.items():
         require(
@@ -158,60 +156,15 @@ def run_config(plan: Plan, method: str, seed: int, out: Path) -> tuple[Config, l
     own = plan.methods[method]
     fixed = [f"run.root={out / 'runs'}", f"run.name={method}-{seed}", f"run.seed={seed}"]
     fixed += [f"evaluation.data={json.dumps(plan.sets)}", f"evaluation.k={plan.k}"]
-    fixed += [f"evaluation.num_samples={plan.num_samples}"] if plan.num_samples else []
+    fixed += [f"evaluation.num_samples={plan.num_samples or 'null'}"]
     files, overrides = [*plan.base, *own.files], [*plan.overrides, *own.overrides, *fixed]
     every = plan.every or load_config(files, overrides).train.iterations
     if not every:
         raise UserError(f"plan {plan.name}: expected train.iterations, found none; a comparison has a fixed length")
     overrides.append(f"evaluation.every={every}")
-    return load_config(files, overrides), [*files, *overrides]
-
-
-def settings_digest(config: Config) -> str:
-    """Returns a digest of all that a run's numbers depend on."""
-    here = config.model_copy(update={"run": config.run.model_copy(update={"root": "", "name": ""})})
-    return hashlib.sha256(dump_config(here).encode()).hexdigest()[:16]
-
-
-def plan_digest(plan: Plan) -> str:
-    """Returns a digest of the plan and of what its config files say, wherever they lie."""
-
-    def content(files: Sequence[str]) -> list[str]:
-        return [Path(file).read_text(encoding="utf-8") for file in files]
-
-    methods = {name: [content(m.files), m.overrides, m.about] for name, m in plan.methods.items()}
-    whole = {**plan.model_dump(), "base": content(plan.base), "methods": methods}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def stamp(plan: Plan, out: Path, *, runs_exist: bool) -> list[dict[str, Any]]:
-    """Notes when which claims were declared, in OUT/stamps.json; returns all such notes. UserError where a claim that
-    was there before the first run has another margin now, or is gone."""
-    file = out / STAMPS
-    stamps: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    claims = [claim.model_dump() for claim in plan.claims]
-    digest = plan_digest(plan)
-    if stamps and runs_exist:
-        _check_declared(claims, stamps[-1])
-    if not stamps or stamps[-1]["sha256"] != digest:
-        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        stamps.append({"declared": now, "sha256": digest, "after_runs": runs_exist, "claims": claims})
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(stamps, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(), sort_keys=False, allow_unicode=True), "utf-8")
-    return stamps
-
-
-def _check_declared(claims: Sequence[dict[str, Any]], last: dict[str, Any]) -> None:
-    def key(claim: dict[str, Any]) -> tuple:
-        return claim["measure"], claim["method"], claim["against"], claim["says"]
-
-    now = {key(claim): claim["margin"] for claim in claims}
-    for claim in last["claims"]:
-        found = now.get(key(claim))
-        if found != claim["margin"]:
-            raise UserError(
-                f"claims: {claim['says']!r}: expected the margin {claim['margin']:g}, declared {last['declared']} "
-                f"before the runs that are there, found {'no such claim' if found is None else f'{found:g}'}; put it "
-                "back, or give another --out"
-            )
+    config = load_config(files, overrides)
+    if others := config.evaluation.data.keys() - plan.sets.keys():
+        raise UserError(
+            f"plan {plan.name}: a config file has evaluation.data.{min(others)}, too; `sets` says all of them"
+        )
+    return config, [*files, *overrides]

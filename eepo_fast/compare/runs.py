@@ -5,6 +5,7 @@ OUT/runs/METHOD-SEED.log           what it printed
 OUT/results/METHOD-SEED.json       its numbers: with them a run is done, whatever becomes of its folder
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,14 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from eepo_fast.compare.numbers import Result
-from eepo_fast.compare.plan import Plan, run_config, settings_digest
+from eepo_fast.checkpoint import changed_keys
+from eepo_fast.compare.numbers import Result, read_result
+from eepo_fast.compare.plan import Plan, run_config
 from eepo_fast.config import Config
+from eepo_fast.config.files import read_yaml
+from eepo_fast.evaluation.periodic import load_sets
 from eepo_fast.run.loop import ENDING
 from eepo_fast.types import UserError
 
@@ -37,17 +42,29 @@ def result_file(out: Path, job: Job) -> Path:
 
 
 def is_done(plan: Plan, out: Path, job: Job) -> bool:
-    """Returns whether a run's numbers are there; UserError where they are of other settings than the plan's."""
-    path = result_file(out, job)
+    """Returns whether a run's numbers are there; UserError where they are of other settings than the plan's, or what it
+    would be evaluated on is not there."""
+    path, config = result_file(out, job), run_config(plan, *job, out)[0]
+    sets = load_sets(config)
     if not path.is_file():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    if found != settings_digest(run_config(plan, *job, out)[0]):
+    found = read_result(path)
+    others = [f"evaluation set {s.name} (its problems)" for s in sets if found["sets"].get(s.name) != s.sha256]
+    if keys := [*differing(found["config"], config), *others]:
         raise UserError(
-            f"{path}: its run had other settings than the plan has now; put them back, remove the file to run it "
-            "again, or give another --out"
+            f"{path}: its run had another {', '.join(keys[:4])} than the plan has now; put it back, remove the file "
+            f"and {config.run_dir} to run it again, or give another --out"
         )
     return True
+
+
+def differing(saved: dict[str, Any], config: Config) -> list[str]:
+    """Returns the keys that differ from a run's and that its numbers depend on, how long it is and how it is evaluated
+    included."""
+    now = config.model_dump()
+    counted = (("train", "iterations"), ("train", "epochs"), *(("evaluation", k) for k in ("data", "k", "num_samples")))
+    more = [f"{section}.{key}" for section, key in counted if saved.get(section, {}).get(key) != now[section][key]]
+    return [*changed_keys(saved, config), *more]
 
 
 def command(plan: Plan, out: Path, job: Job) -> list[str]:
@@ -55,8 +72,22 @@ def command(plan: Plan, out: Path, job: Job) -> list[str]:
     return ["eepo-fast", "train", *run_config(plan, *job, out)[1], "--resume"]
 
 
-def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Callable[[str], Any]) -> None:
-    """Does runs, `num_jobs` at a time; UserError where some failed, after all others."""
+@contextmanager
+def locked(out: Path) -> Iterator[IO]:
+    """Holds OUT/.lock; UserError where another process does: two would train in one folder."""
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--out: another comparison, or a run that it has begun, is at work in {out}; wait for it, or give "
+                "another --out (--page shows what is there)"
+            ) from None
+        yield file
+
+
+def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Callable[[str], Any], lock: IO) -> None:
+    """Does runs, `num_jobs` at a time; UserError where some failed, after all others. lock: see `locked`."""
     say(f"{len(todo)} of {len(jobs(plan))} runs to do, {num_jobs} at a time")
     failed: list[Job] = []
 
@@ -64,7 +95,7 @@ def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Call
 
     def do(job: Job) -> None:
         started = time.perf_counter()
-        error = _run(plan, out, job, num_jobs, processes)
+        error = _run(plan, out, job, num_jobs, processes, lock)
         if error is None:
             say(f"{job[0]}, seed {job[1]}: {time.perf_counter() - started:.0f} s")
         else:
@@ -75,7 +106,7 @@ def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Call
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         list(pool.map(do, todo))
-    except SystemExit:  # unlike a Ctrl-C, which every process of a terminal gets
+    except (SystemExit, KeyboardInterrupt):
         for process in processes:
             process.terminate()
         raise
@@ -87,7 +118,7 @@ def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Call
         raise UserError(f"{len(failed)} runs failed: {names}; their logs are in {out / 'runs'}; a second call goes on")
 
 
-def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subprocess.Popen]) -> str | None:
+def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subprocess.Popen], lock: IO) -> str | None:
     """Does a run and keeps its numbers; returns what went wrong. processes: gets the run's."""
     config = run_config(plan, *job, out)[0]
     log = config.run_dir.with_suffix(".log")
@@ -97,7 +128,10 @@ def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subproc
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_jobs)))
     with log.open("a", encoding="utf-8") as file:
         arguments = [sys.executable, "-m", "eepo_fast.cli", *command(plan, out, job)[1:]]
-        process = subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        # the lock is the run's, too: should we be killed, nobody begins it a second time while it lives
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
+        )
         processes.append(process)
         code = process.wait()
     if code:
@@ -108,11 +142,18 @@ def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subproc
 
 
 def take_up(plan: Plan, out: Path, job: Job) -> None:
-    """Keeps the numbers of a run in one file, if it is finished."""
+    """Keeps the numbers of a run in one file, if it is finished; UserError where it had other settings than the plan
+    has now."""
     config, path = run_config(plan, *job, out)[0], result_file(out, job)
     ending = config.run_dir / ENDING
     if not ending.is_file() or json.loads(ending.read_text(encoding="utf-8"))["reason"] != "finished":
         return
+    saved = read_yaml(config.run_dir / "config.yaml")
+    if keys := differing(saved, config):
+        raise UserError(
+            f"{config.run_dir}: its run had another {', '.join(keys[:4])} than the plan has now; put it back, remove "
+            "the folder to run it again, or give another --out"
+        )
     content = read_run(config, plan)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -126,12 +167,18 @@ def read_run(config: Config, plan: Plan) -> Result:
     """Returns the numbers of a finished run: every metric of every iteration, and what the plan asks of its samples."""
     lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{key: _rounded(value) for key, value in json.loads(line).items()} for line in lines]
+    if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise UserError(
+            f"{config.run_dir / 'metrics.jsonl'}: expected every iteration once and in order, found others; two "
+            "processes have trained in this folder: remove it, and run it again"
+        )
     for measure in plan.all_measures().values():
         for row in rows if measure.set else ():
             samples = config.run_dir / "evaluations" / f"step_{row['step']:06d}" / f"{measure.set}.jsonl"
             if samples.is_file():
                 row[measure.key] = _share(samples, measure.begins_with)
-    return {"settings": settings_digest(config), "seed": config.run.seed, "rows": rows}
+    sets = {s.name: s.sha256 for s in load_sets(config)}
+    return {"config": config.model_dump(mode="json"), "sets": sets, "rows": rows}
 
 
 def _share(samples: Path, beginning: str) -> float | None:

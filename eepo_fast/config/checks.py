@@ -68,9 +68,8 @@ def _check_eepo(config: "Config") -> None:
         f"{eepo.target_kl}",
     )
     _require(
-        eepo.direction != "temperature" or (eepo.num_steps == 1 and eepo.quorum == 1),
-        "eepo.direction: expected gradient or random with eepo.num_steps above 1 or eepo.quorum below 1, found "
-        "temperature: it takes no step, and nothing goes on under another temperature",
+        eepo.step == "fixed" or eepo.learning_rate > 0,
+        "eepo.learning_rate: expected above 0 with eepo.step=kl, found 0: it is what the first step begins with",
     )
 
 

@@ -159,21 +159,21 @@ def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> li
     its default only where it is the last source, the command line, for runs of older versions wrote all keys. Returns
     lines that say which keys of sources before the choices are left out."""
     lines = []
-    for section, chooser, choice, keys in READ_WITH:
+    for section, chooser, choices, keys in READ_WITH:
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
         default = Config.model_fields[section].default
         made = whole.get(chooser, getattr(default, chooser))
         last = max((i for i, part in enumerate(parts) if chooser in part), default=-1)
-        wanted = f"{section}.{chooser}={_plain(choice)}"
+        wanted = f"{section}.{chooser}={_plain(choices[0])}"
         for i, part in enumerate(parts):
-            found = part.get(chooser, made if i > last else choice)
-            given = [key for key in part if key in keys and found != choice]
+            found = part.get(chooser, made if i > last else choices[0])
+            given = [key for key in part if key in keys and found not in choices]
             if i + 1 < len(parts):
                 given = [key for key in given if part[key] != getattr(default, key)]
             if given:
                 key, remedy = f"{section}.{given[0]}", f"remove the key, or set {wanted}"
                 raise UserError(f"config key {key}: expected {wanted} with it, found {_plain(found)}; {remedy}")
-        left_out = [key for key in whole if key in keys] if made != choice else []
+        left_out = [key for key in whole if key in keys] if made not in choices else []
         if left_out and chooser != "enabled":  # the keys of a method go with it
             names = ", ".join(f"{section}.{key}" for key in left_out)
             lines.append(f"{section}.{chooser}={made}: {names} of an earlier file left out")

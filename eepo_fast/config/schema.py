@@ -250,21 +250,26 @@ class LogConfig(Section):
 
 
 class ReadWith(NamedTuple):
-    """Keys of a section that are read where one of its keys has a certain value, and nowhere else."""
+    """Keys of a section that are read where one of its keys has one of certain values, and nowhere else."""
 
     section: str
     chooser: str
-    choice: Any
+    choices: tuple[Any, ...]
     keys: set[str]
 
 
+OF_THE_STEP = {
+    "alpha", "window", "gate", "loss", "prob_floor", "prob_ceiling_gap", "clip_gradient", "reduction", "num_steps",
+    "rounding", "max_step", "quorum",
+}  # fmt: skip
 READ_WITH = (
-    ReadWith("rollout", "engine", "vllm", {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
-    ReadWith("train", "engine", "deepspeed", {"zero_stage", "offload_optimizer", "offload_parameters"}),
-    ReadWith("grpo", "ratio", "decoupled", {"ratio_cap"}),
-    ReadWith("eepo", "enabled", True, {*EepoConfig.model_fields} - {"enabled"}),
-    ReadWith("eepo", "step", "kl", {"target_kl"}),
-    ReadWith("aepo", "enabled", True, {*AepoConfig.model_fields} - {"enabled"}),
+    ReadWith("rollout", "engine", ("vllm",), {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
+    ReadWith("train", "engine", ("deepspeed",), {"zero_stage", "offload_optimizer", "offload_parameters"}),
+    ReadWith("grpo", "ratio", ("decoupled",), {"ratio_cap"}),
+    ReadWith("eepo", "enabled", (True,), {*EepoConfig.model_fields} - {"enabled"}),
+    ReadWith("eepo", "step", ("kl",), {"target_kl"}),
+    ReadWith("eepo", "direction", ("gradient", "random"), OF_THE_STEP),
+    ReadWith("aepo", "enabled", (True,), {*AepoConfig.model_fields} - {"enabled"}),
 )
 RENAMED: dict[str, str] = {}  # what a key was called, and what it is called now; `section.key` both
 
@@ -301,8 +306,8 @@ class Config(Section):
 def without_unread(values: dict[str, Any]) -> dict[str, Any]:
     """What is returned lacks the keys that the choices among the values leave unread."""
     kept = dict(values)
-    for section, chooser, choice, keys in READ_WITH:
+    for section, chooser, choices, keys in READ_WITH:
         content = kept.get(section)
-        if isinstance(content, dict) and content.get(chooser, choice) != choice:
+        if isinstance(content, dict) and content.get(chooser, choices[0]) not in choices:
             kept[section] = {key: value for key, value in content.items() if key not in keys}
     return kept

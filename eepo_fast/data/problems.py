@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data.tasks import TASKS, task_problems
+from eepo_fast.data.tasks import ARITHMETIC, TASKS, task_problems
 from eepo_fast.types import Problem, Prompt, UserError
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -27,8 +27,13 @@ STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_te
 def load_problems(config: DataConfig, seed: int) -> list[Problem]:
     """Returns the problems of `data.train`; UserError naming file, line or column where they cannot be used."""
     if config.train in TASKS:
-        size = config.num_rows or min(10_000, TASKS[config.train].rows)
-        return task_problems(config.train, size, config, seed, config.split, asked_by="data.num_rows")
+        size = config.num_rows or (10_000 if config.train == ARITHMETIC else None)
+        return task_problems(config.train, size, config, seed, config.split, most=10_000, asked_by="data.num_rows")
+    if config.split != "train":
+        raise UserError(
+            f"data.split: expected train with data.train={config.train}, found {config.split}: only procedural tasks "
+            f"({', '.join(TASKS)}) have splits; give a file of that split"
+        )
     path = Path(config.train)
     if path.is_file():
         return read_jsonl(path)

@@ -31,8 +31,6 @@ class Task:
     """Draws (problem, one right answer) from the training distribution, or from outside of it."""
     has_out: bool
     """Whether it has a split out of distribution."""
-    rows: int
-    """How many problems a run gets that asks for no number."""
 
 
 def random_expression(rng: random.Random, numbers: list[int]) -> tuple[str, int, int]:
@@ -89,9 +87,9 @@ def _two_ways(rng: random.Random, data: DataConfig, out: bool) -> tuple[str, str
 
 
 TASKS = {
-    ARITHMETIC: Task(_arithmetic, has_out=False, rows=10_000),
-    PROGRESSIONS: Task(_progression, has_out=True, rows=400),
-    TWO_WAYS: Task(_two_ways, has_out=True, rows=10_000),
+    ARITHMETIC: Task(_arithmetic, has_out=False),
+    PROGRESSIONS: Task(_progression, has_out=True),
+    TWO_WAYS: Task(_two_ways, has_out=True),
 }
 
 
@@ -101,24 +99,28 @@ def is_held_out(problem: str) -> bool:
 
 
 def task_problems(
-    task: str, size: int, data: DataConfig, seed: int, split: str = "train", *, asked_by: str
+    task: str, size: int | None, data: DataConfig, seed: int, split: str = "train", *, most: int = 0, asked_by: str
 ) -> list[Problem]:
     """Returns `size` different problems of one split (train, test or out); UserError, beginning with `asked_by`, where
-    there are fewer, or the task has no such split."""
+    there are fewer, or the task has no such split. size None: at most so many as `most`, or as there are."""
     found = TASKS[task]
     if split == "out" and not found.has_out:
         raise UserError(f"{asked_by}: {task} has no split out of distribution; expected train or test")
-    rng = random.Random(f"{split}/{seed}")
+    rng, wanted = random.Random(f"{split}/{seed}"), size or most
     problems: dict[str, Problem] = {}
-    for _ in range(200 * size + 10_000):
+    for _ in range((200 if size else 10) * wanted + 10_000):
         text, answer = found.draw(rng, data, split == "out")
         if text not in problems and (split == "out" or is_held_out(text) == (split == "test")):
             problems[text] = Problem(f"{task}/{split}/{len(problems):06d}", text, answer, task)
-            if len(problems) == size:
-                return list(problems.values())
-    shape = f"{data.numbers} numbers up to {data.max_number} gave only" if task == ARITHMETIC else f"{task} gave only"
-    more = ", or for more or larger numbers" if task == ARITHMETIC else ""
-    raise UserError(
-        f"{asked_by}: {size} different problems were asked for, but {shape} {len(problems)} of the {split} split; ask "
-        f"for fewer{more}"
-    )
+            if len(problems) == wanted:
+                break
+    if size is not None and len(problems) < size:
+        shape = (
+            f"{data.numbers} numbers up to {data.max_number} gave only" if task == ARITHMETIC else f"{task} gave only"
+        )
+        more = ", or for more or larger numbers" if task == ARITHMETIC else ""
+        raise UserError(
+            f"{asked_by}: {size} different problems were asked for, but {shape} {len(problems)} of the {split} split; "
+            f"ask for fewer{more}"
+        )
+    return list(problems.values())

@@ -27,7 +27,7 @@ class EvalSet:
 def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
     """Loads a set. spec: a JSON Lines file, the hub name of data that `eepo-fast data prepare` has fetched, or
     arithmetic[:NUMBERS:MAX_NUMBER[:ROWS]], by default as in `data`, 200 rows, or another procedural task as
-    TASK[:SPLIT[:ROWS]], by default its test split, 200 rows."""
+    TASK[:SPLIT[:ROWS]], by default its test split, 200 rows or as many as there are."""
     task, _, shape = spec.partition(":")
     if task == ARITHMETIC:
         problems = _arithmetic(name, shape, data)
@@ -77,5 +77,5 @@ def _procedural(name: str, task: str, shape: str, data: DataConfig) -> list[Prob
             f"evaluation data {name}: expected {task}, {task}:SPLIT or {task}:SPLIT:ROWS with one of train, test and "
             f"out, such as {task}:out:{HELD_OUT}, found {task}:{shape}"
         )
-    size = int(rows) if rows else HELD_OUT
-    return task_problems(task, size, data, 0, split, asked_by=f"evaluation data {name}")
+    size = int(rows) if rows else None
+    return task_problems(task, size, data, 0, split, most=HELD_OUT, asked_by=f"evaluation data {name}")

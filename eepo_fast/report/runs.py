@@ -160,8 +160,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def is_read(key: str, settings: dict[str, Any]) -> bool:
     section, _, name = key.partition(".")
-    needs = [(entry.chooser, entry.choice) for entry in READ_WITH if entry.section == section and name in entry.keys]
-    return all(settings.get(f"{section}.{chooser}") == choice for chooser, choice in needs)
+    needs = [(entry.chooser, entry.choices) for entry in READ_WITH if entry.section == section and name in entry.keys]
+    return all(settings.get(f"{section}.{chooser}") in choices for chooser, choices in needs)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -19,7 +19,7 @@ NARROW = 66  # columns, below which there is no room for sparklines and times
 SPEED_PERIOD_S = 24 * 3600.0  # the time left is estimated over a day: an iteration takes minutes
 
 Row = dict[str, float]
-_SHORTER = "lower eepo.learning_rate, raise {}, or set eepo.step=kl"
+_SHORTER = "lower eepo.learning_rate, raise {}, or set eepo.step=kl (with it: lower eepo.target_kl)"
 UNTAKEN = (  # metric, what happened to the forget step, what to do
     ("unlearn/resampled", "taken back: KL above eepo.max_kl", _SHORTER.format("eepo.max_kl")),
     ("unlearn/too_long", "not taken: longer than eepo.max_step", _SHORTER.format("eepo.max_step")),
@@ -50,6 +50,7 @@ def summary(row: Row) -> str:
     ]
     if known(row, "entropy/stage2"):
         parts[1] = f"entropy {row['entropy/stage1']:.3f} | {row['entropy/stage2']:.3f}"
+    if known(row, "unlearn/active_fraction"):
         parts.append(f"gate {row['unlearn/active_fraction']:.0%}")
     if known(row, "unlearn/retention"):
         parts.append(f"retention {row['unlearn/retention']:.3f}")
@@ -85,7 +86,8 @@ class Training:
         """Hears how many completions of the stage that is being sampled are finished."""
 
     def iteration(self, row: Row) -> None:
-        if row["step"] == 1 or row["step"] % max(1, self.total // 20) == 0 or row["time/iteration_s"] > 5:
+        due = row["step"] == 1 or row["step"] % max(1, self.total // 20) == 0 or row["time/iteration_s"] > 5
+        if due or untaken_step(row):
             self.display.say(f"{self.name} {row['step']}/{self.total}  {summary(row)}")
 
 

@@ -16,7 +16,9 @@ import yaml
 from eepo_fast.cli import main
 from eepo_fast.compare import runs as runs_module
 from eepo_fast.compare.numbers import interval, paired, read_results, student_quantile, value_of, verdict
-from eepo_fast.compare.plan import Claim, Measure, read_plan, run_config, settings_digest
+from eepo_fast.compare.plan import Claim, Measure, read_plan, run_config
+from eepo_fast.config import dump_config, make_config
+from eepo_fast.config.files import read_override
 from eepo_fast.types import UserError
 
 CLAIM = {"says": "no worse", "measure": "test greedy", "method": "eepo", "against": "grpo", "margin": -1.0}
@@ -102,21 +104,10 @@ def test_a_plan_is_carried_out_and_goes_on(write_plan, tmp_path, capsys):
     assert without_times(json.loads((out / "results/eepo-4.json").read_text())) == without_times(before)
     assert main(["compare", str(plan), "--out", str(out)]) == 0 and "0 of 4 runs to do" in capsys.readouterr().out
 
-    changed = write_plan(claims=[{**CLAIM, "margin": -5.0}])
-    line = complaint(capsys, changed, "--out", out)
-    assert "claims: 'no worse': expected the margin -1, declared 20" in line and "found -5; put it back" in line
-    assert "found no such claim" in complaint(capsys, write_plan(claims=[]), "--out", out)
-    late = write_plan(claims=[CLAIM, {**CLAIM, "says": "seen first", "margin": 0.0}])
-    assert main(["compare", str(late), "--out", str(out), "--page"]) == 0
-    text = (out / "README.md").read_text()
-    assert "seen first (declared after runs were there)" in text and "no worse (declared" not in text
-    assert "after runs were there." in text
-    capsys.readouterr()
-    other = write_plan(
-        overrides=["optimizer.learning_rate=0.002"], claims=[CLAIM, {**CLAIM, "says": "seen first", "margin": 0.0}]
+    other = write_plan(overrides=["optimizer.learning_rate=0.002"])
+    assert "grpo-3.json: its run had another optimizer.learning_rate than the plan" in complaint(
+        capsys, other, "--out", out
     )
-    line = complaint(capsys, other, "--out", out)
-    assert "grpo-3.json: its run had other settings than the plan has now" in line
 
 
 def without_times(result):
@@ -167,12 +158,18 @@ def test_told_to_leave_it_leaves_nothing_running(write_plan, tmp_path):
         ({"claims": [{**CLAIM, "margin": "much"}]}, "claims.0.margin: expected a valid number, found 'much'"),
         ({"measures": {"a": {"percent": True}}}, "measures: a: expected either `metric`, or `set` with `begins_with`"),
         ({"measures": {"a": {"set": "x", "begins_with": "B"}}, "claims": []}, "measures: a: unknown set 'x'"),
-        ({"base": ["none.yaml"]}, "no file none.yaml, neither here nor in"),
+        ({"base": ["none.yaml"]}, "no file none.yaml, neither in"),
         ({"overrides": ["eepo.no=1"]}, "config key eepo.no: unknown"),
         ({"methods": {"a": {}}}, "methods: Dictionary should have at least 2 items"),
         ({"methods": {"a b": {}, "grpo": {}}}, "methods: expected names of letters, digits, _ and -, found 'a b'"),
         ({"sets": {"test": "no-such-file.jsonl"}}, "evaluation data test: no file no-such-file.jsonl"),
         ({"overrides": ["train.iterations=null"]}, "expected train.iterations, found none"),
+        (
+            {"overrides": ["run.seed=7"]},
+            "overrides: found 'run.seed=7': seeds, sets, k, num_samples and every say that",
+        ),
+        ({"claims": [{**CLAIM, "margin": math.nan}]}, "claims.0.margin: expected a finite number"),
+        ({"seeds": [1, -2]}, "run.seed: expected greater than or equal to 0, found -2"),
         ({"k": [1, 8], "num_samples": 4}, "evaluation.k: expected at most evaluation.num_samples (4), found 8"),
     ],
 )
@@ -198,8 +195,8 @@ def test_files_that_are_no_plan(tmp_path, capsys):
     assert "--jobs: expected at least 1, found 0" in complaint(capsys, "x.yaml", "--out", tmp_path, "--jobs", "0")
 
 
-def result(values, seed=0):
-    return {"settings": "", "seed": seed, "rows": [{"step": i + 1, "m": v} for i, v in enumerate(values)]}
+def result(values):
+    return {"rows": [{"step": i + 1, "m": v} for i, v in enumerate(values)]}
 
 
 def test_measures():
@@ -246,20 +243,154 @@ def test_a_claim_holds_where_its_whole_interval_does(write_plan):
         )
         results = {"eepo": {i: result([d]) for i, d in enumerate(differences)},
                    "grpo": {i: result([0.0]) for i in range(len(differences))}}  # fmt: skip
-        return verdict(claim, plan, results)[1:]
+        return verdict(claim, plan, results, 1)[1:]
 
     assert found([1.0, 1.1, 0.9]) == ("yes", "yes")
     assert found([1.0, 1.1, 0.9], margin=2.0) == ("no", "no")
-    assert found([1.0, -1.0, 0.5]) == ("not shown", "no")
-    assert found([1.0, 1.4, 0.8], claims=40) == ("yes", "no"), "of forty claims one holds by chance"
+    assert found([1.0, -1.0, 0.5]) == ("not shown", "not shown")
+    assert found([1.0, 1.4, 0.8], claims=40) == ("yes", "not shown"), "of forty claims one holds by chance"
     assert found([1.0]) == ("one pair says nothing", "") and found([]) == ("no pair yet", "")
 
 
 def test_settings_are_all_that_numbers_depend_on(write_plan, tmp_path):
     plan = read_plan(write_plan())
-    one, two = (settings_digest(run_config(plan, "grpo", 3, tmp_path / name)[0]) for name in "ab")
-    assert one == two != settings_digest(run_config(plan, "grpo", 4, tmp_path / "a")[0])
-    assert one != settings_digest(run_config(plan, "eepo", 3, tmp_path / "a")[0])
+    config = run_config(plan, "grpo", 3, tmp_path / "a")[0]
+    saved = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert runs_module.differing(saved, run_config(plan, "grpo", 3, tmp_path / "b")[0]) == []
+    assert runs_module.differing(saved, run_config(plan, "grpo", 4, tmp_path / "a")[0]) == ["run.name", "run.seed"]
+    for override, key in (
+        ("optimizer.learning_rate=1", "optimizer.learning_rate"), ("train.iterations=3", "train.iterations"),
+        ("grpo.ratio=policy", "grpo.ratio"), ("checkpoint.every=5", None), ("log.rollouts=false", None),
+        ("run.timeout_s=9", None), ("train.micro_batch_tokens=9", None),
+    ):  # fmt: skip
+        if override.startswith("run."):
+            other = config.model_copy(update={"run": config.run.model_copy(update={"timeout_s": 9.0})})
+        else:
+            other = run_config(read_plan(write_plan(overrides=[override])), "grpo", 3, tmp_path / "a")[0]
+        assert runs_module.differing(saved, other) == ([key] if key else []), override
+    del saved["grpo"]["ratio"]  # as an older version wrote it, which had no such key
+    assert runs_module.differing(saved, config) == []
+
+
+def test_a_set_whose_problems_have_changed_is_noticed(write_plan, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "1", "problem": "1+1", "answer": "2"}\n')
+    plan, out = read_plan(write_plan(sets={"test": str(rows)}, claims=[])), tmp_path / "out"
+    finished(plan, out, "grpo", 3)
+    runs_module.take_up(plan, out, ("grpo", 3))
+    assert runs_module.is_done(plan, out, ("grpo", 3))
+    rows.write_text('{"id": "1", "problem": "1+2", "answer": "3"}\n')
+    with pytest.raises(UserError, match=r"another evaluation set test \(its problems\)"):
+        runs_module.is_done(plan, out, ("grpo", 3))
+
+
+def finished(plan, out, method, seed, *, overrides=(), steps=(1, 2)):
+    """A run's folder as it is when it has ended, without its having run."""
+    config = run_config(plan, method, seed, out)[0]
+    config.run_dir.mkdir(parents=True)
+    changed = make_config(config.model_dump(), *map(read_override, overrides))
+    (config.run_dir / "config.yaml").write_text(dump_config(changed))
+    lines = [json.dumps({"step": s, "eval/test/greedy": 0.5 + seed / 100, "entropy/policy": 1.0}) for s in steps]
+    (config.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (config.run_dir / "ended.json").write_text(json.dumps({"reason": "finished"}))
+    return config.run_dir
+
+
+def test_runs_of_other_settings_are_not_taken_up(write_plan, tmp_path, capsys):
+    path, out = write_plan(seeds=[3]), tmp_path / "out"
+    plan = read_plan(path)
+    finished(plan, out, "grpo", 3)
+    finished(plan, out, "eepo", 3, overrides=["eepo.learning_rate=0.9"])
+    line = complaint(capsys, path, "--out", out, "--page")
+    assert "eepo-3: its run had another eepo.learning_rate than the plan has now" in line
+    assert [p.stem for p in (out / "results").glob("*")] == ["grpo-3"]
+
+
+def test_a_folder_in_which_two_have_trained_is_refused(write_plan, tmp_path, capsys):
+    path, out = write_plan(seeds=[3]), tmp_path / "out"
+    finished(read_plan(path), out, "grpo", 3, steps=(1, 1, 2, 2))
+    assert "expected every iteration once and in order" in complaint(capsys, path, "--out", out, "--page")
+
+
+def test_a_second_comparison_in_one_folder_is_refused(write_plan, tmp_path, capsys):
+    path, out = write_plan(), tmp_path / "out"
+    out.mkdir()
+    with runs_module.locked(out) as lock:
+        assert "another comparison, or a run that it has begun, is at work" in complaint(capsys, path, "--out", out)
+        child = subprocess.Popen(["sleep", "30"], pass_fds=[lock.fileno()])
+    try:  # the one that held it is gone, its run is not
+        assert "is at work" in complaint(capsys, path, "--out", out)
+    finally:
+        child.kill()
+        child.wait()
+    with runs_module.locked(out):
+        pass
+
+
+def page(out):
+    return (out / "README.md").read_text()
+
+
+def test_what_was_declared_stays(write_plan, tmp_path, capsys):
+    """From the first run on, also of runs that nobody has taken up yet."""
+    out, arguments = tmp_path / "out", ("--out", tmp_path / "out", "--page")
+
+    def ask(**changes):
+        return main(["compare", str(write_plan(**changes)), *map(str, arguments)])
+
+    assert ask() == 0 and "before the first run." in page(out) and "Changed" not in page(out)
+    assert ask(claims=[{**CLAIM, "margin": -2.0}]) == 0
+    assert "before the first run: claims." in page(out) and "(declared" not in page(out)
+    finished(read_plan(write_plan()), out, "grpo", 3)
+    line = complaint(capsys, write_plan(claims=[{**CLAIM, "margin": -99.0}]), *arguments)
+    assert "expected the margin -2 on 'test greedy', as declared 20" in line and "found the margin -99 or" in line
+    assert "found no such claim" in complaint(capsys, write_plan(claims=[]), *arguments)
+    other = {"test greedy": {"metric": "tokens/generated"}, "entropy": {"metric": "entropy/policy"}}
+    claims = [{**CLAIM, "margin": -2.0}]
+    assert "or another measure" in complaint(capsys, write_plan(measures=other, claims=claims), *arguments)
+    stamps = json.loads((out / "stamps.json").read_text())
+    assert len(stamps) == 2, "what was refused has left no trace"
+    twice = [*claims, {**CLAIM, "margin": 0.0}]
+    for _ in range(2):  # two claims in the same words
+        assert ask(claims=twice, seeds=[3]) == 0
+    assert "after runs were there: seeds, 2 to 1, claims." in page(out)
+    assert page(out).count("no worse (declared after runs were there)") == 1 and page(out).count("| no worse |") == 1
+    (out / "stamps.json").unlink()
+    assert ask() == 0 and "after runs were there." in page(out)
+    (out / "stamps.json").write_text("[")
+    assert "is cut off" in complaint(capsys, write_plan(), *arguments)
+
+
+def test_the_same_plan_elsewhere_is_the_same_plan(write_plan, tmp_path, monkeypatch, capsys):
+    path, out = write_plan(), tmp_path / "out"
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        (folder / "base.yaml").exists() or (folder / "base.yaml").write_text("no: plan's")
+        assert main(["compare", str(path), "--out", str(out), "--print"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[:4] == lines[4:] and f"run.root={out / 'runs'}" in lines[0]
+    assert len(json.loads((out / "stamps.json").read_text())) == 1
+
+
+def test_a_measure_that_no_run_has_is_said(write_plan, tmp_path):
+    measures = {"ours": {"metric": "eval/test/gredy"}, "entropy": {"metric": "entropy/policy"}}
+    path, out = write_plan(measures=measures, claims=[], about="two\nlines"), tmp_path / "out"
+    for seed in (3, 4):
+        finished(read_plan(path), out, "grpo", seed)
+    assert main(["compare", str(path), "--out", str(out), "--page"]) == 0
+    assert "No run has: ours. Is the metric's name right?" in page(out) and "two lines" in page(out)
+
+
+def test_a_measure_added_later_is_taken_of_finished_runs(write_plan, tmp_path):
+    out = tmp_path / "out"
+    folder = finished(read_plan(write_plan(claims=[])), out, "grpo", 3)
+    assert main(["compare", str(write_plan(claims=[])), "--out", str(out), "--page"]) == 0
+    (folder / "evaluations/step_000002").mkdir(parents=True)
+    (folder / "evaluations/step_000002/test.jsonl").write_text('{"completion": "2*3", "sample": 0}\n')
+    plan = write_plan(claims=[], measures={"P(2)": {"set": "test", "begins_with": "2", "percent": True}})
+    assert main(["compare", str(plan), "--out", str(out), "--page"]) == 0
+    assert "| grpo | 1 | 100.0 |" in page(out)
 
 
 def test_beginnings_of_samples_are_counted(write_plan, tmp_path):
@@ -279,7 +410,8 @@ def test_beginnings_of_samples_are_counted(write_plan, tmp_path):
 def test_results_are_read_by_method_and_seed(write_plan, tmp_path):
     plan = read_plan(write_plan())
     (tmp_path / "out/results").mkdir(parents=True)
-    (tmp_path / "out/results/eepo-4.json").write_text(json.dumps(result([1.0], 4)))
-    assert read_results(tmp_path / "out", plan) == {"grpo": {}, "eepo": {4: result([1.0], 4)}}
-    with pytest.raises(UserError, match=r"other settings"):
-        runs_module.is_done(plan, tmp_path / "out", ("eepo", 4))
+    (tmp_path / "out/results/eepo-4.json").write_text(json.dumps(result([1.0])))
+    assert read_results(tmp_path / "out", plan) == {"grpo": {}, "eepo": {4: result([1.0])}}
+    (tmp_path / "out/results/eepo-4.json").write_text("[")
+    with pytest.raises(UserError, match=r"eepo-4.json: is cut off"):
+        read_results(tmp_path / "out", plan)
