@@ -174,6 +174,14 @@ def test_low_variance_kl_is_never_negative_and_never_overflows():
     assert torch.all(kl >= 0) and kl[2] == 0 and kl.isfinite().all()
 
 
+def test_low_variance_kl_is_exact_where_it_is_small():
+    """exp(d) - d - 1 in fp32 is noise there, of either sign."""
+    d = torch.logspace(-4, 0, 50) * torch.tensor([1.0, -1.0]).repeat(25)
+    expected = torch.expm1(d.double()) - d.double()
+    kl = low_variance_kl(-d, torch.zeros(50))
+    assert torch.allclose(kl.double(), expected, rtol=1e-2, atol=0) and (d.exp() - d - 1).min() < 0
+
+
 def test_nll_and_reinforce_against_the_formula(test_config):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(12, 6, generator=g, dtype=torch.float64).requires_grad_()
