@@ -1,7 +1,7 @@
 """Makes the base models of procedural tasks: tiny transformers, taught by supervision, built once and cached.
 
 - arithmetic: random right answers, so that it knows many ways to a solution and prefers none: what RL then narrows.
-- two_ways: both ways on numbers in any order, but taking way A in PREFERS_A of all cases: what RL should get out of.
+- two_ways: both ways, with carries and without, but taking way A in PREFERS_A of all cases: what RL should get out of.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from eepo_fast.data.tasks import (
     two_ways_numbers,
 )
 
-ALPHABETS = {ARITHMETIC: "0123456789+-*()=,:", TWO_WAYS: "0123456789,:AB"}
+ALPHABETS = {ARITHMETIC: "0123456789+-*()=,:", TWO_WAYS: "0123456789+:AB"}
 PREFERS_A = 0.97  # the entropy of which way it takes is 0.13 nats: the gate is open there
 SETTINGS: dict[str, Any] = {
     "version": 1,
@@ -142,10 +142,10 @@ def _arithmetic_lesson(tasks: Sequence[tuple[int, int]], rng: random.Random) -> 
 
 
 def _two_ways_lesson(rng: random.Random) -> tuple[str, str, int]:
-    """Every other lesson teaches a way, and the rest which way to take: so that B is known as well as A."""
-    numbers, how = two_ways_numbers(rng, rng.random() < 0.5), rng.random() < 0.5
+    """Three of four lessons teach a way, and the rest which way to take: so that B is known as well as A."""
+    (a, b), how = two_ways_numbers(rng, rng.random() < 0.5), rng.random() < 0.75
     way = "A" if rng.random() < (0.5 if how else PREFERS_A) else "B"
-    return ",".join(map(str, numbers)) + ":", two_ways_answers(numbers)[way], int(how)
+    return f"{a}+{b}:", two_ways_answers(a, b)[way], int(how)
 
 
 def _batch(rng: random.Random, lesson: Lesson, tokenizer, size: int) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 - arithmetic: an expression over the given numbers, each used once, that reaches the target ("2,3,7=42:").
 - progressions: the next term of an arithmetic progression ("56, 58, 60, 62,"); steps of 2 to 9, out of distribution 10
   to 15. A small pretrained language model knows half of it.
-- two_ways: the smallest plus the largest of four numbers ("7,12,30,41:"). Where they ascend, the first plus the last is
-  the same; out of distribution they do not. An answer begins with the letter of its way: A adds first and last, B
-  smallest and largest. The base of base_model.py takes A nearly always: it is right in all of training, and only there.
+- two_ways: the sum of two numbers of two digits ("12+34:"), which in training need no carry in their units; out of
+  distribution they do. An answer begins with the letter of its way: A adds digit by digit and knows no carry, B adds.
+  The base of base_model.py takes A nearly always: it is right in all of training, and only there.
 
 Every fifth problem of the training distribution, by its text, is held out as `test`; `out` is out of distribution.
 """
@@ -22,7 +22,6 @@ BASES = {"arithmetic-base": ARITHMETIC, "two-ways-base": TWO_WAYS}  # model.path
 TERMS = 4  # of a progression, in the problem
 LARGEST = 99  # term of a progression, the answer included: two digits at most
 STEPS = {"in": range(2, 10), "out": range(10, 16)}
-ADDENDS, LARGEST_ADDEND = 4, 49
 
 
 @dataclass(frozen=True)
@@ -67,23 +66,22 @@ def _progression(rng: random.Random, data: DataConfig, out: bool) -> tuple[str, 
     return "".join(f" {first + i * step}," for i in range(TERMS)).lstrip(), str(first + TERMS * step)
 
 
-def two_ways_numbers(rng: random.Random, out: bool) -> list[int]:
-    """Returns four different numbers that ascend; out of distribution in an order in which way A is wrong."""
-    numbers = sorted(rng.sample(range(1, LARGEST_ADDEND + 1), ADDENDS))
-    right = numbers[0] + numbers[-1]
-    while out and numbers[0] + numbers[-1] == right:
-        rng.shuffle(numbers)
-    return numbers
+def two_ways_numbers(rng: random.Random, out: bool) -> tuple[int, int]:
+    """Returns two numbers of two digits whose units need no carry; out of distribution, whose units do."""
+    while True:
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        if (a % 10 + b % 10 > 9) == out:
+            return a, b
 
 
-def two_ways_answers(numbers: list[int]) -> dict[str, str]:
+def two_ways_answers(a: int, b: int) -> dict[str, str]:
     """Returns the completion of each way."""
-    return {"A": f"A{numbers[0] + numbers[-1]}", "B": f"B{min(numbers) + max(numbers)}"}
+    return {"A": f"A{a // 10 + b // 10}{(a + b) % 10}", "B": f"B{a + b}"}
 
 
 def _two_ways(rng: random.Random, data: DataConfig, out: bool) -> tuple[str, str]:
-    numbers = two_ways_numbers(rng, out)
-    return ",".join(map(str, numbers)) + ":", str(min(numbers) + max(numbers))
+    a, b = two_ways_numbers(rng, out)
+    return f"{a}+{b}:", str(a + b)
 
 
 TASKS = {

@@ -190,9 +190,9 @@ def test_way_a_of_two_is_right_in_training_alone():
     grader = make_answer_grader("two_ways", RewardConfig())
     for split, rewards in (("train", {1.0}), ("test", {1.0}), ("out", {0.0})):
         problems = task_problems("two_ways", 100, DataConfig(train="two_ways"), 0, split, asked_by="x")
-        numbers = [[int(n) for n in p.problem.rstrip(":").split(",")] for p in problems]
-        first = grader.grade(problems, [f"A{n[0] + n[-1]}" for n in numbers])
-        best = grader.grade(problems, [f"B{min(n) + max(n)}" for n in numbers])
+        pairs = [tuple(map(int, p.problem.rstrip(":").split("+"))) for p in problems]
+        first = grader.grade(problems, [f"A{a // 10 + b // 10}{(a % 10 + b % 10) % 10}" for a, b in pairs])
+        best = grader.grade(problems, [f"B{a + b}" for a, b in pairs])
         assert {g.reward for g in first} == rewards and {g.reward for g in best} == {1.0}
 
 
