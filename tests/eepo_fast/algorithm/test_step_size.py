@@ -31,7 +31,7 @@ def follow(test_config, kl_of, iterations, start=1e-3, target=0.05):
 
 
 def test_noise_is_not_answered_with_more(test_config):
-    """What is measured is off by a third, as with some hundred tokens; a slope of 1 would make that half as much again."""
+    """What is measured is off by a third, as with some hundred tokens; a slope of 1 would answer with more of it."""
     rng, worst = random.Random(0), 0.0
     for _ in range(20):
         seen = follow(test_config, lambda t, eta: (eta / 0.03) ** 2 * math.exp(rng.gauss(0, 0.3)), 60)
