@@ -27,7 +27,7 @@ def compare(
     check(plan, stamps, runs_exist=runs_exist)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stamps = stamp(plan, out, stamps, runs_exist=runs_exist)
+        stamps = stamp(plan, path, out, stamps, runs_exist=runs_exist)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}; choose another") from None
     if only_print:

@@ -178,7 +178,8 @@ def read_run(config: Config, plan: Plan) -> Result:
             if samples.is_file():
                 row[measure.key] = _share(samples, measure.begins_with)
     sets = {s.name: s.sha256 for s in load_sets(config)}
-    return {"config": config.model_dump(mode="json"), "sets": sets, "rows": rows}
+    portable = config.model_copy(update={"run": config.run.model_copy(update={"root": ""})})  # as on any machine
+    return {"config": portable.model_dump(mode="json"), "sets": sets, "rows": rows}
 
 
 def _share(samples: Path, beginning: str) -> float | None:

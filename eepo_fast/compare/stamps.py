@@ -6,12 +6,11 @@ and the page says that it did.
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from eepo_fast.compare.plan import Claim, Plan
 from eepo_fast.types import UserError
@@ -59,15 +58,16 @@ def check(plan: Plan, stamps: Sequence[Stamp], *, runs_exist: bool) -> None:
             )
 
 
-def stamp(plan: Plan, out: Path, stamps: Sequence[Stamp], *, runs_exist: bool) -> list[Stamp]:
-    """Notes the plan as it is now, if that is new; returns all notes."""
+def stamp(plan: Plan, path: Path, out: Path, stamps: Sequence[Stamp], *, runs_exist: bool) -> list[Stamp]:
+    """Notes the plan as it is now, if that is new, and keeps its file; returns all notes."""
     content = content_of(plan)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if stamps and stamps[-1]["sha256"] == digest:
         return list(stamps)
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     stamps = [*stamps, {"declared": now, "sha256": digest, "after_runs": runs_exist, "plan": content}]
-    (out / "plan.yaml").write_text(yaml.safe_dump(plan.model_dump(), sort_keys=False, allow_unicode=True), "utf-8")
+    if path.resolve() != (out / "plan.yaml").resolve():
+        shutil.copyfile(path, out / "plan.yaml")
     temporary = out / f"{FILE}.tmp"
     temporary.write_text(json.dumps(stamps, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(out / FILE)
