@@ -21,6 +21,7 @@ ARITHMETIC, PROGRESSIONS, TWO_WAYS = "arithmetic", "progressions", "two_ways"
 BASES = {"arithmetic-base": ARITHMETIC, "two-ways-base": TWO_WAYS}  # model.path of the bases that base_model.py teaches
 TERMS = 4  # of a progression, in the problem
 LARGEST = 99  # term of a progression, the answer included: two digits at most
+IN_VAIN = 20_000  # draws without a new problem, after which there is taken to be none
 STEPS = {"in": range(2, 10), "out": range(10, 16)}
 
 
@@ -104,14 +105,14 @@ def task_problems(
     found = TASKS[task]
     if split == "out" and not found.has_out:
         raise UserError(f"{asked_by}: {task} has no split out of distribution; expected train or test")
-    rng, wanted = random.Random(f"{split}/{seed}"), size or most
+    rng, wanted, in_vain = random.Random(f"{split}/{seed}"), size or most, 0
     problems: dict[str, Problem] = {}
-    for _ in range((200 if size else 10) * wanted + 10_000):
+    while len(problems) < wanted and in_vain < IN_VAIN:
         text, answer = found.draw(rng, data, split == "out")
+        in_vain += 1
         if text not in problems and (split == "out" or is_held_out(text) == (split == "test")):
             problems[text] = Problem(f"{task}/{split}/{len(problems):06d}", text, answer, task)
-            if len(problems) == wanted:
-                break
+            in_vain = 0
     if size is not None and len(problems) < size:
         shape = (
             f"{data.numbers} numbers up to {data.max_number} gave only" if task == ARITHMETIC else f"{task} gave only"
