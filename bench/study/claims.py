@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from numbers_of import (
-    LAST,
-    MEASURES,
-    Run,
-    Triple,
-    average,
-    ending,
-    interval,
-    mean_of,
-    paired,
-    plain,
-    scaled,
-    score,
-    text,
-)
+from numbers_of import LAST, MEASURES, Run, Triple, average, ending, mean_of, plain, scaled, score, text
+
+from eepo_fast.compare.numbers import interval, paired
 
 Final = dict[str, dict[int, Run]]
 MATTERS = 1.0  # points: a loss smaller than this is called none

@@ -11,20 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from numbers_of import (
-    LAST,
-    MEASURES,
-    PLACES,
-    Run,
-    bands,
-    by_step,
-    ending,
-    interval,
-    load_runs,
-    mean_curve,
-    paired,
-    score,
-)
+from numbers_of import LAST, MEASURES, PLACES, Run, bands, by_step, ending, load_runs, mean_curve, score
+
+from eepo_fast.compare.numbers import interval, paired
 
 COLOURS = {
     "base": "#000000", "grpo": "#c44e52", "eepo": "#1f77b4", "eepo_random": "#7f7f7f", "high_temperature": "#dd8452",
@@ -236,7 +225,7 @@ def mass(content: dict, path: Path) -> None:
     colours = ("#1f77b4", "#7fb7e0", "#c44e52", "#e6a5a7")
     for k, colour in enumerate(colours):
         moved = [100 * (row["mass_after"][k] - row["mass_before"][k]) for row in content["prompts"]]
-        mean, low, _ = interval(by_step(content["prompts"], moved))
+        mean, low, *_ = interval(by_step(content["prompts"], moved))
         changes.errorbar(mean, -k, xerr=mean - low, fmt="o", color=colour)
     changes.set_yticks([-k for k in range(len(content["kinds"]))], content["kinds"], fontsize=8)
     changes.set(xlabel="points, 95% over forget steps", title="change of the share of new samples")

@@ -6,12 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mpmath
 import numpy as np
+
+from eepo_fast.compare.numbers import interval
 
 LAST = 5  # points of a curve, five iterations each: its end
 PLACES = ("in", "larger", "more")
@@ -66,31 +66,6 @@ MEASURES: dict[str, Callable[[Run], float | None]] = {
 """Measures of a run's last policy on held-out problems, percent (the mean of three sets) but for the two that say
 otherwise: the entropy of a token at temperature 1, and different completions of 32, both of the kind trained on. None
 where a run does not have it. The last is training's own, over the last iterations, at its sampling temperature."""
-
-
-@cache
-def quantile(freedom: int) -> float:
-    """Returns Student's t of which 95% lie between it and its negative."""
-    outside = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True)  # noqa: E731
-    return float(mpmath.findroot(lambda t: outside(t) - 0.05, (1.9, 13.0), solver="anderson"))
-
-
-def interval(values: list[float]) -> Triple:
-    """Returns Student's 95% interval of the mean over seeds; infinite for one seed."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, -math.inf, math.inf
-    half = quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
-def paired(
-    runs: dict[int, Run], others: dict[int, Run], value: Callable[[Run], float | None]
-) -> tuple[float, float, float, int] | None:
-    """Returns (mean, low, high, seeds) of value(run) minus value(other), seed by seed; None if no seed has both."""
-    pairs = [(value(runs[seed]), value(others[seed])) for seed in sorted(runs.keys() & others.keys())]
-    found = [a - b for a, b in pairs if a is not None and b is not None]
-    return (*interval(found), len(found)) if found else None
 
 
 def text(triple: tuple[float, ...], digits: int = 1) -> str:

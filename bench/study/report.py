@@ -24,10 +24,8 @@ from numbers_of import (
     average,
     by_step,
     ending,
-    interval,
     load_runs,
     mean_of,
-    paired,
     plain,
     score,
     text,
@@ -35,6 +33,8 @@ from numbers_of import (
 from run import KS, SMALLEST_RATIO, STRONG, best_value, stage_ratio
 from seconds import PAIRS
 from why import Pair, why
+
+from eepo_fast.compare.numbers import interval, paired
 
 METRICS = ("greedy", "pass@1", "pass@16")
 BY_SET = ("greedy", *(f"pass@{k}" for k in KS), "unique")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 from claims import training_entropy
-from numbers_of import MEASURES, Run, interval, mean_of, score, text
+from numbers_of import MEASURES, Run, mean_of, score, text
+
+from eepo_fast.compare.numbers import interval
 
 Pair = tuple[Run, Run]
 """A method's run, EEPO's where nothing else is said, and GRPO's of one seed."""

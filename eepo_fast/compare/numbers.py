@@ -5,11 +5,10 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eepo_fast.compare.plan import Claim, Measure, Plan
 from eepo_fast.types import UserError
@@ -21,16 +20,15 @@ Results = dict[str, dict[int, Result]]
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    num_values: int
 
     def text(self, digits: int = 1, *, signed: bool = True) -> str:
         sign = "+z" if signed else ""
-        if self.count < 2:
+        if self.num_values < 2:
             return f"{self.mean:{sign}.{digits}f}"
         return f"{self.mean:{sign}.{digits}f} ({self.low:{sign}.{digits}f} to {self.high:{sign}.{digits}f})"
 
@@ -71,23 +69,26 @@ def over_seeds(runs: dict[int, Result], measure: Measure) -> Interval | None:
 
 
 def paired(
-    runs: dict[int, Result], others: dict[int, Result], measure: Measure, confidence: float = CONFIDENCE
+    runs: dict[int, Result],
+    others: dict[int, Result],
+    value: Callable[[Result], float | None],
+    confidence: float = CONFIDENCE,
 ) -> Interval | None:
-    """Returns the interval of a measure's differences, seed by seed; None where no seed has both."""
-    pairs = [(value_of(runs[s], measure), value_of(others[s], measure)) for s in sorted(runs.keys() & others.keys())]
+    """Returns the interval of value(run) minus value(other), seed by seed; None where no seed has both."""
+    pairs = [(value(runs[seed]), value(others[seed])) for seed in sorted(runs.keys() & others.keys())]
     found = [a - b for a, b in pairs if a is not None and b is not None]
     return interval(found, confidence) if found else None
 
 
 def verdict(claim: Claim, plan: Plan, results: Results, digits: int) -> tuple[str, str, str]:
     """Returns what was found for a claim, whether it holds, and whether it still does when all claims are counted."""
-    measure = plan.all_measures()[claim.measure]
-    pair = results.get(claim.method, {}), results.get(claim.against, {})
-    found = paired(*pair, measure)
-    strict = paired(*pair, measure, 1 - (1 - CONFIDENCE) / len(plan.claims))  # Bonferroni
+    value = partial(value_of, measure=plan.all_measures()[claim.measure])
+    runs, others = results[claim.method], results[claim.against]
+    found = paired(runs, others, value)
+    strict = paired(runs, others, value, 1 - (1 - CONFIDENCE) / len(plan.claims))  # Bonferroni
     if found is None or strict is None:
         return "", "no pair yet", ""
-    if found.count < 2:
+    if found.num_values < 2:
         return found.text(digits), "one pair says nothing", ""
 
     def answer(interval: Interval) -> str:
@@ -130,9 +131,9 @@ def differences_csv(plan: Plan, results: Results) -> str:
     rows = []
     for label, measure in plan.all_measures().items():
         for name, runs in results.items():
-            found = paired(runs, results[plan.baseline], measure) if name != plan.baseline else None
-            if found is not None:
-                rows.append((name, plan.baseline, label, found.mean, found.low, found.high, found.count))
+            found = paired(runs, results[plan.baseline], partial(value_of, measure=measure))
+            if found is not None and name != plan.baseline:
+                rows.append((name, plan.baseline, label, found.mean, found.low, found.high, found.num_values))
     return _to_csv(("method", "against", "measure", "difference", "low", "high", "pairs"), rows)
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 from eepo_fast.compare.numbers import (
     Interval,
+    Result,
     Results,
     differences_csv,
     interval,
@@ -21,10 +23,12 @@ from eepo_fast.compare.numbers import (
 )
 from eepo_fast.compare.plan import Plan
 from eepo_fast.compare.stamps import Stamp, changes, declared
-from eepo_fast.report.page import table
-from eepo_fast.report.panels import COLOURS
+from eepo_fast.report.page import ASSETS, table
+from eepo_fast.report.panels import COLOURS, SOLID, Trace
+from eepo_fast.report.runs import Values
 
 FEW_COLUMNS = 7  # measures a table; more do not fit a page
+FEW_POINTS = 10  # of a curve, which are marked
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def write_comparison(plan: Plan, out: Path, stamps: Sequence[Stamp]) -> Path:
     sections = [*_head(plan, results, stamps), *_claims(plan, results, stamps), *_differences(plan, results)]
     sections += _values(plan, results)
     if draw_curves(plan, results, out / "curves.png"):
-        text = f"Means over seeds (how many there are), and their 95% intervals: {', '.join(plan.curves)}."
+        text = "Means over seeds (how many there are), and their 95% intervals; of long runs, running means."
         sections.append(Section("Over training", text, picture="curves.png"))
     if (out / "report" / "index.html").is_file():
         sections.append(Section("Run by run", "Curves, settings and completions of each run: report/index.html."))
@@ -119,75 +123,61 @@ def _digits(plan: Plan, label: str) -> int:
 
 
 def _differences(plan: Plan, results: Results) -> list[Section]:
-    others, sections = [name for name in plan.methods if name != plan.baseline], []
+    base, measures, sections = results[plan.baseline], plan.all_measures(), []
     for part in _parts(plan):
         rows = []
-        for name in others:
-            found = [paired(results[name], results[plan.baseline], plan.all_measures()[label]) for label in part]
-            pairs = max((f.count for f in found if f), default=0)
-            cells = [_text(f, _digits(plan, label), signed=True) for f, label in zip(found, part, strict=True)]
-            cells = [f"{c}, {f.count} pairs" if f and f.count < pairs else c for f, c in zip(found, cells, strict=True)]
+        for name in [name for name in plan.methods if name != plan.baseline]:
+            found = [paired(results[name], base, partial(value_of, measure=measures[label])) for label in part]
+            pairs, cells = max((f.num_values for f in found if f), default=0), []
+            for f, label in zip(found, part, strict=True):
+                fewer = f", {f.num_values} pairs" if f and f.num_values < pairs else ""
+                cells.append(_text(f, _digits(plan, label), signed=True) + fewer)
             rows.append([name, str(pairs), *cells])
-        title = f"Minus {plan.baseline}" if not sections else ""
-        text = (
-            "Differences paired by seed, Student's 95% intervals, each alone; percent measures in points."
-            if title
-            else ""
-        )
-        sections.append(Section(title, text, ("method", "pairs", *part), rows))
-    return sections
+        sections.append(Section("", "", ("method", "pairs", *part), rows))
+    text = "Differences paired by seed, Student's 95% intervals, each alone; percent measures in points."
+    return [Section(f"Minus {plan.baseline}", text), *sections]
 
 
 def _values(plan: Plan, results: Results) -> list[Section]:
-    sections: list[Section] = []
+    sections = [Section("Every method", "Means over seeds, 95%.")]
     for part in _parts(plan):
         rows = []
         for name, runs in results.items():
             found = [over_seeds(runs, plan.all_measures()[label]) for label in part]
             cells = [_text(f, _digits(plan, label), signed=False) for f, label in zip(found, part, strict=True)]
             rows.append([name, str(len(runs)), *cells])
-        title = "Every method" if not sections else ""
-        sections.append(Section(title, "Means over seeds, 95%." if title else "", ("method", "seeds", *part), rows))
+        sections.append(Section("", "", ("method", "seeds", *part), rows))
     return sections
-
-
-def curve(results: Results, name: str, key: str) -> tuple[list[int], list[Interval]]:
-    """Returns a metric of a method over the iterations in which some seed has it."""
-    points: dict[int, list[float]] = {}
-    for run in results[name].values():
-        for row in run["rows"]:
-            if row.get(key) is not None:
-                points.setdefault(row["step"], []).append(row[key])
-    steps = sorted(points)
-    return steps, [interval(points[step]) for step in steps]
 
 
 def draw_curves(plan: Plan, results: Results, path: Path) -> bool:
     """Draws the plan's curves, a panel each; returns whether there was anything to draw."""
-    from matplotlib.figure import Figure
+    from eepo_fast.report.pictures import draw_grid
 
     if not any(results.values()) or not plan.curves:
         return False
-    columns = min(3, len(plan.curves))
-    lines = -(-len(plan.curves) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for key, axis in zip(plan.curves, axes, strict=False):
-        for i, name in enumerate(plan.methods):
-            steps, points = curve(results, name, key)
-            colour = COLOURS[i % len(COLOURS)]
-            axis.plot(steps, [p.mean for p in points], color=colour, label=f"{name} ({len(results[name])})")
-            known = [(step, p) for step, p in zip(steps, points, strict=True) if p.count > 1]
-            if known:
-                x, bands = zip(*known, strict=True)
-                axis.fill_between(x, [p.low for p in bands], [p.high for p in bands], color=colour, alpha=0.12, lw=0)
-        axis.set(title=key, xlabel="iteration")
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes):  # panels beyond the last curve
-        axis.set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    colours = dict(zip(plan.methods, cycle(COLOURS), strict=False))
+    panels = []
+    for key in plan.curves:
+        traces = [curve(results[name], name, key, colour) for name, colour in colours.items()]
+        panels.append((key, "", [trace for trace in traces if trace.x], ()))
+    draw_grid(panels, [(f"{name} ({len(results[name])})", colour) for name, colour in colours.items()], path)
     return True
+
+
+def curve(runs: dict[int, Result], name: str, key: str, colour: str) -> Trace:
+    """Returns a metric's mean over seeds, with its 95% interval, at the iterations in which some seed has it."""
+    points: dict[int, list[float]] = {}
+    for run in runs.values():
+        for row in run["rows"]:
+            if row.get(key) is not None:
+                points.setdefault(row["step"], []).append(row[key])
+    steps = sorted(points)
+    found = [interval(points[step]) for step in steps]
+    low: Values = [f.low for f in found]
+    high: Values = [f.high for f in found]
+    band = (low, high) if all(f.num_values > 1 for f in found) else None
+    return Trace(name, steps, [f.mean for f in found], band, colour, SOLID, sparse=len(steps) < FEW_POINTS)
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -205,19 +195,13 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-STYLE = "body{font:15px system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}\
-table{border-collapse:collapse;margin:.8rem 0}th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}\
-th:first-child,.words th,.words td{text-align:left}.scroll{overflow-x:auto}img{max-width:100%}"
-
-
 def to_html(title: str, sections: Sequence[Section]) -> str:
     parts = [f"<h1>{escape(title)}</h1>"]
     for section in sections:
         parts += [f"<h2>{escape(section.title)}</h2>"] if section.title else []
         parts += [f"<p>{escape(part)}</p>" for part in section.text.split("\n\n") if part]
-        if section.rows:
-            kind = "words" if section.words else "numbers"
-            parts.append(f'<div class="{kind}">{table(section.header, section.rows)}</div>')
+        parts += [table(section.header, section.rows)] if section.rows else []
         parts += [f'<img src="{section.picture}" alt="{escape(section.title)}">'] if section.picture else []
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>" + "\n".join(parts) + "</body></html>\n"
+    style = (ASSETS / "page.css").read_text(encoding="utf-8") + "img { max-width: 100%; }"
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'
+    return f"<!doctype html><html><head>{head}</head><body><main>" + "\n".join(parts) + "</main></body></html>\n"

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,51 @@ DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 COLUMNS = 3
 
 
+@contextmanager
+def style() -> Iterator[None]:
+    """Sets what all pictures have in common."""
+    with warnings.catch_warnings(), plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that no font here has
+        yield
+
+
 def draw_all(groups: Sequence[Group], panels: Sequence[Panel], folder: Path) -> list[Path]:
     """Those that there is something for are drawn, and their paths returned; earlier ones are removed."""
     curves, times, pass_at_ks = paths = [folder / name for name in PICTURES]
     for path in paths:
         path.unlink(missing_ok=True)
-    with warnings.catch_warnings(), plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that no font here has
-        if panels:
-            draw_curves(groups, panels, curves)
-        draw_phases(groups, times)
-        if sets := pass_at_k(groups):
-            draw_pass_at_k(sets, pass_at_ks)
+    if panels:
+        names = [(group.label, colour(groups, g, 0)) for g, group in enumerate(groups)] if len(groups) > 1 else []
+        draw_grid([(p.title, p.unit, p.traces(groups), p.levels(groups)) for p in panels], names, curves)
+    draw_phases(groups, times)
+    if sets := pass_at_k(groups):
+        draw_pass_at_k(sets, pass_at_ks)
     return [path for path in paths if path.exists()]
 
 
-def draw_curves(groups: Sequence[Group], panels: Sequence[Panel], path: Path) -> None:
+@style()
+def draw_grid(
+    panels: Sequence[tuple[str, str, Sequence[Trace], Sequence[float]]], names: Sequence[tuple[str, str]], path: Path
+) -> None:
+    """Draws panels of (title, unit, curves, heights of horizontal lines) side by side. names: (label, colour), one key
+    for all of them."""
     num_rows = math.ceil(len(panels) / COLUMNS)
     figure, axes = plt.subplots(
         num_rows, COLUMNS, figsize=(5 * COLUMNS, 3.4 * num_rows), constrained_layout=True, squeeze=False
     )
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for trace in panel.traces(groups):
+    for axis, (title, unit, traces, levels) in zip(axes.flat, panels, strict=False):
+        for trace in traces:
             draw_trace(axis, trace, trace.label)
-        for level in panel.levels(groups):
+        for level in levels:
             axis.axhline(level, color="black", linewidth=0.6, linestyle=":")
-        axis.set(title=panel.title, xlabel="iteration", ylabel=panel.unit)
+        axis.set(title=title, xlabel="iteration", ylabel=unit)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=7)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
-    if len(groups) > 1:  # one key for all panels: a colour a group
-        handles = [plt.Line2D([], [], color=colour(groups, g, 0)) for g in range(len(groups))]
-        figure.legend(handles, [named(g.label) for g in groups], loc="outside lower center", ncols=4, frameon=False)
+    if names:
+        handles = [plt.Line2D([], [], color=colour) for _, colour in names]
+        figure.legend(handles, [named(n) for n, _ in names], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -73,6 +86,7 @@ def named(label: str) -> str:
     return f" {label}"  # matplotlib leaves labels out that begin with an underscore
 
 
+@style()
 def draw_phases(groups: Sequence[Group], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(10, 1.4 + 0.5 * len(groups)), constrained_layout=True)
     left = np.zeros(len(groups))
@@ -86,6 +100,7 @@ def draw_phases(groups: Sequence[Group], path: Path) -> None:
     plt.close(figure)
 
 
+@style()
 def draw_pass_at_k(sets: dict[str, list[Trace]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(sets), figsize=(4.6 * len(sets), 3.6), constrained_layout=True, squeeze=False)
     for axis, (name, traces) in zip(axes.flat, sets.items(), strict=True):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import yaml
@@ -228,11 +229,14 @@ def test_intervals_cover_what_they_should():
     assert interval([1.0]).low == -math.inf
 
 
+M = partial(value_of, measure=Measure(metric="m"))
+
+
 def test_pairs_are_of_one_seed():
     ours, others = {0: result([1.0]), 1: result([5.0]), 2: result([7.0])}, {1: result([4.0]), 0: result([0.5])}
-    found = paired(ours, others, Measure(metric="m"))
-    assert found.mean == pytest.approx(0.75) and found.count == 2
-    assert paired(ours, {9: result([1.0])}, Measure(metric="m")) is None
+    found = paired(ours, others, M)
+    assert found.mean == pytest.approx(0.75) and found.num_values == 2
+    assert paired(ours, {9: result([1.0])}, M) is None
 
 
 def test_a_claim_holds_where_its_whole_interval_does(write_plan):
