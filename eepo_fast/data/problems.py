@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data.tasks import ARITHMETIC, TASKS, task_problems
+from eepo_fast.data.tasks import TASKS, task_problems
 from eepo_fast.types import Problem, Prompt, UserError
 
+DEFAULT_ROWS = 10_000  # of a procedural task, or as many as it has
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
@@ -27,8 +28,8 @@ STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_te
 def load_problems(config: DataConfig, seed: int) -> list[Problem]:
     """Returns the problems of `data.train`; UserError naming file, line or column where they cannot be used."""
     if config.train in TASKS:
-        size = config.num_rows or (10_000 if config.train == ARITHMETIC else None)
-        return task_problems(config.train, size, config, seed, config.split, most=10_000, asked_by="data.num_rows")
+        size, exact = config.num_rows or DEFAULT_ROWS, config.num_rows is not None
+        return task_problems(config.train, size, config, seed, config.split, exact=exact, asked_by="data.num_rows")
     if config.split != "train":
         raise UserError(
             f"data.split: expected train with data.train={config.train}, found {config.split}: only procedural tasks "

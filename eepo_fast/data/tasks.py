@@ -98,28 +98,26 @@ def is_held_out(problem: str) -> bool:
 
 
 def task_problems(
-    task: str, size: int | None, data: DataConfig, seed: int, split: str = "train", *, most: int = 0, asked_by: str
+    task: str, size: int, data: DataConfig, seed: int, split: str = "train", *, exact: bool = True, asked_by: str
 ) -> list[Problem]:
-    """Returns `size` different problems of one split (train, test or out); UserError, beginning with `asked_by`, where
-    there are fewer, or the task has no such split. size None: at most so many as `most`, or as there are."""
+    """Returns `size` different problems of one split (train, test or out), or as many as there are; UserError,
+    beginning with `asked_by`, where those are fewer and `exact`, or the task has no such split."""
     found = TASKS[task]
     if split == "out" and not found.has_out:
         raise UserError(f"{asked_by}: {task} has no split out of distribution; expected train or test")
-    rng, wanted, in_vain = random.Random(f"{split}/{seed}"), size or most, 0
+    rng, in_vain = random.Random(f"{split}/{seed}"), 0
     problems: dict[str, Problem] = {}
-    while len(problems) < wanted and in_vain < IN_VAIN:
+    while len(problems) < size and in_vain < IN_VAIN:
         text, answer = found.draw(rng, data, split == "out")
         in_vain += 1
         if text not in problems and (split == "out" or is_held_out(text) == (split == "test")):
             problems[text] = Problem(f"{task}/{split}/{len(problems):06d}", text, answer, task)
             in_vain = 0
-    if size is not None and len(problems) < size:
-        shape = (
-            f"{data.numbers} numbers up to {data.max_number} gave only" if task == ARITHMETIC else f"{task} gave only"
-        )
+    if exact and len(problems) < size:
+        source = f"{data.numbers} numbers up to {data.max_number}" if task == ARITHMETIC else task
         more = ", or for more or larger numbers" if task == ARITHMETIC else ""
         raise UserError(
-            f"{asked_by}: {size} different problems were asked for, but {shape} {len(problems)} of the {split} split; "
-            f"ask for fewer{more}"
+            f"{asked_by}: {size} different problems were asked for, but {source} gave only {len(problems)} of the "
+            f"{split} split; ask for fewer{more}"
         )
     return list(problems.values())

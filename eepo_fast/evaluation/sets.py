@@ -67,7 +67,8 @@ def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:
     defaults = [data.numbers, data.max_number, HELD_OUT]
     numbers, largest, rows = [int(part) for part in parts] + defaults[len(parts) :]
     shaped = data.model_copy(update={"numbers": numbers, "max_number": largest})
-    return task_problems(ARITHMETIC, rows, shaped, 0, "test", asked_by=f"evaluation data {name}")
+    exact = len(parts) == 3
+    return task_problems(ARITHMETIC, rows, shaped, 0, "test", exact=exact, asked_by=f"evaluation data {name}")
 
 
 def _procedural(name: str, task: str, shape: str, data: DataConfig) -> list[Problem]:
@@ -77,5 +78,5 @@ def _procedural(name: str, task: str, shape: str, data: DataConfig) -> list[Prob
             f"evaluation data {name}: expected {task}, {task}:SPLIT or {task}:SPLIT:ROWS with one of train, test and "
             f"out, such as {task}:out:{HELD_OUT}, found {task}:{shape}"
         )
-    size = int(rows) if rows else None
-    return task_problems(task, size, data, 0, split, most=HELD_OUT, asked_by=f"evaluation data {name}")
+    size = int(rows or HELD_OUT)
+    return task_problems(task, size, data, 0, split, exact=bool(rows), asked_by=f"evaluation data {name}")

@@ -1,10 +1,9 @@
-"""Verifies the procedural task. A parser of its own reads the expression: no text is ever evaluated."""
+"""Verifies arithmetic. A parser of its own reads the expression: no text is ever evaluated."""
 
 import re
-import time
-from collections.abc import Sequence
 
-from eepo_fast.types import Grade, Problem
+from eepo_fast.rewards.procedural import ProceduralGrader
+from eepo_fast.types import Problem
 
 MAX_CHARACTERS = 200
 TOKEN = re.compile(r"\d{1,9}|[-+*()]")
@@ -55,34 +54,16 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
     return (value, used) if position == len(tokens) else None
 
 
-class ArithmeticGrader:
+class ArithmeticGrader(ProceduralGrader):
     """Rewards a completion that is an expression which uses each given number exactly once and reaches the target."""
 
-    beside_sampling = False  # it takes too little time to be worth a thread
-
-    def start(self) -> None: ...
-
-    def grade(
-        self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
-    ) -> list[Grade]:
-        return [self._one(p.problem, c) for p, c in zip(problems, completions, strict=True)]
-
-    def _one(self, problem: str, completion: str) -> Grade:
-        start = time.perf_counter()
+    def judge(self, problem: Problem, completion: str) -> tuple[float, str]:
         text = completion.strip()
         if not text:
-            reward, status = 0.0, "no_answer"
-        elif len(text) > MAX_CHARACTERS:
-            reward, status = 0.0, "too_large"
-        else:
-            numbers, _, target = problem.rstrip(":").partition("=")
-            wanted = sorted(int(n) for n in numbers.split(","))
-            result = evaluate(text)
-            right = result is not None and result[0] == int(target) and sorted(result[1]) == wanted
-            reward, status = float(right), "ok"
-        return Grade(reward, status, time.perf_counter() - start)
-
-    def unreadable(self, golds: Sequence[str]) -> list[int]:
-        return []  # all that is graded is in the problem's own text
-
-    def close(self) -> None: ...
+            return 0.0, "no_answer"
+        if len(text) > MAX_CHARACTERS:
+            return 0.0, "too_large"
+        numbers, _, target = problem.problem.rstrip(":").partition("=")
+        wanted = sorted(int(n) for n in numbers.split(","))
+        result = evaluate(text)
+        return float(result is not None and result[0] == int(target) and sorted(result[1]) == wanted), "ok"

@@ -1,4 +1,4 @@
-"""Verifies procedural tasks whose answer is one number, in a place that a pattern says."""
+"""Verifies procedural tasks: what they have in common, and those whose answer is one number in a place of its own."""
 
 import re
 import time
@@ -12,30 +12,39 @@ PATTERNS = {
 }
 
 
-class NumberGrader:
-    """Rewards a completion whose number is the problem's answer."""
+class ProceduralGrader:
+    """Grades with `judge`, answer by answer."""
 
     beside_sampling = False  # it takes too little time to be worth a thread
 
-    def __init__(self, task: str):
-        self.pattern = PATTERNS[task]
+    def judge(self, problem: Problem, completion: str) -> tuple[float, str]:
+        """Returns (reward, status)."""
+        raise NotImplementedError
 
-    def start(self) -> None:
-        pass
+    def start(self) -> None: ...
 
     def grade(
         self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
     ) -> list[Grade]:
-        return [self._one(p.answer, c) for p, c in zip(problems, completions, strict=True)]
-
-    def _one(self, answer: str, completion: str) -> Grade:
-        start = time.perf_counter()
-        found = self.pattern.match(completion)
-        reward, status = (float(int(found[1]) == int(answer)), "ok") if found else (0.0, "no_answer")
-        return Grade(reward, status, time.perf_counter() - start)
+        grades = []
+        for problem, completion in zip(problems, completions, strict=True):
+            start = time.perf_counter()
+            reward, status = self.judge(problem, completion)
+            grades.append(Grade(reward, status, time.perf_counter() - start))
+        return grades
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        return [i for i, gold in enumerate(golds) if not gold.isdecimal()]
+        return []  # problems are made here, and their answers with them
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
+
+
+class NumberGrader(ProceduralGrader):
+    """Rewards a completion whose number is the problem's answer."""
+
+    def __init__(self, task: str):
+        self.pattern = PATTERNS[task]
+
+    def judge(self, problem: Problem, completion: str) -> tuple[float, str]:
+        found = self.pattern.match(completion)
+        return (float(int(found[1]) == int(problem.answer)), "ok") if found else (0.0, "no_answer")

@@ -11,7 +11,6 @@ from eepo_fast.evaluation.pass_at_k import average, interval, pass_at_k, scores,
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.engine import Sampling
-from eepo_fast.types import Grade
 
 SAMPLING = Sampling(1.0, 6, (1,))
 
@@ -33,9 +32,9 @@ class Odd(ArithmeticGrader):
 
     asked = 0
 
-    def _one(self, problem, completion):
+    def judge(self, problem, completion):
         Odd.asked += 1
-        return Grade(float(sum(map(ord, completion)) % 2), "ok", 0.0)
+        return float(sum(map(ord, completion)) % 2), "ok"
 
 
 def test_a_set_is_sampled_graded_and_scored(make_engine, prompts, tokenizer):
