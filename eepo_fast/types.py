@@ -125,10 +125,13 @@ class Rollout:
         return [segment.weights_version for segment in self.segments for _ in segment.tokens]
 
     @property
+    def segment_stages(self) -> list[int]:
+        """The stage that each segment is counted in: what went on after the forget step is of stage 2."""
+        return [self.stage] * (len(self.segments) - 1) + [2 if self.num_before else self.stage]
+
+    @property
     def token_stages(self) -> list[int]:
-        """The stage that each token is counted in: what went on after the forget step is of stage 2 from there."""
-        before = self.num_before
-        return [self.stage] * before + [2 if before else self.stage] * (self.num_tokens - before)
+        return [stage for stage, s in zip(self.segment_stages, self.segments, strict=True) for _ in s.tokens]
 
     def go_on(self, rest: Rollout) -> None:
         """Append what was sampled after this completion was preempted."""

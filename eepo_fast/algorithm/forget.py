@@ -28,8 +28,6 @@ from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Gradient, Policy, gather_columns
 from eepo_fast.types import Rollout
 
-ROUNDING = 1e-9  # of a step that is made exactly as long as it may be
-
 
 @dataclass
 class Unlearning:
@@ -94,9 +92,9 @@ def compute_unlearning(
     found.learning_rate = config.learning_rate
     if found.apply:
         longest = config.max_step * policy.weights_norm
-        if config.step == "kl":
-            found.learning_rate = min(config.learning_rate, longest / norm)
-        found.too_long = not found.learning_rate * norm <= longest * (1 + ROUNDING)
+        found.too_long = not config.learning_rate * norm <= longest
+        if found.too_long and config.step == "kl" and math.isfinite(norm):
+            found.learning_rate, found.too_long = longest / norm, False
         found.apply = not found.too_long
     return found
 

@@ -24,7 +24,10 @@ class HotterStage(TwoStage):
         stage1 = it.generate("stage1", 1, it.requests(1, range(half)))
         it.sample_additions()
         it.at_safe_point()
-        it.unlearning = Unlearning(None, math.nan, math.nan, math.nan, math.nan, apply=True)
+        nan = math.nan  # nothing is computed of them
+        it.unlearning = Unlearning(
+            gradient=None, loss=nan, grad_norm=nan, active_fraction=nan, mean_entropy=nan, apply=True
+        )
         requests, lengths = it.requests(2, range(half, group_size)), mean_lengths(stage1)
         temperature = it.sampling.temperature * (1 + it.eepo.learning_rate)
         stage2 = it.generate("stage2", 2, requests, lengths=lengths, temperature=temperature)

@@ -6,6 +6,7 @@ where memory runs out (`within_memory`). What goes on beside sampling is `ahead`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
 from eepo_fast.algorithm.guards import Result, check_version, within_memory
 from eepo_fast.algorithm.losses import Term
 from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs
-from eepo_fast.algorithm.step_size import Step, add_step, with_length
+from eepo_fast.algorithm.step_size import add_step, with_length
 from eepo_fast.config import Config
 from eepo_fast.data.problems import completion_text
 from eepo_fast.distributed import World
@@ -241,14 +242,17 @@ class Iteration:
         self.ahead.drop(sampled)
         self.sync()
 
-    def forget_steps(self, kl: float) -> list[Step]:
-        """Returns the last forget steps, with this iteration's. kl: KL(θ'‖θ) as stage 2 shows in the first update."""
-        found, before = self.unlearning, self.setup.state.forget_steps
-        if found is None:
-            return before
-        too_far = found.too_long or found.resampled
-        kl = found.kl if found.resampled else kl
-        return add_step(before, self.eepo.learning_rate, kl, taken=found.apply, too_far=too_far)
+    # -- what the next iteration goes by
+
+    def remember(self, mean: Callable[[str], float]) -> None:
+        """Keeps it in the run's state. mean: of a metric of the updates, by name; NaN where there is none."""
+        state, found, entropy = self.setup.state, self.unlearning, mean("entropy/policy")
+        state.entropy_window = self.entropy_window
+        state.entropy = state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known
+        if found is not None and self.eepo.step == "kl":
+            kl = found.kl if found.resampled else mean("unlearn/kl_low_variance")
+            rate, too_far = self.eepo.learning_rate, found.too_long or found.resampled
+            state.forget_steps = add_step(state.forget_steps, rate, kl, taken=found.apply, too_far=too_far)
 
     # -- grades and scores
 

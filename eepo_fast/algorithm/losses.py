@@ -165,11 +165,11 @@ class PolicyTokens:
     old_logprobs: Tensor
     on_policy: Tensor
     """bool: old_logprobs are policy_logprobs, detached."""
+    sampler: Tensor
+    """Log-probs under θ' of the tokens that it sampled, inf for θ's own."""
     weights: Tensor
     """A token's weight in the sum: 1 / (tokens of the mini-batch), 0 for one that is left out."""
     ref_logprobs: Tensor | None = None
-    sampler: Tensor | None = None
-    """Log-probs under θ' of the tokens that it sampled, inf for θ's own. None: all are θ's own."""
 
     @classmethod
     def of(cls, micro: MicroBatch, weights: Tensor, *, with_reference: bool) -> PolicyTokens:
@@ -182,10 +182,15 @@ class PolicyTokens:
             advantages=micro.per_token([r.advantage for r in micro.rollouts]),
             old_logprobs=torch.where(old == math.inf, 0.0, old),
             on_policy=old == math.inf,
+            sampler=micro.concatenate([sampler_logprobs(r) for r in micro.rollouts]),
             weights=weights,
             ref_logprobs=references,
-            sampler=micro.concatenate([sampler_logprobs(r) for r in micro.rollouts]),
         )
+
+    @property
+    def forgotten(self) -> Tensor:
+        """Is true, [N], of the tokens that θ' sampled."""
+        return self.sampler != math.inf
 
     def old(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:
         """Returns what the ratio of tokens `rows` divides by, [n]: log-probs without gradient."""
@@ -211,7 +216,7 @@ def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
         weights, ratio = _kept(keep, weights), _kept(keep, log_ratio).exp()
         advantages = _kept(keep, tokens.advantages[rows])
         losses = -torch.minimum(ratio * advantages, clipped(ratio, config) * advantages)
-        if config.ratio == "decoupled" and tokens.sampler is not None:
+        if config.ratio == "decoupled":
             sampler = torch.where(keep, tokens.sampler[rows], math.inf)
             losses = losses * importance_weights(old_logprobs, sampler, config.ratio_cap)
         if config.kl_coef:

@@ -81,7 +81,7 @@ class UpdateStats:
         stage = micro.concatenate([r.token_stages for r in micro.rollouts])
         self._add("entropy/policy", stats.entropy, kept)
         weight = ratio * tokens.advantages.abs()
-        if config.grpo.ratio == "decoupled" and tokens.sampler is not None:
+        if config.grpo.ratio == "decoupled":
             weight = weight * importance_weights(old_logprobs, tokens.sampler, config.grpo.ratio_cap)
         cut = is_cut(ratio, tokens.advantages, config.grpo)
         for s in (1, 2):
@@ -95,19 +95,18 @@ class UpdateStats:
         if tokens.ref_logprobs is not None:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine
-            sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
-            forgotten = micro.concatenate([[v.forgotten for v in r.token_versions] for r in micro.rollouts]).bool()
+            sampled, forgotten = micro.concatenate([r.rollout_logprobs for r in micro.rollouts]), tokens.forgotten
             self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
             self._add("unlearn/kl_low_variance", low_variance_kl(sampled, stats.logprobs), forgotten & kept)
             # AEPO's samples carry log-probs at their own temperature
             self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < AEPO_STAGE))
-            self._add_importance(config.grpo, torch.where(forgotten, stats.logprobs - sampled, 0.0), forgotten, kept)
+            self._add_importance(config.grpo, tokens, stats.logprobs, kept)
 
-    def _add_importance(self, config: GrpoConfig, log_weights: Tensor, forgotten: Tensor, kept: Tensor) -> None:
+    def _add_importance(self, config: GrpoConfig, tokens: PolicyTokens, logprobs: Tensor, kept: Tensor) -> None:
         """Adds what π_θ/μ says of how well θ' samples for θ; as they are used, cut off at the cap, for `policy/ess`."""
-        weights, cap = log_weights.exp(), config.ratio_cap
+        weights, cap = importance_weights(logprobs, tokens.sampler, math.inf), config.ratio_cap
         kept = kept & weights.isfinite()
-        chosen, used = kept & forgotten, weights.clamp(max=cap) if config.ratio == "decoupled" else weights
+        chosen, used = kept & tokens.forgotten, weights.clamp(max=cap) if config.ratio == "decoupled" else weights
         self._add("weight", used, kept)
         self._add("weight squared", used.square(), kept)
         self._add("policy/weight_mean", weights, chosen)
@@ -181,7 +180,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "policy/out_of_memory": it.out_of_memory,
         "policy/kl": update.mean("policy/kl"),
         "policy/non_finite_ratios": int(update.non_finite_ratios),
-        "policy/ess": update.mean("weight") ** 2 / update.mean("weight squared") if update.means else math.nan,
+        "policy/ess": update.mean("weight") ** 2 / (update.mean("weight squared") or math.nan),
         **{name: update.mean(name) for name in ("policy/weight_mean", "policy/weight_tail", *CLIPPED)},
         **{
             f"policy/{name}_stage{s}": update.mean(f"policy/{name}_stage{s}")
@@ -234,12 +233,8 @@ def _logprob_gap(stage1: list[Rollout]) -> float:
 def _sampled_entropy(rollouts: Sequence[Rollout], stage: int) -> float:
     """Returns -mean log-prob of the tokens of a stage, in nats: stage 2 has those, too, with which stage 1's stragglers
     went on."""
-    return -_mean(
-        logprob
-        for r in rollouts
-        for logprob, counted in zip(r.rollout_logprobs, r.token_stages, strict=True)
-        if counted == stage
-    )
+    segments = [s for r in rollouts for s, of in zip(r.segments, r.segment_stages, strict=True) if of == stage]
+    return -_mean(logprob for segment in segments for logprob in segment.rollout_logprobs)
 
 
 def _mean(values: Iterable[float | None]) -> float:

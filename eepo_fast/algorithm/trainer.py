@@ -46,7 +46,8 @@ class Trainer(Setup):
             it.at_safe_point()
             with it.phase("update"):
                 update = self._update(it, rows)
-            self._count(it, update)
+            self.state.step += 1
+            it.remember(update.mean)
             return batch, M.iteration_metrics(it, batch, update)
 
     def _next_prompts(self) -> list[Prompt]:
@@ -101,11 +102,3 @@ class Trainer(Setup):
             loss, token_stats = self.policy.backward(micro, update_loss(self.config, tokens, micro, terms))
             stats.add_micro_batch(self.config, micro, tokens, token_stats, loss, first)
         return stats
-
-    def _count(self, it: Iteration, update: M.UpdateStats) -> None:
-        """Counts the iteration, and keeps what the next one goes by."""
-        self.state.step += 1
-        self.state.entropy_window = it.entropy_window
-        self.state.forget_steps = it.forget_steps(update.mean("unlearn/kl_low_variance"))
-        entropy = update.mean("entropy/policy")
-        self.state.entropy = self.state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known

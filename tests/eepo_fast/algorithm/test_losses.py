@@ -110,6 +110,7 @@ def make_tokens(n, **changes):
         advantages=torch.tensor([1.5, -0.7, 0.0] * n, dtype=torch.float64)[:n],
         old_logprobs=-torch.rand(n, generator=g).double() * 2,
         on_policy=torch.arange(n) % 4 == 0,
+        sampler=torch.full((n,), math.inf),
         weights=torch.full((n,), 1 / n, dtype=torch.float64),
         ref_logprobs=-torch.rand(n, generator=g).double() * 2,
     )
@@ -205,7 +206,9 @@ def test_reinforce_is_grpo_on_policy(test_config):
     hidden = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weight, targets = torch.randn(7, 4, dtype=torch.float64), torch.arange(9) % 7
     advantages, weights = torch.linspace(-1, 1, 9), torch.full((9,), 1 / 9)
-    tokens = PolicyTokens(advantages, torch.zeros(9), torch.ones(9, dtype=torch.bool), weights)
+    tokens = PolicyTokens(
+        advantages, torch.zeros(9), torch.ones(9, dtype=torch.bool), torch.full((9,), math.inf), weights
+    )
     grpo = test_config(grpo={"kl_coef": 0.0, "entropy_coef": 0.0}).grpo
     losses = (policy_loss(grpo, tokens), reinforce_loss(advantages, weights))
     grads = [torch.autograd.grad(fused_linear_loss(hidden, weight, targets, f)[0], hidden)[0] for f in losses]
@@ -223,7 +226,7 @@ def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     column = {"hidden": hidden, "advantage": advantages, "ref": ref}.get(poison, old)
     column[5] = {"old -inf": -math.inf, "old far": -200.0}.get(poison, math.nan)
     hidden.requires_grad_()
-    tokens = PolicyTokens(advantages, old, torch.zeros(20, dtype=torch.bool), weights, ref)
+    tokens = PolicyTokens(advantages, old, torch.zeros(20, dtype=torch.bool), torch.full((20,), math.inf), weights, ref)
     config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1}).grpo
     loss_fn = {
         "nll": nll_loss(weights),

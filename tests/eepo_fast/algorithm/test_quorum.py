@@ -206,6 +206,12 @@ def test_what_went_on_counts_as_stage_two_from_there(make_trainer):
     batch, row = trainer.iteration()
     assert row["policy/ratio_mean_stage1"] == pytest.approx(1, abs=1e-6), "θ over θ"
     assert abs(row["policy/ratio_mean_stage2"] - 1) > 1e-5
+    said = {1: [], 2: []}  # by the weights, whatever the stage that it began in
+    for r in batch.rollouts:
+        for logprob, version in zip(r.rollout_logprobs, r.token_versions, strict=True):
+            said[2 if version.forgotten else 1].append(logprob)
+    for stage, logprobs in said.items():
+        assert row[f"entropy/stage{stage}"] == pytest.approx(-sum(logprobs) / len(logprobs))
     (late, *_) = (r for r in batch.stage(1) if r.num_before)
     assert late.token_stages == [1] * late.num_before + [2] * (late.num_tokens - late.num_before)
 

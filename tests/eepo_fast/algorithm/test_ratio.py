@@ -180,10 +180,12 @@ def test_no_forward_is_made_twice_for_the_prox_logprobs(make_trainer, form, scor
     assert all(r.prox_logprobs is None for r in batch.stage(2)[:8])
 
 
-def tokens_of(old, **more):
+def tokens_of(old):
     n = len(old)
-    return PolicyTokens(torch.ones(n), torch.tensor(old), torch.zeros(n, dtype=torch.bool), torch.full((n,), 1 / n),
-                        **more)  # fmt: skip
+    return PolicyTokens(
+        torch.ones(n), torch.tensor(old), torch.zeros(n, dtype=torch.bool), torch.full((n,), math.inf),
+        torch.full((n,), 1 / n),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
