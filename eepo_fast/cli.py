@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of data, rollout, reward and model")
     evaluate.add_argument("--model", help="a run's folder, a checkpoint's, or anything that model.path may be")
     evaluate.add_argument("--completions", help="in place of --model: JSON Lines of id and response")
-    sets = "JSON Lines, a prepared hub name, or arithmetic"
+    sets = "JSON Lines, a prepared hub name, or a procedural task"
     evaluate.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE", help=sets)
     evaluate.add_argument("--k", default="1", help="pass@k, such as 1,8; 1 alone: greedy only")
     evaluate.add_argument(

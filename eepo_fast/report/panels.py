@@ -120,13 +120,17 @@ PANELS = (
     Panel("Iteration", "seconds", (Line("time/iteration_s", "wall time"),), "From one iteration to the next."),
 )  # fmt: skip
 
-SHORTER = "lower eepo.learning_rate, raise the bound, or set eepo.step=kl"
+_SHORTER = "lower eepo.learning_rate, raise {}, or set eepo.step=kl (with it: lower eepo.target_kl)"
+UNTAKEN = (  # metric, what happened to the forget step, what to do; the first that is set tells
+    ("unlearn/resampled", "taken back: KL above eepo.max_kl", _SHORTER.format("eepo.max_kl")),
+    ("unlearn/too_long", "not taken: longer than eepo.max_step", _SHORTER.format("eepo.max_step")),
+    ("unlearn/non_finite", "not taken: gradient no number", "a 16-bit policy overflows: set model.dtype=float32"),
+    ("unlearn/skipped", "not taken: gate closed", "it opens as entropy falls; raise eepo.alpha to forget earlier"),
+)
 TROUBLE = {
     "reward/missing": "rewards missing: a grader that timed out or failed",
-    "unlearn/skipped": "forget steps not taken: gate closed, or one of the next two",
-    "unlearn/non_finite": "forget gradients that were no number",
-    "unlearn/too_long": f"forget steps longer than eepo.max_step; {SHORTER}",
-    "unlearn/resampled": f"forget steps taken back: KL above eepo.max_kl; {SHORTER}",
+    **{key: f"forget steps {why}; {remedy}" for key, why, remedy in UNTAKEN[:-1]},
+    "unlearn/skipped": "forget steps not taken: gate closed, too long, or no number",
     "policy/updates_skipped": "policy updates dropped: gradient not finite",
     "policy/non_finite_losses": "losses that were no number",
     "policy/non_finite_ratios": "tokens left out, whose ratio was too large to compute with",

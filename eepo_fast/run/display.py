@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from eepo_fast.report.panels import UNTAKEN
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKS = 32  # points of a sparkline; each is the mean of its share of the iterations
 PHASE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
@@ -19,13 +21,6 @@ NARROW = 66  # columns, below which there is no room for sparklines and times
 SPEED_PERIOD_S = 24 * 3600.0  # the time left is estimated over a day: an iteration takes minutes
 
 Row = dict[str, float]
-_SHORTER = "lower eepo.learning_rate, raise {}, or set eepo.step=kl (with it: lower eepo.target_kl)"
-UNTAKEN = (  # metric, what happened to the forget step, what to do
-    ("unlearn/resampled", "taken back: KL above eepo.max_kl", _SHORTER.format("eepo.max_kl")),
-    ("unlearn/too_long", "not taken: longer than eepo.max_step", _SHORTER.format("eepo.max_step")),
-    ("unlearn/non_finite", "not taken: gradient no number", "a 16-bit policy overflows: set model.dtype=float32"),
-    ("unlearn/skipped", "not taken: gate closed", "it opens as entropy falls; raise eepo.alpha to forget earlier"),
-)
 
 
 def known(row: Row, key: str) -> bool:
@@ -38,7 +33,7 @@ def untaken_step(row: Row) -> tuple[str, str] | None:
     """Returns why an iteration's forget step did nothing, and what to do; None where it was taken, or none is asked."""
     if not known(row, "unlearn/applied") or row["unlearn/applied"]:
         return None
-    return next(((why, remedy) for key, why, remedy in UNTAKEN if row.get(key)), UNTAKEN[-1][1:])
+    return next((why, remedy) for key, why, remedy in UNTAKEN if row[key])
 
 
 def summary(row: Row) -> str:
