@@ -110,14 +110,13 @@ def fix_lengths(lengths: list[int], prompts: list[Prompt], group_size: int) -> N
         requests = []
         for r in make_requests(chosen, stage, indices, *seeds):
             limits = [lengths[(place[r.prompt.id] * group_size + k) % len(lengths)] for k in r.sample_indices]
-            requests.append(SampleRequest(r.prompt, r.stage, r.sample_indices, r.seeds, tuple(limits)))
+            requests.append(replace(r, limits=tuple(limits)))
         return requests
 
     def limited_rest(rollouts, *arguments) -> list[SampleRequest]:
-        requests = continuation(rollouts, *arguments)
         whole = [lengths[(place[r.prompt.id] * group_size + r.sample_index) % len(lengths)] for r in rollouts]
-        lefts = [(length - r.num_tokens,) for length, r in zip(whole, rollouts, strict=True)]
-        return [replace(request, limits=left) for request, left in zip(requests, lefts, strict=True)]
+        requests = continuation(rollouts, *arguments)
+        return [replace(request, limits=(most,)) for request, most in zip(requests, whole, strict=True)]
 
     iteration.make_requests = limited
     stages.continuation = limited_rest

@@ -62,6 +62,8 @@ class Segment:
     rollout_logprobs: list[float]
     """Each token's log-prob under the weights that sampled it, in nats, at the sampling temperature."""
     weights_version: WeightsVersion
+    stage: int | None = None
+    """The stage in which it was sampled, where that is not the one in which its completion began."""
 
 
 @dataclass(eq=False)  # two completions are never the same one, whatever they say
@@ -84,6 +86,8 @@ class Rollout:
     advantage: float = 0.0
     preempted: bool = False
     """It was stopped half-way, so that the others need not wait; it goes on under other weights."""
+    begun: int = 0
+    """The iteration in which it was begun, counted from 0."""
     prox_logprobs: list[float] | None = None
     """Log-probs under the policy's weights as the iteration finds them."""
     old_logprobs: list[float] | None = None
@@ -126,17 +130,12 @@ class Rollout:
 
     @property
     def segment_stages(self) -> list[int]:
-        """The stage that each segment is counted in: what went on after the forget step is of stage 2."""
-        return [self.stage] * (len(self.segments) - 1) + [2 if self.num_before else self.stage]
+        """The stage in which each segment was sampled."""
+        return [segment.stage or self.stage for segment in self.segments]
 
     @property
     def token_stages(self) -> list[int]:
         return [stage for stage, s in zip(self.segment_stages, self.segments, strict=True) for _ in s.tokens]
-
-    def go_on(self, rest: Rollout) -> None:
-        """Append what was sampled after this completion was preempted."""
-        self.segments = [*self.segments, *rest.segments]
-        self.finished, self.preempted = rest.finished, rest.preempted
 
 
 @dataclass

@@ -56,7 +56,7 @@ class Aepo:
 
     def sample(self, it: Iteration) -> None:
         requests = extra_requests(self.config, it.prompts, it.config.rollout.group_size, *it.seed)
-        self.rollouts = it.generate("aepo", AEPO_STAGE, requests, temperature=self.temperature)
+        self.rollouts = it.generate("aepo", requests, temperature=self.temperature)
 
     def choose(self, it: Iteration, rows: list[Rollout]) -> list[Rollout]:
         """Chooses which samples are used, and with which advantage; in replace mode they take the first rows' place."""

@@ -12,6 +12,7 @@ import torch
 
 from eepo_fast.algorithm.ratio import has_finite_logprobs
 from eepo_fast.policy.module import Policy
+from eepo_fast.rollout.engine import SampleRequest
 from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
 
 MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
@@ -20,14 +21,18 @@ KL_SAMPLES = 16  # completions of stage 2 that are scored at θ to see how far t
 Result = TypeVar("Result")
 
 
-def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, stages: Sequence[int]) -> None:
-    """Raises EngineError where a rollout was sampled with other weights, or for another stage, than the trainer
-    believes: its ratio would divide by the wrong model. stages: what each is expected to be of."""
-    for r, stage in zip(rollouts, stages, strict=True):
-        if r.weights_version != expected or r.stage != stage:
+def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, requests: Sequence[SampleRequest]) -> None:
+    """Raises EngineError where a rollout's tokens are of other weights, or for another stage, than the trainer
+    believes: its ratio would divide by the wrong model. expected: the weights that sampled what was asked for, behind
+    what a completion had said before."""
+    asked = [request for request in requests for _ in request.seeds]
+    for r, request in zip(rollouts, asked, strict=True):
+        *before, last = r.segments
+        if last.weights_version != expected or r.stage != request.stage or before != list(request.before):
             raise EngineError(
-                f"expected completions of stage {stage} from weights {tuple(expected)}, found one of {r.prompt.id} of "
-                f"stage {r.stage} from weights {tuple(r.weights_version)}"
+                f"expected completions of stage {request.stage} from weights {tuple(expected)}"
+                f"{', behind what they had said' * bool(request.before)}, found one of {r.prompt.id} of stage "
+                f"{r.stage} from weights {[tuple(s.weights_version) for s in r.segments]}"
             )
 
 

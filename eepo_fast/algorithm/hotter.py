@@ -21,7 +21,7 @@ class HotterStage(TwoStage):
     def sample(self, it: Iteration) -> list[Rollout]:
         half, group_size = it.config.rollout.group_size // 2, it.config.rollout.group_size
         it.sync()
-        stage1 = it.generate("stage1", 1, it.requests(1, range(half)))
+        stage1 = it.generate("stage1", it.requests(1, range(half)))
         it.sample_additions()
         it.at_safe_point()
         nan = math.nan  # nothing is computed of them
@@ -30,10 +30,10 @@ class HotterStage(TwoStage):
         )
         requests, lengths = it.requests(2, range(half, group_size)), mean_lengths(stage1)
         temperature = it.sampling.temperature * (1 + it.eepo.learning_rate)
-        stage2 = it.generate("stage2", 2, requests, lengths=lengths, temperature=temperature)
+        stage2 = it.generate("stage2", requests, lengths=lengths, temperature=temperature)
         if self.went_too_far(it, stage2):
             it.take_back(stage2)
-            return [*stage1, *it.generate("stage2", 2, requests, lengths=lengths)]
+            return [*stage1, *it.generate("stage2", requests, lengths=lengths)]
         for r in stage2:
             r.segments = [replace(s, weights_version=s.weights_version._replace(forgotten=True)) for s in r.segments]
         return [*stage1, *stage2]

@@ -142,7 +142,6 @@ class Iteration:
     def generate(
         self,
         name: str,
-        stage: int,
         requests: Sequence[SampleRequest],
         *,
         forgotten: bool = False,
@@ -151,22 +150,21 @@ class Iteration:
         temperature: float | None = None,
         unlearns: bool = False,
     ) -> list[Rollout]:
-        """Samples on all engines; returns the completions in the order of the requests, on every rank. stage: the one
-        that begins; what goes on from an earlier one is no whole completion. forgotten: whether the engine's weights
-        must be the forgetful ones. lengths: the expected tokens of an answer, by prompt; without them prompts are dealt
-        out by their own length. unlearns: unlearning begins with each completion that has ended, if it may."""
+        """Samples on all engines; returns the completions in the order of the requests, on every rank. forgotten:
+        whether the engine's weights must be the forgetful ones. lengths: the expected tokens of an answer, by prompt;
+        without them prompts are dealt out by their own length. unlearns: unlearning begins with each completion that
+        has ended and is wholly of these weights, if it may."""
         sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         lengths = lengths or {}
         num_samples = sum(len(r.seeds) for r in requests)
         sizes = num_samples, len(self.prompts)
         streamed = self.ahead.stream(self.policy, self.eepo, *sizes) if unlearns else None
-        costs = [len(r.prompt.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
+        costs = [len(r.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
 
         def finished(rollout: Rollout) -> None:
-            if streamed is not None:
+            if streamed is not None and len(rollout.segments) == 1:
                 streamed.take(rollout)
-            if rollout.stage == stage:
-                self.ahead.take(rollout)
+            self.ahead.take(rollout)
 
         with self.phase(f"rollout_{name}"):
             rollouts = generate_everywhere(
@@ -183,7 +181,7 @@ class Iteration:
             )
             self.sampled_at = time.perf_counter()
         expected = WeightsVersion(self.policy_version, forgotten)
-        check_version(rollouts, expected, [r.stage for r in requests for _ in r.seeds])
+        check_version(rollouts, expected, requests)
         return rollouts
 
     def decode(self, rollout: Rollout) -> str:

@@ -31,7 +31,7 @@ class OneStage:
 
     def sample(self, it: Iteration) -> list[Rollout]:
         it.sync()
-        rollouts = it.generate("stage1", 1, it.requests(1, range(it.config.rollout.group_size)))
+        rollouts = it.generate("stage1", it.requests(1, range(it.config.rollout.group_size)))
         it.sample_additions()
         it.at_safe_point()
         return rollouts
@@ -44,7 +44,7 @@ class TwoStage:
         config, group_size = it.config.eepo, it.config.rollout.group_size
         half = group_size // 2
         it.sync()  # θ' ← θ
-        sampled = it.generate("stage1", 1, it.requests(1, range(half)), quorum=config.quorum, unlearns=True)
+        sampled = it.generate("stage1", it.requests(1, range(half)), quorum=config.quorum, unlearns=True)
         stage1, stragglers = [r for r in sampled if not r.preempted], [r for r in sampled if r.preempted]
         it.sample_additions()  # from θ: nothing is forgotten yet
         it.at_safe_point()
@@ -52,17 +52,14 @@ class TwoStage:
         if unlearning.apply:
             it.forget(unlearning, stage1)  # θ' ← θ' + η∇L
         it.at_safe_point()
-        rest = continuation(stragglers, it.sampling.max_new_tokens, *it.seed)
+        rest = continuation(stragglers, 2, *it.seed)
         requests = [*rest, *it.requests(2, range(half, group_size))]
         lengths = mean_lengths(stage1)
-        sampled = it.generate("stage2", 2, requests, lengths=lengths, forgotten=unlearning.apply)
+        sampled = it.generate("stage2", requests, lengths=lengths, forgotten=unlearning.apply)
         if unlearning.apply and self.went_too_far(it, sampled[len(rest) :]):
             it.take_back(sampled)  # θ' ← θ
-            sampled = it.generate("stage2", 2, requests, lengths=lengths)
-        for straggler, more in zip(stragglers, sampled[: len(rest)], strict=True):
-            straggler.go_on(more)
-            straggler.completion = it.decode(straggler)
-        return [*stage1, *stragglers, *sampled[len(rest) :]]
+            sampled = it.generate("stage2", requests, lengths=lengths)
+        return [*stage1, *sampled]
 
     def went_too_far(self, it: Iteration, stage2: Sequence[Rollout]) -> bool:
         assert it.unlearning is not None

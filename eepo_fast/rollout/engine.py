@@ -27,22 +27,39 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Asks for samples of one prompt: their places in its group and a seed for each."""
+    """Asks for samples of one prompt: their places in its group and a seed for each; or for the rest of one."""
 
     prompt: Prompt
     stage: int
+    """The one that the completions are counted in."""
     sample_indices: tuple[int, ...]
     seeds: tuple[int, ...]
     limits: tuple[int, ...] = ()
-    """Most tokens of each sample, where that is less than the sampling's `max_new_tokens`."""
+    """Most tokens of each whole completion, where that is less than the sampling's `max_new_tokens`."""
+    begun: int = 0
+    """The iteration in which the completions were begun."""
+    before: tuple[Segment, ...] = ()
+    """What the completion, which is one then, has said so far: it goes on behind it."""
+    rest_stage: int | None = None
+    """The stage in which it goes on."""
+    must_end: bool = False
+    """Whether it is waited for, whatever the quorum."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What is read before the first token is sampled."""
+        return self.prompt.token_ids + [token for segment in self.before for token in segment.tokens]
 
     def limit(self, k: int, sampling: Sampling) -> int:
-        return min(self.limits[k], sampling.max_new_tokens) if self.limits else sampling.max_new_tokens
+        """Returns the most tokens that are sampled now."""
+        most = min(self.limits[k], sampling.max_new_tokens) if self.limits else sampling.max_new_tokens
+        return most - sum(len(segment.tokens) for segment in self.before)
 
     def rollout(self, k: int, segment: Segment, *, finished: bool, preempted: bool) -> Rollout:
-        """Returns what has come of the sample."""
-        index = self.sample_indices[k]
-        return Rollout(self.prompt, self.stage, index, [segment], finished=finished, preempted=preempted)
+        """Returns the completion, as far as it has come. segment: what was sampled now."""
+        segments = [*self.before, replace(segment, stage=self.rest_stage)]
+        index, begun = self.sample_indices[k], self.begun
+        return Rollout(self.prompt, self.stage, index, segments, finished=finished, preempted=preempted, begun=begun)
 
 
 class CanGenerate(Protocol):
@@ -58,9 +75,9 @@ class CanGenerate(Protocol):
         and on what is sampled beside it only by rounding: matrix products of another shape are added up in another
         order, on a GPU more than on a CPU, where no token was seen to change. vLLM's batch-invariant kernels
         (`rollout.deterministic`) rule it out on a GPU, too. finished: is given each that has ended, the very object
-        that is returned, while others are still being sampled. quorum: when this share of them has ended, the others
-        are preempted, and returned as they are; all have begun by then. An engine that samples in several batches does
-        so in each."""
+        that is returned, while others are still being sampled. quorum: when this share of them has ended, and all that
+        must end, the others are preempted, and returned as they are; all have begun by then. An engine that samples in
+        several batches does so in each."""
 
 
 class RolloutEngine(CanGenerate, Protocol):
@@ -92,14 +109,20 @@ def num_preemptible(num_samples: int, quorum: float) -> int:
     return num_samples - math.ceil(quorum * num_samples - 1e-9)
 
 
-def continuation(rollouts: Sequence[Rollout], max_new_tokens: int, run_seed: int, step: int) -> list[SampleRequest]:
-    """Asks for the rest of completions that were preempted: what they have said so far is read as a prompt."""
-    requests = []
-    for r in rollouts:
-        prompt = replace(r.prompt, token_ids=r.prompt.token_ids + r.token_ids)
-        seed = sample_seed(run_seed, step, f"{r.prompt.id}|{r.num_tokens}", r.stage, r.sample_index)
-        requests.append(SampleRequest(prompt, r.stage, (r.sample_index,), (seed,), (max_new_tokens - r.num_tokens,)))
-    return requests
+def continuation(rollouts: Sequence[Rollout], stage: int, run_seed: int, step: int) -> list[SampleRequest]:
+    """Asks for the rest of completions that were preempted, in `stage` of iteration `step`."""
+    return [
+        SampleRequest(
+            r.prompt,
+            r.stage,
+            (r.sample_index,),
+            (sample_seed(run_seed, step, f"{r.prompt.id}|{r.num_tokens}", r.stage, r.sample_index),),
+            begun=r.begun,
+            before=tuple(r.segments),
+            rest_stage=stage,
+        )
+        for r in rollouts
+    ]
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, stage: int, sample_index: int) -> int:
@@ -113,6 +136,8 @@ def make_requests(
 ) -> list[SampleRequest]:
     indices = tuple(sample_indices)
     return [
-        SampleRequest(p, stage, indices, tuple(sample_seed(run_seed, step, p.id, stage, i) for i in indices))
+        SampleRequest(
+            p, stage, indices, tuple(sample_seed(run_seed, step, p.id, stage, i) for i in indices), begun=step
+        )
         for p in prompts
     ]

@@ -35,7 +35,8 @@ def generate_everywhere(
             world.gather(None)  # the others wait for what was sampled here
         raise
     for rollout in rollouts:
-        rollout.completion = rollout.completion or decode(rollout)  # it may have been graded already
+        if not rollout.preempted:
+            rollout.completion = rollout.completion or decode(rollout)  # it may have been graded already
     if world.size == 1:
         return rollouts
     places = [(i, k) for i in share for k in range(len(requests[i].seeds))]
@@ -74,19 +75,15 @@ def score_everywhere(
 
 def _pack(r: Rollout) -> tuple:
     """Returns what other ranks cannot know; log-probs are fp32 numbers."""
-    logprobs = np.asarray(r.rollout_logprobs, np.float32)
-    state = (r.stage, tuple(r.weights_version), r.finished, r.preempted)
-    return np.asarray(r.token_ids, np.int32), logprobs, state, r.completion
+    sampled = r.segments[-1]
+    logprobs = np.asarray(sampled.rollout_logprobs, np.float32)
+    state = (tuple(sampled.weights_version), r.finished, r.preempted)
+    return np.asarray(sampled.tokens, np.int32), logprobs, state, r.completion
 
 
 def _unpack(packed: tuple, request: SampleRequest, k: int) -> Rollout:
-    token_ids, logprobs, (stage, version, finished, preempted), completion = packed
-    return Rollout(
-        prompt=request.prompt,
-        stage=stage,
-        sample_index=request.sample_indices[k],
-        segments=[Segment(token_ids.tolist(), logprobs.tolist(), WeightsVersion(*version))],
-        finished=finished,
-        preempted=preempted,
-        completion=completion,
-    )
+    token_ids, logprobs, (version, finished, preempted), completion = packed
+    segment = Segment(token_ids.tolist(), logprobs.tolist(), WeightsVersion(*version))
+    rollout = request.rollout(k, segment, finished=finished, preempted=preempted)
+    rollout.completion = completion
+    return rollout

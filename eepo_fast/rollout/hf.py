@@ -102,7 +102,7 @@ class HfEngine:
     ) -> list[Rollout]:
         self._check_weights()
         # similar lengths side by side, to pad little; the result keeps the order of the requests
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
         samples = [(i, k) for i in order for k in range(len(requests[i].seeds))]
         total = len(samples)
         results: dict[tuple[int, int], Rollout] = {}
@@ -126,9 +126,10 @@ class HfEngine:
     ) -> dict[tuple[int, int], Rollout]:
         """Samples the rows at once; `preemptible` of them are not waited for."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
-        prompts = [requests[i].prompt.token_ids for i in distinct]
+        prompts = [requests[i].token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         limits = [requests[i].limit(k, sampling) for i, k in rows]
+        must_end = [requests[i].must_end for i, _ in rows]
         generators = [np.random.Generator(np.random.Philox(key=requests[i].seeds[k])) for i, k in rows]
         uniforms = torch.stack([torch.from_numpy(generator.random(max(limits))) for generator in generators])
         results: dict[tuple[int, int], Rollout] = {}
@@ -141,7 +142,7 @@ class HfEngine:
             if finished and not preempted:
                 finished(results[i, k])
 
-        self._sample_tokens(prompts, expand, uniforms, limits, sampling, tick, take, preemptible)
+        self._sample_tokens(prompts, expand, uniforms, limits, must_end, sampling, tick, take, preemptible)
         return results
 
     def _sample_tokens(
@@ -150,6 +151,7 @@ class HfEngine:
         expand: Tensor,
         uniforms: Tensor,
         limits: list[int],
+        must_end: list[bool],
         sampling: Sampling,
         tick: Callable[[], None] | None,
         take: Callable[[int, list[int], list[float], bool], None],
@@ -174,7 +176,7 @@ class HfEngine:
         most = torch.tensor(limits, device=self.device)
         rows = torch.arange(num_rows, device=self.device)  # which sequence each row of the running batch is
         running = torch.ones(num_rows, dtype=torch.bool, device=self.device)
-        num_running = num_rows
+        num_running, still_due = num_rows, sum(must_end)
         for t in range(limit):
             token, logprob = sample(logits, sampling.temperature, uniforms[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
@@ -184,10 +186,11 @@ class HfEngine:
             were_running, num_running = num_running, int(running.sum())
             if num_running < were_running:  # a step in which none ends reads one number, and no more
                 for row, by_itself in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+                    still_due -= must_end[row]
                     take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), by_itself)
             if tick:
                 tick()
-            if num_running <= preemptible:
+            if num_running <= preemptible and not still_due:
                 break
             if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more
                 keep = running.nonzero().squeeze(1)

@@ -214,10 +214,11 @@ class VllmEngine:
                 for k, seed in enumerate(request.seeds):
                     self._num_requests += 1
                     waiting[str(self._num_requests)] = (i, k)
-                    prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+                    prompt = {"prompt_token_ids": request.token_ids}
                     params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=preemptible > 0)
                     engine.add_request(str(self._num_requests), prompt, params)
-            while len(waiting) > preemptible or not all(name in partial for name in waiting):
+            due = {name for name, (i, _) in waiting.items() if requests[i].must_end}
+            while len(waiting) > preemptible or due or not all(name in partial for name in waiting):
                 for output in engine.step():
                     part = output.outputs[0]
                     tokens, logprobs = partial.setdefault(output.request_id, ([], []))
@@ -225,6 +226,7 @@ class VllmEngine:
                     logprobs += part.logprobs.logprobs
                     if output.finished:
                         i, k = waiting.pop(output.request_id)
+                        due.discard(output.request_id)
                         segment, ended = self._segment(tokens, logprobs), part.finish_reason == "stop"
                         results[i, k] = requests[i].rollout(k, segment, finished=ended, preempted=False)
                         if finished:

@@ -294,9 +294,12 @@ class Rehearsal:
             strict=True,
         ):  # fmt: skip
             limit = request.limit(k, SAMPLING)
-            tokens, logprobs = expected(request.prompt.token_ids, request.seeds[k], mark, limit)
-            right = r.token_ids == tokens[: r.num_tokens] and np.allclose(r.rollout_logprobs, logprobs[: r.num_tokens])
-            right = right and (r.num_tokens == len(tokens) or (r.preempted and not whole))
+            tokens, logprobs = expected(request.token_ids, request.seeds[k], mark, limit)
+            *before, now = r.segments
+            count = len(now.tokens)
+            right = now.tokens == tokens[:count] and np.allclose(now.rollout_logprobs, logprobs[:count])
+            right = right and before == list(request.before)
+            right = right and (count == len(tokens) or (r.preempted and not whole))
             right = right and r.weights_version == version and r.finished == (r.token_ids[-1] in STOPS)
             if not right:
                 self.wrong.append(f"{what}: {r.prompt.problem.id} {r.sample_index}")
@@ -316,7 +319,7 @@ class Rehearsal:
             self.check("woken", requests, again, mark, (version, False))
             self.engine.sleep()
         mark = self.forget()
-        rest = continuation(cut, SAMPLING.max_new_tokens, 0, version)
+        rest = continuation(cut, 2, 0, version)
         requests = [*rest, *requests_for(4, 6, stage=2)]
         if interrupt:
             self.interrupt(requests)

@@ -2,16 +2,18 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from eepo_fast.algorithm.guards import check_version
 from eepo_fast.algorithm.losses import PolicyTokens
 from eepo_fast.algorithm.overlap import Ahead
 from eepo_fast.data.problems import completion_text
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, num_preemptible
 from eepo_fast.run.log_files import log_rollouts
-from eepo_fast.types import UserError, WeightsVersion
+from eepo_fast.types import EngineError, Segment, UserError, WeightsVersion
 
 OPEN = {"alpha": 9.0, "learning_rate": 0.05}
 QUORUM = 0.25  # of completions most of which reach the limit
@@ -55,16 +57,48 @@ def test_what_goes_on_is_read_as_a_prompt_and_drawn_anew(make_engine, prompts):
     engine = make_engine()
     requests = make_requests(prompts, 1, range(6), 0, 0)
     cut = [r for r in engine.generate(requests, SAMPLING, None, None, QUORUM) if r.preempted]
-    rest = continuation(cut, 40, 0, 0)
+    rest = continuation(cut, 2, 0, 0)
     later = engine.generate(rest, SAMPLING)
-    for first, last in zip(cut, later, strict=True):
-        merged, before = copy.copy(first), first.num_tokens
-        merged.go_on(last)
-        assert merged.num_tokens == before + last.num_tokens <= 40 and merged.num_before == before
+    for first, merged in zip(cut, later, strict=True):
+        assert (
+            merged.segments[:-1] == first.segments and merged.num_before == first.num_tokens < merged.num_tokens <= 40
+        )
+        assert merged.segment_stages == [1, 2] and first.preempted, "and what it began as is as it was"
         assert merged.rollout_logprobs == pytest.approx(scored(engine.model, merged).tolist(), abs=2e-5)
         assert merged.finished == (merged.token_ids[-1] == 1) and not merged.preempted
     seeds = {s for r in requests for s in r.seeds} | {s for r in rest for s in r.seeds}
     assert len(seeds) == 24 + len(cut)
+
+
+def test_what_must_end_is_waited_for(make_engine, prompts):
+    """Beside the quorum; what may be cut is, unless it has ended by then."""
+    engine = make_engine()
+    requests = make_requests(prompts, 1, range(6), 0, 0)
+    free = engine.generate(requests, SAMPLING, None, None, QUORUM)
+    due = {r.prompt.id for r in free if r.preempted and r.prompt.id != free[0].prompt.id}
+    requests = [replace(r, must_end=r.prompt.id in due) for r in requests]
+    rollouts = engine.generate(requests, SAMPLING, None, None, QUORUM)
+    assert due and {r.prompt.id for r in rollouts if r.preempted} <= {free[0].prompt.id}
+    assert all(r.num_tokens >= f.num_tokens for r, f in zip(rollouts, free, strict=True))
+
+
+def test_tokens_of_other_weights_than_believed_are_refused(prompts):
+    """Each segment: what was sampled now, and what the completion had said before."""
+    said = Segment([4, 5], [-1.0, -1.0], WeightsVersion(0, False))
+    (request, *_) = make_requests(prompts, 1, (0,), 0, 0)
+    rest = replace(request, before=(said,), rest_stage=2)
+    whole = rest.rollout(0, Segment([6], [-1.0], WeightsVersion(1, False)), finished=True, preempted=False)
+    check_version([whole], WeightsVersion(1, False), [rest])
+    other = Segment([4, 5], [-1.0, -1.0], WeightsVersion(1, False))
+    for wrong in (
+        replace(whole, segments=[other, whole.segments[1]]),
+        replace(whole, segments=whole.segments[1:]),
+        replace(whole, stage=2),
+    ):
+        with pytest.raises(EngineError, match="expected completions of stage 1"):
+            check_version([wrong], WeightsVersion(1, False), [rest])
+    with pytest.raises(EngineError, match="expected completions of stage 1 from weights"):
+        check_version([whole], WeightsVersion(0, True), [rest])
 
 
 def run(make_trainer, **sections):
