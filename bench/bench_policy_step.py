@@ -72,7 +72,9 @@ def gemm_flops(name: str, tokens: int) -> float:
 def our_update(policy: TorchPolicy, rollouts: list[Rollout]) -> None:
     weight = 1 / sum(r.num_tokens for r in rollouts)
     for micro in policy.micro_batches(rollouts):
-        tokens = PolicyTokens.of(micro, token_weights(micro, rollouts, weight), with_reference=False)
+        tokens = PolicyTokens.of(
+            micro, token_weights(micro, rollouts, weight), WeightsVersion(0, False), with_reference=False
+        )
         policy.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
     policy.step()
 

@@ -89,7 +89,8 @@ class Iteration:
         self.eepo = with_length(setup.config.eepo, state.forget_steps)
         """Has this iteration's η as its learning_rate."""
         self.seed = (setup.config.run.seed, state.step)
-        self.policy_version = state.policy_version
+        self.theta = WeightsVersion(state.policy_version, False)
+        """The weights of the policy, as the iteration finds them."""
         self.entropy_window = state.entropy_window
         """Stage 1's mean entropies in the last iterations, in nats; with this one's once it is known."""
         self.ahead = Ahead(setup.config, setup.grader, self.decode, setup.reference, self.world)
@@ -134,7 +135,7 @@ class Iteration:
 
     def sync(self) -> None:
         with self.phase("sync"):
-            self.engine.sync(self.policy.weights(), WeightsVersion(self.policy_version, False))
+            self.engine.sync(self.policy.weights(), self.theta)
 
     def requests(self, stage: int, sample_indices: Sequence[int]) -> list[SampleRequest]:
         return make_requests(self.prompts, stage, sample_indices, *self.seed)
@@ -180,7 +181,7 @@ class Iteration:
                 quorum=quorum,
             )
             self.sampled_at = time.perf_counter()
-        expected = WeightsVersion(self.policy_version, forgotten)
+        expected = self.theta._replace(forgotten=forgotten)
         check_version(rollouts, expected, requests)
         return rollouts
 

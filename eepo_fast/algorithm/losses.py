@@ -33,7 +33,7 @@ from torch import Tensor
 from eepo_fast.algorithm.ratio import clipped, finite_ratio, importance_weights, sampler_logprobs
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.types import Rollout
+from eepo_fast.types import Rollout, WeightsVersion
 
 MAX_KL_EXPONENT = 10.0
 
@@ -166,14 +166,18 @@ class PolicyTokens:
     on_policy: Tensor
     """bool: old_logprobs are policy_logprobs, detached."""
     sampler: Tensor
-    """Log-probs under θ' of the tokens that it sampled, inf for θ's own."""
+    """Log-probs under what sampled them of the tokens that other weights than θ did, inf for θ's own."""
+    forgotten: Tensor
+    """bool: this iteration's θ' sampled it."""
     weights: Tensor
     """A token's weight in the sum: 1 / (tokens of the mini-batch), 0 for one that is left out."""
     ref_logprobs: Tensor | None = None
 
     @classmethod
-    def of(cls, micro: MicroBatch, weights: Tensor, *, with_reference: bool) -> PolicyTokens:
-        """Collects the rollouts' columns. with_reference: whether their `ref_logprobs` are known."""
+    def of(cls, micro: MicroBatch, weights: Tensor, theta: WeightsVersion, *, with_reference: bool) -> PolicyTokens:
+        """Collects the rollouts' columns. theta: the version of θ. with_reference: whether their `ref_logprobs` are
+        known."""
+        forgetful = theta._replace(forgotten=True)
         old = micro.concatenate([r.old_logprobs or [math.inf] * r.num_tokens for r in micro.rollouts])
         references = None
         if with_reference:
@@ -182,15 +186,11 @@ class PolicyTokens:
             advantages=micro.per_token([r.advantage for r in micro.rollouts]),
             old_logprobs=torch.where(old == math.inf, 0.0, old),
             on_policy=old == math.inf,
-            sampler=micro.concatenate([sampler_logprobs(r) for r in micro.rollouts]),
+            sampler=micro.concatenate([sampler_logprobs(r, theta) for r in micro.rollouts]),
+            forgotten=micro.concatenate([[v == forgetful for v in r.token_versions] for r in micro.rollouts]) > 0,
             weights=weights,
             ref_logprobs=references,
         )
-
-    @property
-    def forgotten(self) -> Tensor:
-        """Is true, [N], of the tokens that θ' sampled."""
-        return self.sampler != math.inf
 
     def old(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:
         """Returns what the ratio of tokens `rows` divides by, [n]: log-probs without gradient."""

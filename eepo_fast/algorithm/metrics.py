@@ -21,7 +21,7 @@ from eepo_fast.algorithm.ratio import finite_ratio, has_finite_logprobs, importa
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import MicroBatch
-from eepo_fast.types import AEPO_STAGE, Rollout, RolloutBatch
+from eepo_fast.types import AEPO_STAGE, Rollout, RolloutBatch, WeightsVersion
 
 SIGNS = {"positive": 1, "negative": -1}  # of the advantage
 CLIPPED = [f"policy/clip_{kind}_stage{s}_{sign}" for kind in ("fraction", "weight") for s in (1, 2) for sign in SIGNS]
@@ -99,14 +99,19 @@ class UpdateStats:
             self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
             self._add("unlearn/kl_low_variance", low_variance_kl(sampled, stats.logprobs), forgotten & kept)
             # AEPO's samples carry log-probs at their own temperature
-            self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), ~forgotten & (stage < AEPO_STAGE))
+            own = (tokens.sampler == math.inf) & (stage < AEPO_STAGE)
+            self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), own)
             self._add_importance(config.grpo, tokens, stats.logprobs, kept)
 
     def _add_importance(self, config: GrpoConfig, tokens: PolicyTokens, logprobs: Tensor, kept: Tensor) -> None:
-        """Adds what π_θ/μ says of how well θ' samples for θ; as they are used, cut off at the cap, for `policy/ess`."""
+        """Adds what π_θ/μ says of how well other weights sample for θ; as they are used, cut off at the cap, for
+        `policy/ess`."""
         weights, cap = importance_weights(logprobs, tokens.sampler, math.inf), config.ratio_cap
         kept = kept & weights.isfinite()
-        chosen, used = kept & tokens.forgotten, weights.clamp(max=cap) if config.ratio == "decoupled" else weights
+        chosen, used = (
+            kept & (tokens.sampler != math.inf),
+            weights.clamp(max=cap) if config.ratio == "decoupled" else weights,
+        )
         self._add("weight", used, kept)
         self._add("weight squared", used.square(), kept)
         self._add("policy/weight_mean", weights, chosen)
@@ -150,10 +155,10 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
     stages = {s: batch.stage(s) for s in (1, 2)}
     it.times["iteration"] = time.perf_counter() - it.started
     num_tokens = sum(r.num_tokens for r in rollouts)
-    statuses, gap = [r.status for r in rollouts], _logprob_gap(stages[1])
+    statuses, gap = [r.status for r in rollouts], _logprob_gap(stages[1], it.theta)
     result: dict[str, float] = {
         "step": it.seed[1] + 1,
-        "policy_version": it.policy_version,
+        "policy_version": it.theta.policy_version,
         "reward/mean": _mean(r.reward for r in rollouts),
         "reward/stage1": _mean(r.reward for r in stages[1]),
         "reward/stage2": _mean(r.reward for r in stages[2]),
@@ -219,13 +224,13 @@ def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, config
     }
 
 
-def _logprob_gap(stage1: list[Rollout]) -> float:
-    """Returns mean |engine - policy| over what stage 1 has ended, where both hold the same weights; NaN where that
-    was not scored before the update."""
+def _logprob_gap(stage1: list[Rollout], theta: WeightsVersion) -> float:
+    """Returns mean |engine - policy| over what θ alone has sampled in stage 1, where both hold the same weights; NaN
+    where that was not scored before the update."""
     return _mean(
         abs(a - b)
         for r in stage1
-        if r.prox_logprobs is not None and len(r.segments) == 1
+        if r.prox_logprobs is not None and {s.weights_version for s in r.segments} == {theta}
         for a, b in zip(r.rollout_logprobs, r.prox_logprobs, strict=True)
     )
 

@@ -1,6 +1,7 @@
 """The probability ratio of Eq. 3 in its three forms (`grpo.ratio`), its clip, and the importance weight beside it.
 
-With μ what sampled a token (θ' in stage 2, else θ) and π_prox the policy at the start of the update, a token's loss is
+With μ what sampled a token (θ' in stage 2, an older θ or θ' where a completion was carried over, else θ) and π_prox
+the policy at the start of the update, a token's loss is
 
 - sampler: the clip of π_θ/μ around 1, the paper's sentence. What θ' moved by more than the clip range has no gradient
   in the first update already, and more so where the answer was wrong: stage 2's gradient is biased by that.
@@ -10,7 +11,8 @@ With μ what sampled a token (θ' in stage 2, else θ) and π_prox the policy at
   of all weights of an answer, and useless: its variance grows with every token.)
 - policy: the clip of π_θ/π_prox around 1, as if θ had sampled the token: biased by all that θ' differs from θ.
 
-Where θ sampled a token they are the same. Deviations from the paper:
+Where θ sampled a token they are the same. What an engine said of a token is never replaced by what θ says of it now.
+Deviations from the paper:
 - `decoupled` and `policy` are not in it.
 - A token whose ratio is too large for its dtype is left out, and counted.
 
@@ -24,33 +26,33 @@ import torch
 from torch import Tensor
 
 from eepo_fast.config import GrpoConfig
-from eepo_fast.types import Rollout
+from eepo_fast.types import Rollout, WeightsVersion
 
 
 def has_finite_logprobs(rollout: Rollout) -> bool:
     return all(map(math.isfinite, rollout.rollout_logprobs))
 
 
-def lacks_prox_logprobs(rollout: Rollout, config: GrpoConfig) -> bool:
+def lacks_prox_logprobs(rollout: Rollout, config: GrpoConfig, theta: WeightsVersion) -> bool:
     """Returns whether the ratio needs log-probs of the policy that nobody has computed yet."""
-    forgetful = all(version.forgotten for version in rollout.token_versions) and has_finite_logprobs(rollout)
-    return rollout.prox_logprobs is None and not (forgetful and config.ratio == "sampler")
+    by_others = all(version != theta for version in rollout.token_versions) and has_finite_logprobs(rollout)
+    return rollout.prox_logprobs is None and not (by_others and config.ratio == "sampler")
 
 
-def set_old_logprobs(rollouts: Sequence[Rollout], config: GrpoConfig) -> None:
+def set_old_logprobs(rollouts: Sequence[Rollout], config: GrpoConfig, theta: WeightsVersion) -> None:
     """Sets what each token's ratio divides by: the log-prob at θ, or inf if the update's own forward pass will say it;
-    with `sampler`, where θ' sampled the token, what the engine reported."""
+    with `sampler`, where θ did not sample the token, what the engine reported."""
     for r in rollouts:
         r.old_logprobs = r.prox_logprobs or [math.inf] * r.num_tokens
         if config.ratio == "sampler" and has_finite_logprobs(r):
             sampled = zip(r.rollout_logprobs, r.old_logprobs, r.token_versions, strict=True)
-            r.old_logprobs = [mu if version.forgotten else prox for mu, prox, version in sampled]
+            r.old_logprobs = [prox if version == theta else mu for mu, prox, version in sampled]
 
 
-def sampler_logprobs(rollout: Rollout) -> list[float]:
-    """Returns log μ of the tokens that θ' sampled, and inf for those of θ, which weigh 1."""
+def sampler_logprobs(rollout: Rollout, theta: WeightsVersion) -> list[float]:
+    """Returns log μ of the tokens that other weights than θ sampled, and inf for those of θ, which weigh 1."""
     pairs = zip(rollout.rollout_logprobs, rollout.token_versions, strict=True)
-    return [mu if version.forgotten else math.inf for mu, version in pairs]
+    return [math.inf if version == theta else mu for mu, version in pairs]
 
 
 def finite_ratio(log_ratio: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from eepo_fast.algorithm.methods import make_additions, make_stages
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
 from eepo_fast.data.problems import prompt_indices
 from eepo_fast.rollout.engine import OnProgress
-from eepo_fast.types import Prompt, Rollout, RolloutBatch
+from eepo_fast.types import Prompt, Rollout, RolloutBatch, WeightsVersion
 
 
 class Trainer(Setup):
@@ -66,8 +66,8 @@ class Trainer(Setup):
         """Fills the columns that the update reads, and those that the log shows. What the first update is on needs no
         scoring pass: its own forward finds θ's log-probs."""
         later = rows[self.config.train.prompts_per_update * self.config.rollout.group_size :]
-        it.set_prox_logprobs("old_logprobs", [r for r in later if lacks_prox_logprobs(r, self.config.grpo)])
-        set_old_logprobs(rows, self.config.grpo)
+        it.set_prox_logprobs("old_logprobs", [r for r in later if lacks_prox_logprobs(r, self.config.grpo, it.theta)])
+        set_old_logprobs(rows, self.config.grpo, it.theta)
         it.set_ref_logprobs(rows)
         if self.config.log.token_details:
             it.set_prox_logprobs("token_details", [r for r in batch.rollouts if r.entropy is None])
@@ -79,7 +79,7 @@ class Trainer(Setup):
         starts = range(0, len(rows), size)
         for update, start in enumerate(starts):
             terms = [term for addition in it.additions for term in addition.terms(update, len(starts))]
-            accumulate = partial(self._accumulate, rows[start : start + size], terms, first=update == 0)
+            accumulate = partial(self._accumulate, it.theta, rows[start : start + size], terms, first=update == 0)
             stats.add(it.within_memory(self.policy, accumulate))
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
@@ -90,7 +90,9 @@ class Trainer(Setup):
         stats.add_other_ranks(self.world)
         return stats
 
-    def _accumulate(self, mini_batch: Sequence[Rollout], terms: Sequence[Term], *, first: bool) -> M.UpdateStats:
+    def _accumulate(
+        self, theta: WeightsVersion, mini_batch: Sequence[Rollout], terms: Sequence[Term], *, first: bool
+    ) -> M.UpdateStats:
         """Adds the gradient of a mini-batch, and of what methods add to it, to what the next step applies."""
         stats = M.UpdateStats()
         known = {r for r in mini_batch if r.reward is not None}
@@ -98,7 +100,7 @@ class Trainer(Setup):
         added = [r for term in terms for r in term.rollouts]
         for micro in self.policy.micro_batches([*mini_batch, *added]):
             weights = token_weights(micro, known, weight)
-            tokens = PolicyTokens.of(micro, weights, with_reference=self.reference is not None)
+            tokens = PolicyTokens.of(micro, weights, theta, with_reference=self.reference is not None)
             loss, token_stats = self.policy.backward(micro, update_loss(self.config, tokens, micro, terms))
             stats.add_micro_batch(self.config, micro, tokens, token_stats, loss, first)
         return stats

@@ -111,6 +111,7 @@ def make_tokens(n, **changes):
         old_logprobs=-torch.rand(n, generator=g).double() * 2,
         on_policy=torch.arange(n) % 4 == 0,
         sampler=torch.full((n,), math.inf),
+        forgotten=torch.zeros(n, dtype=torch.bool),
         weights=torch.full((n,), 1 / n, dtype=torch.float64),
         ref_logprobs=-torch.rand(n, generator=g).double() * 2,
     )
@@ -207,7 +208,12 @@ def test_reinforce_is_grpo_on_policy(test_config):
     weight, targets = torch.randn(7, 4, dtype=torch.float64), torch.arange(9) % 7
     advantages, weights = torch.linspace(-1, 1, 9), torch.full((9,), 1 / 9)
     tokens = PolicyTokens(
-        advantages, torch.zeros(9), torch.ones(9, dtype=torch.bool), torch.full((9,), math.inf), weights
+        advantages,
+        torch.zeros(9),
+        torch.ones(9, dtype=torch.bool),
+        torch.full((9,), math.inf),
+        torch.zeros(9).bool(),
+        weights,
     )
     grpo = test_config(grpo={"kl_coef": 0.0, "entropy_coef": 0.0}).grpo
     losses = (policy_loss(grpo, tokens), reinforce_loss(advantages, weights))
@@ -226,7 +232,8 @@ def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     column = {"hidden": hidden, "advantage": advantages, "ref": ref}.get(poison, old)
     column[5] = {"old -inf": -math.inf, "old far": -200.0}.get(poison, math.nan)
     hidden.requires_grad_()
-    tokens = PolicyTokens(advantages, old, torch.zeros(20, dtype=torch.bool), torch.full((20,), math.inf), weights, ref)
+    none = torch.zeros(20, dtype=torch.bool)
+    tokens = PolicyTokens(advantages, old, none, torch.full((20,), math.inf), none, weights, ref)
     config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1}).grpo
     loss_fn = {
         "nll": nll_loss(weights),

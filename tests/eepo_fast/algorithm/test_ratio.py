@@ -184,7 +184,7 @@ def tokens_of(old):
     n = len(old)
     return PolicyTokens(
         torch.ones(n), torch.tensor(old), torch.zeros(n, dtype=torch.bool), torch.full((n,), math.inf),
-        torch.full((n,), 1 / n),
+        torch.zeros(n, dtype=torch.bool), torch.full((n,), 1 / n),
     )  # fmt: skip
 
 

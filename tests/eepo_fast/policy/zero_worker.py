@@ -68,12 +68,12 @@ def update(policy, config, rollouts):
     counted = sum(r.num_tokens for r in rollouts)
     for r, logprobs in zip(rollouts, policy.score(rollouts).logprobs, strict=True):
         r.prox_logprobs = logprobs
-    set_old_logprobs(rollouts, config.grpo)
+    set_old_logprobs(rollouts, config.grpo, WeightsVersion(0, False))
     for _ in range(2):
         total = 0.0
         for micro in policy.micro_batches(rollouts):
             weights = micro.per_token([1 / counted for r in micro.rollouts])
-            tokens = PolicyTokens.of(micro, weights, with_reference=False)
+            tokens = PolicyTokens.of(micro, weights, WeightsVersion(0, False), with_reference=False)
             total += float(policy.backward(micro, policy_loss(config.grpo, tokens))[0])
         norm, applied = policy.step()
         losses += [policy.world.total([total])[0], norm, float(applied)]
