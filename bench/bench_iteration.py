@@ -26,7 +26,7 @@ from common import allocations, parser_with_defaults, record
 from models import SHAPES, make_model
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from eepo_fast.algorithm import iteration, stages
+from eepo_fast.algorithm import iteration
 from eepo_fast.algorithm.overlap import Ahead
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.config import Config, load_config
@@ -119,7 +119,7 @@ def fix_lengths(lengths: list[int], prompts: list[Prompt], group_size: int) -> N
         return [replace(request, limits=(most,)) for request, most in zip(requests, whole, strict=True)]
 
     iteration.make_requests = limited
-    stages.continuation = limited_rest
+    iteration.continuation = limited_rest
 
 
 def make_prompts(lengths: list[int], count: int, num_words: int) -> list[Prompt]:
@@ -267,7 +267,7 @@ def make_config(
     longest: int,
     micro_batch_tokens: int = 4096,
 ) -> Config:
-    forgets = ["eepo.alpha=9.0", f"eepo.quorum={quorum}", "eepo.learning_rate=1e-4"]
+    forgets = ["eepo.alpha=9.0", f"rollout.quorum={quorum if eepo else 1}", "eepo.learning_rate=1e-4"]
     return load_config([], [
         "model.path=unused", "data.train=unused", *(forgets if eepo else ["eepo.enabled=false"]),
         f"rollout.engine={engine}", f"rollout.group_size={group_size}",

@@ -138,6 +138,30 @@ class Rollout:
         return [stage for stage, s in zip(self.segment_stages, self.segments, strict=True) for _ in s.tokens]
 
 
+@dataclass(eq=False)
+class Group:
+    """A prompt's completions, from when they are begun until they are trained on."""
+
+    prompt: Prompt
+    begun: int
+    """The iteration in which that was, counted from 0; with the prompt's id, what it is known by."""
+    rollouts: list[Rollout] = field(default_factory=list)
+    """None yet where it has only been opened, then all, in the order of their sample indices."""
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(r.preempted for r in self.rollouts)
+
+
+class Cursor(NamedTuple):
+    """How far a run has come through its prompts."""
+
+    epoch: int = 0
+    position: int = 0
+    postponed: tuple[int, ...] = ()
+    """Prompts that one iteration met twice, at the end of an epoch and at the start of the next; they come next."""
+
+
 @dataclass
 class RolloutBatch:
     """All rollouts of an iteration: `group_size` of every prompt, a prompt's group side by side, stage 1 first."""
@@ -148,12 +172,11 @@ class RolloutBatch:
     """Completions that a method sampled beside the groups, such as AEPO's (stage 3)."""
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int) -> RolloutBatch:
-        """Returns the batch of rollouts that come in any order."""
-        order = {p.id: i for i, p in enumerate(prompts)}
-        batch = cls(sorted(rollouts, key=lambda r: (order[r.prompt.id], r.sample_index)), group_size)
-        assert all(len(g) == group_size and len({r.prompt.id for r in g}) == 1 for g in batch.groups())
-        return batch
+    def of(cls, groups: Sequence[Group], group_size: int) -> RolloutBatch:
+        """Returns the batch of groups, which are whole."""
+        for group in groups:
+            assert group.is_whole and [r.sample_index for r in group.rollouts] == list(range(group_size))
+        return cls([r for group in groups for r in group.rollouts], group_size)
 
     def groups(self) -> list[list[Rollout]]:
         return [self.rollouts[i : i + self.group_size] for i in range(0, len(self.rollouts), self.group_size)]
@@ -178,6 +201,10 @@ class TrainerState:
     """Updates dropped in a row because their gradient was not finite."""
     forget_steps: list[tuple[float, float | None]] = field(default_factory=list)
     """(η, KL(θ'‖θ)) of the last two forget steps, for `eepo.step: kl`; None where it was too long."""
+    cursor: Cursor | None = None
+    """None before the first iteration, and in checkpoints of older versions."""
+    groups: list[Group] = field(default_factory=list)
+    """Those that have been begun and not been trained on, oldest first, for `rollout.carry`."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Tests run in several processes side by side, and their matrices are small: a thread each, for what they start, too.
@@ -105,6 +106,12 @@ METRIC_KEYS = [
     "policy/weight_tail",
     "policy/non_finite_ratios",
     "rollout/logprob_gap",
+    "rollout/carried_fraction",
+    "rollout/held_groups",
+    "rollout/staleness_mean",
+    "rollout/staleness_max",
+    "length/begun",
+    "length/unlearned",
     "time/iteration_s",
     "tokens/generated",
 ]
@@ -251,6 +258,12 @@ def test_config():
 def prompts(tokenizer):
     texts = ["1,2,3=6:", "2,2,2=8:", "1,9,9=81:", "4,5,6=26:"]
     return [Prompt(Problem(f"p{i}", t, "1"), t, tokenizer(t)["input_ids"]) for i, t in enumerate(texts)]
+
+
+@pytest.fixture
+def more_prompts(prompts):
+    """Three times as many, under names of their own."""
+    return [replace(p, problem=replace(p.problem, id=f"{p.id}-{k}")) for k in range(3) for p in prompts]
 
 
 @pytest.fixture

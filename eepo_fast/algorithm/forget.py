@@ -42,6 +42,8 @@ class Unlearning:
     active_fraction: float
     """The share of stage-1 tokens whose gate is open."""
     mean_entropy: float
+    mean_length: float
+    """Mean number of tokens of stage 1's completions."""
     apply: bool
     """False: gate closed everywhere, a non-finite gradient, or too long a step; nothing is written."""
     entropy_window: list[float] = field(default_factory=list)
@@ -158,6 +160,7 @@ class GradientPass:
             grad_norm=self.gradient.norm(),
             active_fraction=num_open / max(1, num_tokens),
             mean_entropy=entropy_sum / max(1, num_tokens),
+            mean_length=num_tokens / max(1, len(rollouts)),
             apply=False,
         )
 

@@ -26,7 +26,7 @@ class HotterStage(TwoStage):
         it.at_safe_point()
         nan = math.nan  # nothing is computed of them
         it.unlearning = Unlearning(
-            gradient=None, loss=nan, grad_norm=nan, active_fraction=nan, mean_entropy=nan, apply=True
+            gradient=None, loss=nan, grad_norm=nan, active_fraction=nan, mean_entropy=nan, mean_length=nan, apply=True
         )
         requests, lengths = it.requests(2, range(half, group_size)), mean_lengths(stage1)
         temperature = it.sampling.temperature * (1 + it.eepo.learning_rate)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from eepo_kernels import ForgetStats
@@ -21,6 +21,7 @@ from eepo_kernels.ranges import named
 from eepo_fast.algorithm.ablations import find_ablation
 from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
 from eepo_fast.algorithm.guards import Result, check_version, within_memory
+from eepo_fast.algorithm.in_flight import lacking
 from eepo_fast.algorithm.losses import Term
 from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs
 from eepo_fast.algorithm.step_size import add_step, with_length
@@ -29,9 +30,9 @@ from eepo_fast.data.problems import completion_text
 from eepo_fast.distributed import World
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
-from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling, make_requests
+from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling, continuation, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
-from eepo_fast.types import Grade, Prompt, Rollout, TrainerState, WeightsVersion
+from eepo_fast.types import Grade, Group, Prompt, Rollout, TrainerState, WeightsVersion
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Setup:
     tokenizer: object
     stop_token_ids: Sequence[int]
     state: TrainerState = field(default_factory=TrainerState)
+    total: int | None = None
+    """Iterations of the whole run, where it has an end."""
     on_phase: Callable[[str], None] = lambda phase: None
     """Is told the name of each phase when it begins."""
     at_safe_point: Callable[[], None] = lambda: None
@@ -81,8 +84,15 @@ class Addition(Protocol):
 class Iteration:
     """The state of one iteration, made at its start and closed at its end."""
 
-    def __init__(self, setup: Setup, prompts: list[Prompt], additions: list[Addition], progress: OnProgress | None):
-        self.setup, self.prompts, self.additions, self.progress = setup, prompts, additions, progress
+    def __init__(self, setup: Setup, groups: list[Group], additions: list[Addition], progress: OnProgress | None):
+        self.setup, self.groups, self.additions, self.progress = setup, groups, additions, progress
+        self.prompts = [group.prompt for group in groups if group.begun == setup.state.step]
+        """Those of the groups that this iteration begins."""
+        self.carried = [r for group in groups for r in group.rollouts if r.preempted]
+        self.num_asked = len(self.carried) + len(self.prompts) * setup.config.rollout.group_size
+        """How many completions it works on."""
+        self.tokens_before = sum(r.num_tokens for group in groups for r in group.rollouts)
+        """What those have said already."""
         self.config, self.policy, self.engine, self.world = setup.config, setup.policy, setup.engine, setup.world
         rollout, state = setup.config.rollout, setup.state
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens, tuple(setup.stop_token_ids))
@@ -140,6 +150,13 @@ class Iteration:
     def requests(self, stage: int, sample_indices: Sequence[int]) -> list[SampleRequest]:
         return make_requests(self.prompts, stage, sample_indices, *self.seed)
 
+    def rest(self, rollouts: Sequence[Rollout], stage: int) -> list[SampleRequest]:
+        return continuation(rollouts, stage, *self.seed)
+
+    def is_of_theta(self, rollout: Rollout) -> bool:
+        """Returns whether the policy's present weights alone have sampled it."""
+        return all(segment.weights_version == self.theta for segment in rollout.segments)
+
     def generate(
         self,
         name: str,
@@ -163,7 +180,7 @@ class Iteration:
         costs = [len(r.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
 
         def finished(rollout: Rollout) -> None:
-            if streamed is not None and len(rollout.segments) == 1:
+            if streamed is not None and self.is_of_theta(rollout):
                 streamed.take(rollout)
             self.ahead.take(rollout)
 
@@ -184,6 +201,23 @@ class Iteration:
         expected = self.theta._replace(forgotten=forgotten)
         check_version(rollouts, expected, requests)
         return rollouts
+
+    def generate_last(self, stage: int, requests: Sequence[SampleRequest], **options: Any) -> list[Rollout]:
+        """Samples an iteration's last stage as `generate` does. With `rollout.carry` it ends when its quorum has ended,
+        with what has been carried as often as it may, and as many groups are whole as are trained on."""
+        rollout, size = self.config.rollout, self.config.train.prompts_per_iteration
+        name, step = f"stage{stage}", self.seed[1]
+        if not rollout.carry or len(self.groups) <= size:
+            return self.generate(name, requests, **options)
+        requests = [replace(r, must_end=bool(r.before) and step - r.begun >= rollout.carry) for r in requests]
+        sampled = self.generate(name, requests, quorum=rollout.quorum, **options)
+        if due := lacking(self.groups, size, sampled):
+            cut = [r for r in sampled if r.preempted]
+            more = zip(self.rest(cut, stage), cut, strict=True)
+            requests = [replace(request, must_end=r in due) for request, r in more]
+            ended = [r for r in sampled if not r.preempted]
+            sampled = [*ended, *self.generate(name, requests, quorum=0.0, **options)]
+        return sampled
 
     def decode(self, rollout: Rollout) -> str:
         return completion_text(self.setup.tokenizer, rollout.token_ids, self.sampling.stop_token_ids)

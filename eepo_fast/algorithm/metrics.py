@@ -154,7 +154,8 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
     rollouts, groups, unlearning = batch.rollouts, batch.groups(), it.unlearning
     stages = {s: batch.stage(s) for s in (1, 2)}
     it.times["iteration"] = time.perf_counter() - it.started
-    num_tokens = sum(r.num_tokens for r in rollouts)
+    everything = [r for group in it.groups for r in group.rollouts]
+    num_sampled = sum(r.num_tokens for r in everything) - it.tokens_before
     statuses, gap = [r.status for r in rollouts], _logprob_gap(stages[1], it.theta)
     result: dict[str, float] = {
         "step": it.seed[1] + 1,
@@ -172,6 +173,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "length/mean": _mean(r.num_tokens for r in rollouts),
         "length/stage1": _mean(r.num_tokens for r in stages[1]),
         "length/stage2": _mean(r.num_tokens for r in stages[2]),
+        "length/unlearned": unlearning.mean_length if unlearning else math.nan,
         "length/truncated_fraction": _mean(not r.finished for r in rollouts),
         "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
@@ -192,11 +194,12 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
             for name in ("clip_fraction", "ratio_mean")
             for s in (1, 2)
         },
+        **_carry_metrics(it, rollouts),
         "rollout/non_finite_logprobs": sum(not has_finite_logprobs(r) for r in rollouts),
         "rollout/logprob_gap": update.mean("rollout/logprob_gap") if math.isnan(gap) else gap,
         **{f"time/{name}_s": value for name, value in it.times.items()},
-        "tokens/generated": num_tokens,
-        "tokens/per_second": num_tokens / it.times["iteration"],
+        "tokens/generated": num_sampled,
+        "tokens/per_second": num_sampled / it.times["iteration"],
         **it.ahead.metrics(),
     }
     for addition in it.additions:
@@ -222,6 +225,22 @@ def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, config
         "unlearn/too_long": float(found is not None and found.too_long),
         "unlearn/resampled": float(found is not None and found.resampled),
     }
+
+
+def _carry_metrics(it: Iteration, trained: Sequence[Rollout]) -> dict[str, float]:
+    """Returns what is in flight, and how old what is trained on is: NaN in a run without carry."""
+    begun = [r for group in it.groups for r in group.rollouts]
+    ages = [
+        (it.theta.policy_version - s.weights_version.policy_version, len(s.tokens)) for r in trained for s in r.segments
+    ]
+    found = {
+        "rollout/carried_fraction": sum(r.preempted for r in begun) / max(1, it.num_asked),
+        "rollout/held_groups": len(it.groups) - len(trained) / it.config.rollout.group_size,
+        "rollout/staleness_mean": sum(a * count for a, count in ages) / max(1, sum(count for _, count in ages)),
+        "rollout/staleness_max": max(age for age, _ in ages),
+        "length/begun": _mean(r.num_tokens for r in begun if r.begun == it.seed[1]),
+    }
+    return found if it.config.rollout.carry else dict.fromkeys(found, math.nan)
 
 
 def _logprob_gap(stage1: list[Rollout], theta: WeightsVersion) -> float:

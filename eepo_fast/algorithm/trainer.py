@@ -16,13 +16,13 @@ from functools import partial
 from eepo_fast.algorithm import metrics as M
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.algorithm.guards import check_updates
+from eepo_fast.algorithm.in_flight import open_groups, put_back
 from eepo_fast.algorithm.iteration import Iteration, Setup
 from eepo_fast.algorithm.losses import PolicyTokens, Term, num_known_tokens, token_weights, update_loss
 from eepo_fast.algorithm.methods import make_additions, make_stages
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
-from eepo_fast.data.problems import prompt_indices
 from eepo_fast.rollout.engine import OnProgress
-from eepo_fast.types import Prompt, Rollout, RolloutBatch, WeightsVersion
+from eepo_fast.types import Rollout, RolloutBatch, WeightsVersion
 
 
 class Trainer(Setup):
@@ -32,12 +32,15 @@ class Trainer(Setup):
         """Does one iteration; returns its rollouts and its metrics. `state.step` counts it only when all of it is
         done."""
         additions = make_additions(self.config, self.state)
-        with closing(Iteration(self, self._next_prompts(), additions, progress)) as it:
-            rollouts = make_stages(self.config).sample(it)
-            batch = RolloutBatch.of(rollouts, it.prompts, self.config.rollout.group_size)
+        groups, cursor = open_groups(self.config, self.state, self.prompts, self.total)
+        with closing(Iteration(self, groups, additions, progress)) as it:
+            put_back(groups, make_stages(self.config).sample(it))
+            trained = [group for group in groups if group.is_whole][: self.config.train.prompts_per_iteration]
+            batch = RolloutBatch.of(trained, self.config.rollout.group_size)
             batch.extra = [r for addition in additions for r in addition.rollouts]
             it.put_to_sleep("ref_logprobs")
-            self._grade(it, [*batch.rollouts, *batch.extra])
+            everything = [*(r for group in groups for r in group.rollouts), *batch.extra]
+            self._grade(it, [r for r in everything if not (r.preempted or r.status)])
             set_advantages(batch)
             rows = batch.rollouts
             for addition in additions:
@@ -47,13 +50,9 @@ class Trainer(Setup):
             with it.phase("update"):
                 update = self._update(it, rows)
             self.state.step += 1
+            self.state.cursor, self.state.groups = cursor, [g for g in groups if g not in trained]
             it.remember(update.mean)
             return batch, M.iteration_metrics(it, batch, update)
-
-    def _next_prompts(self) -> list[Prompt]:
-        train = self.config.train
-        indices = prompt_indices(self.state.step, len(self.prompts), train.prompts_per_iteration, self.config.run.seed)
-        return [self.prompts[i] for i in indices]
 
     def _grade(self, it: Iteration, rollouts: Sequence[Rollout]) -> None:
         for rollout, grade in zip(rollouts, it.grades(rollouts), strict=True):

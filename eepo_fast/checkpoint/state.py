@@ -4,7 +4,7 @@ import base64
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +14,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eepo_fast.checkpoint.folder import read_state
+from eepo_fast.checkpoint.groups import FILE as GROUPS
+from eepo_fast.checkpoint.groups import load_groups
 from eepo_fast.config import Config
 from eepo_fast.policy.module import Policy
-from eepo_fast.types import TrainerState, UserError
+from eepo_fast.types import Cursor, TrainerState, UserError
 
 # Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {
     "checkpoint", "evaluation", "log",
     "run.root", "run.timeout_s",
     "rollout.max_sequences", "rollout.gpu_memory_utilization", "rollout.sleep", "rollout.tensor_parallel",
+    "rollout.quorum", "rollout.carry", "rollout.in_flight",  # what is in flight is finished first
     "reward.step_seconds",
     "train.iterations", "train.epochs", "train.micro_batch_tokens", "train.packing", "train.engine", "train.zero_stage",
     "train.offload_optimizer", "train.offload_parameters", "train.liger", "train.gradient_checkpointing",
@@ -32,13 +35,16 @@ SAFE_TO_CHANGE = {
 def changed_keys(saved: dict, config: Config) -> list[str]:
     """Returns the keys whose values differ from the checkpoint's and would change what the run computes."""
     now = config.model_dump()
+    safe = SAFE_TO_CHANGE
+    if bool(config.rollout.carry) != bool(saved.get("rollout", {}).get("carry")):
+        safe = safe | {"grpo.ratio", "grpo.ratio_cap"}  # whose default goes with it
     return [
         f"{section}.{key}"
         for section, values in now.items()
         for key, value in values.items()
         # a key that an older version did not have was at its default
         if value != saved.get(section, {}).get(key, _default(config, section, key))
-        and not {section, f"{section}.{key}"} & SAFE_TO_CHANGE
+        and not {section, f"{section}.{key}"} & safe
     ]
 
 
@@ -50,10 +56,10 @@ def make_state(
     state: TrainerState, policy: Policy, config: Config, fingerprint: Mapping[str, str], total: int,
     evaluation: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns what state.json holds. fingerprint: of data, model and tokenizer; total: iterations planned; evaluation:
-    metrics of this step, where there are any."""
+    """Returns what state.json holds: all of the state but its groups, which are a file of their own. fingerprint: of
+    data, model and tokenizer; total: iterations planned; evaluation: metrics of this step, where there are any."""
     return {
-        **asdict(state),
+        **asdict(replace(state, groups=[])),
         "total": total,
         "scheduler_step": policy.scheduler.last_epoch,
         "world_size": policy.world.size,
@@ -136,4 +142,9 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
     if policy.world.rank < len(states):  # a rank that the run did not have before keeps its own
         set_random_state(states[policy.world.rank])
     # what an older version did not have is at its default
-    return TrainerState(**{field.name: content[field.name] for field in fields(TrainerState) if field.name in content})
+    state = TrainerState(**{field.name: content[field.name] for field in fields(TrainerState) if field.name in content})
+    if state.cursor is not None:
+        epoch, position, postponed = state.cursor
+        state.cursor = Cursor(epoch, position, tuple(postponed))
+    state.groups = load_groups(folder / GROUPS)
+    return state

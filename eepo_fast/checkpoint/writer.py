@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eepo_fast.checkpoint.folder import checkpoint_root, commit, files, folder_of, fsync, prune, sha256, temporary_of
+from eepo_fast.checkpoint.groups import FILE as GROUPS
+from eepo_fast.checkpoint.groups import save_groups
 from eepo_fast.checkpoint.state import make_state, random_state
 from eepo_fast.config import Config
 from eepo_fast.distributed import deal
 from eepo_fast.policy.module import Policy
-from eepo_fast.types import TrainerState, UserError
+from eepo_fast.types import Group, TrainerState, UserError
 
 Outcome = dict[str, str] | str | None
 """sha256 of this rank's files once they are on disk; what went wrong; None while it writes. Where the rank is alone,
@@ -49,7 +51,7 @@ class CheckpointWriter:
         model, optimizer = self._my_part()
         content = make_state(state, self.policy, self.config, self.fingerprint, self.total, evaluation or {})
         generators = self.world.gather(random_state())
-        work = (final, model, optimizer, content, generators)
+        work = (final, model, optimizer, content, generators, state.groups)
         self._outcome = None
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
@@ -66,17 +68,18 @@ class CheckpointWriter:
         model = {name: copied(tensor) for name, tensor in self.policy.masters() if name in mine}
         return model, {k: copied(v) for k, v in self.policy.moments() if k.partition(".")[2] in mine}
 
-    def _write(self, final: Path, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]) -> None:
+    def _write(self, final: Path, *parts: Any) -> None:
         try:
-            digests = self._write_files(final, model, optimizer, content, generators)
+            digests = self._write_files(final, *parts)
             complaint = self._commit(final, digests) if self.world.size == 1 else None
             self._outcome = digests if complaint is None else complaint
         except Exception as error:  # the main thread says it
             self._outcome = f"{getattr(error, 'strerror', None) or str(error) or type(error).__name__}"
 
     def _write_files(
-        self, final: Path, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping]
-    ) -> dict[str, str]:
+        self, final: Path, model: dict, optimizer: dict, content: dict, generators: Sequence[Mapping],
+        groups: Sequence[Group],
+    ) -> dict[str, str]:  # fmt: skip
         temporary, rank, size = temporary_of(final), self.world.rank, self.world.size
         part = "" if size == 1 else f"-{rank + 1:05d}-of-{size:05d}"
         own = temporary / f"rank{rank}"  # this rank's alone, until its files are moved to where they belong
@@ -93,6 +96,8 @@ class CheckpointWriter:
                     described.save_pretrained(own / "model")
             _write_json(own / "state.json", content)
             _write_json(own / "rng.json", list(generators))
+            if groups:
+                save_groups(groups, own / GROUPS)
         (temporary / "model").mkdir(exist_ok=True)
         for path in files(own):
             fsync(path)

@@ -62,8 +62,10 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
     """Returns the keys that differ from a run's and that its numbers depend on, how long it is and how it is evaluated
     included."""
     now = config.model_dump()
-    counted = (("train", "iterations"), ("train", "epochs"), *(("evaluation", k) for k in ("data", "k", "num_samples")))
-    more = [f"{section}.{key}" for section, key in counted if saved.get(section, {}).get(key) != now[section][key]]
+    evaluation = [("evaluation", key) for key in ("data", "k", "num_samples")]
+    waiting = [("rollout", key) for key in ("quorum", "carry", "in_flight") if key in saved.get("rollout", {})]
+    counted = [("train", "iterations"), ("train", "epochs"), *evaluation, *waiting]
+    more = [f"{section}.{key}" for section, key in counted if saved.get(section, {}).get(key) != now[section].get(key)]
     return [*changed_keys(saved, config), *more]
 
 

@@ -35,6 +35,7 @@ def check(config: "Config") -> None:
             f"vLLM samples at {COLDEST_OF_VLLM} where less is asked for",
         )
     _check_engines(config)
+    _check_waiting(config)
     _require(
         config.rollout.group_size % 2 == 0 or not config.eepo.enabled,
         f"rollout.group_size: expected an even number, found {config.rollout.group_size}: EEPO samples it in two "
@@ -53,11 +54,6 @@ def check(config: "Config") -> None:
 def _check_eepo(config: "Config") -> None:
     eepo = config.eepo
     _require(
-        eepo.quorum == 1 or eepo.reduction == "batch_mean",
-        "eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found "
-        f"{eepo.quorum}: a prompt's own step would depend on how many of its completions have ended",
-    )
-    _require(
         eepo.prob_floor < 1 - eepo.prob_ceiling_gap,
         "eepo.prob_floor: expected below 1 - eepo.prob_ceiling_gap, found "
         f"{eepo.prob_floor} and {eepo.prob_ceiling_gap}",
@@ -70,6 +66,39 @@ def _check_eepo(config: "Config") -> None:
     _require(
         eepo.step == "fixed" or eepo.learning_rate > 0,
         "eepo.learning_rate: expected above 0 with eepo.step=kl, found 0: it is what the first step begins with",
+    )
+
+
+def _check_waiting(config: "Config") -> None:
+    rollout, eepo = config.rollout, config.eepo
+    _require(
+        rollout.quorum == 1 or not eepo.enabled or eepo.reduction == "batch_mean",
+        f"rollout.quorum: expected 1 with eepo.reduction=prompt_sum, found {rollout.quorum}: a prompt's own step would "
+        "depend on how many of its completions have ended",
+    )
+    _require(
+        rollout.quorum == 1 or not eepo.enabled or eepo.direction != "temperature",
+        f"rollout.quorum: expected 1 with eepo.direction=temperature, found {rollout.quorum}: it is a control, whose "
+        "completions are each of one temperature",
+    )
+    _require(
+        rollout.quorum == 1 or rollout.carry > 0 or eepo.enabled,
+        f"rollout.quorum: expected 1 with one stage (eepo.enabled=false), found {rollout.quorum}: nothing would go on "
+        "with those that have not ended; set rollout.carry=1",
+    )
+    _require(
+        rollout.carry == 0 or rollout.quorum < 1,
+        f"rollout.carry: expected 0 with rollout.quorum=1, found {rollout.carry}: every completion is waited for; set "
+        "rollout.quorum=0.9",
+    )
+    _require(
+        rollout.carry == 0 or not config.aepo.enabled,
+        f"rollout.carry: expected 0 with aepo.enabled, found {rollout.carry}: AEPO's samples are of one iteration",
+    )
+    _require(
+        rollout.carry == 0 or config.grpo.ratio != "policy",
+        "grpo.ratio: expected decoupled (or sampler) with rollout.carry, found policy: what other iterations have "
+        "sampled would count as the policy's own",
     )
 
 

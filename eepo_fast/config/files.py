@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from eepo_fast.config.schema import READ_WITH, RENAMED, Config, without_unread
+from eepo_fast.config.schema import READ_WITH, RENAMED, Config, with_ratio, without_unread
 from eepo_fast.types import UserError
 
 
@@ -132,7 +132,7 @@ def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = Non
     values: dict[str, Any] = {}
     for source in sources:
         values = merge(values, source)
-    values = {section: {} if content is None else content for section, content in values.items()}
+    values = with_ratio({section: {} if content is None else content for section, content in values.items()})
     for section in dict.fromkeys(entry.section for entry in READ_WITH):  # what is left out, too
         try:
             _class_of(section).model_validate(values.get(section, {}))

@@ -79,6 +79,9 @@ class DataConfig(Section):
     max_number: Positive = Field(9, le=100, description="arithmetic: the largest of them")
 
 
+CARRIES = (1, 2, 3, 4)
+
+
 class RolloutConfig(Section):
     engine: Literal["hf", "vllm"] = Field("hf", description="hf: the embedded engine; vllm: vLLM in the same process")
     dtype: Dtype = Field("bfloat16", description="dtype of the engine's own copy of the weights")
@@ -88,6 +91,24 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = Field(1024, le=1_000_000, description="longest completion")
     tensor_parallel: Positive = Field(1, description="vllm: neighbouring ranks that hold one engine together")
     max_sequences: Positive = Field(256, description="sequences decoded at once")
+    quorum: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a stage's completions that is waited for (carry: 0: of stage 1 alone); the others go on "
+        "under the next weights",
+    )
+    carry: int = Field(
+        0,
+        ge=0,
+        le=max(CARRIES),
+        description="how many iterations a completion that has not ended may be carried on; 0: each ends in its own",
+    )
+    in_flight: NonNegativeFloat = Field(
+        0.5,
+        allow_inf_nan=False,
+        description="with carry: groups begun ahead of those trained on, as a share of train.prompts_per_iteration",
+    )
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
     sleep: bool = Field(False, description="vllm on a GPU: move its weights to the host while the policy is updated")
     deterministic: bool = Field(
@@ -115,7 +136,8 @@ class GrpoConfig(Section):
     ratio: Literal["sampler", "decoupled", "policy"] = Field(
         "sampler",
         description="what the clipped ratio divides by: the weights that sampled (sampler, the paper's sentence), or "
-        "the policy, with an importance weight beside it (decoupled) or without (policy)",
+        "the policy, with an importance weight beside it (decoupled, the default with rollout.carry) or without "
+        "(policy)",
     )
     ratio_cap: float = Field(
         2.0, ge=1, allow_inf_nan=False, description="largest importance weight; those above it are cut off there"
@@ -151,12 +173,6 @@ class EepoConfig(Section):
         1.0,
         description="nats a token: where stage 2 shows that the step moved the model further, it is sampled again from "
         "the policy, and counted",
-    )
-    quorum: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="share of stage 1 that is waited for; its stragglers go on under the forgetful weights",
     )
     direction: Literal["gradient", "random", "temperature"] = Field(
         "gradient",
@@ -260,10 +276,11 @@ class ReadWith(NamedTuple):
 
 OF_THE_STEP = {
     "alpha", "window", "gate", "loss", "prob_floor", "prob_ceiling_gap", "clip_gradient", "reduction", "num_steps",
-    "rounding", "max_step", "quorum",
+    "rounding", "max_step",
 }  # fmt: skip
 READ_WITH = (
     ReadWith("rollout", "engine", ("vllm",), {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
+    ReadWith("rollout", "carry", CARRIES, {"in_flight"}),
     ReadWith("train", "engine", ("deepspeed",), {"zero_stage", "offload_optimizer", "offload_parameters"}),
     ReadWith("grpo", "ratio", ("decoupled",), {"ratio_cap"}),
     ReadWith("eepo", "enabled", (True,), {*EepoConfig.model_fields} - {"enabled"}),
@@ -271,7 +288,7 @@ READ_WITH = (
     ReadWith("eepo", "direction", ("gradient", "random"), OF_THE_STEP),
     ReadWith("aepo", "enabled", (True,), {*AepoConfig.model_fields} - {"enabled"}),
 )
-RENAMED: dict[str, str] = {}  # what a key was called, and what it is called now; `section.key` both
+RENAMED = {"eepo.quorum": "rollout.quorum"}  # what a key was called, and what it is called now; `section.key` both
 
 
 class Config(Section):
@@ -289,6 +306,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return with_ratio(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         check(self)
@@ -301,6 +323,15 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.run.root).expanduser() / self.run.name
+
+
+def with_ratio(values: dict[str, Any]) -> dict[str, Any]:
+    """What is returned has a `grpo.ratio`, unless one is given, where the default goes with another key: what other
+    iterations have sampled needs its importance weight."""
+    rollout, grpo = values.get("rollout"), values.get("grpo", {})
+    if not (isinstance(rollout, dict) and rollout.get("carry") and isinstance(grpo, dict)):
+        return values
+    return {**values, "grpo": {"ratio": "decoupled", **grpo}}
 
 
 def without_unread(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from eepo_fast.config import DataConfig
 from eepo_fast.data.tasks import TASKS, task_problems
-from eepo_fast.types import Problem, Prompt, UserError
+from eepo_fast.types import Cursor, Problem, Prompt, UserError
 
 DEFAULT_ROWS = 10_000  # of a procedural task, or as many as it has
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -241,11 +241,30 @@ def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
     return texts
 
 
-def prompt_indices(iteration: int, num_prompts: int, prompts_per_iteration: int, seed: int) -> list[int]:
-    """Returns the prompts of iteration `iteration` (from 0): a permutation an epoch, its last partial batch dropped.
+def cursor_after(iterations: int, num_prompts: int, prompts_per_iteration: int) -> Cursor:
+    """Returns where a run is that has trained on whole batches of every epoch alone."""
+    epoch, batch = divmod(iterations, num_prompts // prompts_per_iteration)
+    return Cursor(epoch, batch * prompts_per_iteration)
 
-    The result depends on the arguments alone, so that a resumed run needs no sampler state.
-    """
-    epoch, position = divmod(iteration, num_prompts // prompts_per_iteration)
-    order = np.random.default_rng([seed, epoch]).permutation(num_prompts)
-    return order[position * prompts_per_iteration : (position + 1) * prompts_per_iteration].tolist()
+
+def next_prompts(
+    cursor: Cursor, count: int, num_prompts: int, seed: int, *, whole_batches: bool
+) -> tuple[list[int], Cursor]:
+    """Returns the next prompts, no one twice, and where they end; an epoch is a permutation. whole_batches: an epoch's
+    last prompts are dropped where they are fewer than `count`; else a batch goes on into the next epoch."""
+    assert count <= num_prompts
+    (epoch, position, waiting), order = cursor, _permutation(cursor.epoch, num_prompts, seed)
+    if whole_batches and position + count > num_prompts:
+        epoch, position, order = epoch + 1, 0, _permutation(epoch + 1, num_prompts, seed)
+    taken, postponed = list(waiting[:count]), list(waiting[count:])
+    while len(taken) < count:
+        if position == num_prompts:
+            epoch, position, order = epoch + 1, 0, _permutation(epoch + 1, num_prompts, seed)
+        index = order[position]
+        position += 1
+        (postponed if index in taken else taken).append(index)
+    return taken, Cursor(epoch, position, tuple(postponed))
+
+
+def _permutation(epoch: int, num_prompts: int, seed: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(num_prompts).tolist()

@@ -88,7 +88,14 @@ PANELS = (
     Panel("Gate", "share of stage-1 tokens", (Line("unlearn/active_fraction", "gate open"),),
           "Where the policy is certain (entropy below α), its tokens are forgotten."),
     Panel("Stragglers", "share of stage 1", (Line("unlearn/stragglers", "preempted"),),
-          "With eepo.quorum below 1: completions that were not waited for, and went on after the forget step."),
+          "With rollout.quorum below 1: completions that were not waited for, and went on after the forget step."),
+    Panel("Carried", "share of completions", (Line("rollout/carried_fraction", "carried"),),
+          "With rollout.carry: completions that had not ended, and go on in the next iteration."),
+    Panel("Held", "groups", (Line("rollout/held_groups", "groups"),),
+          "With rollout.carry: groups that are in flight or whole, and trained on in a later iteration."),
+    Panel("Staleness", "policy updates", (
+        Line("rollout/staleness_mean", "mean"), Line("rollout/staleness_max", "most", DASHED)),
+        "With rollout.carry: how many updates the policy has had since the weights that sampled a token were its own."),
     Panel("Forget steps taken", "1: taken", (Line("unlearn/applied", "taken"),),
           "0 where the gate was closed, or the step too long (eepo.max_step) or taken back (eepo.max_kl): such an "
           "iteration is GRPO's, at a higher price. Lower eepo.learning_rate, or set eepo.step=kl."),

@@ -8,6 +8,8 @@ import base64
 import json
 import shutil
 import zlib
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +80,35 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
         "finished": row["finished"],
         "text": row["completion"],
     }
+    segments = row.get("segments") or [[*row["weights_version"], row["num_tokens"]]]
+    if marks := marks_of(segments):
+        found["marks"] = marks
     if "tokens" not in row:
         return found
-    change, before = row.get("forget_change"), row.get("num_before", 0)
-    if change is None and row["stage"] < AEPO_STAGE and row["weights_version"][1]:
-        pairs = zip(row["rollout_logprobs"], row["policy_logprobs"], strict=True)
-        change = [None if a is None or b is None or i < before else a - b for i, (a, b) in enumerate(pairs)]
+    change = row.get("forget_change")
+    forgetful = [forgotten for _, forgotten, count in segments for _ in range(count)]
+    if change is None and row["stage"] < AEPO_STAGE and any(forgetful):
+        pairs = zip(row["rollout_logprobs"], row["policy_logprobs"], forgetful, strict=True)
+        change = [a - b if f and a is not None and b is not None else None for a, b, f in pairs]
     logprobs = row.get("policy_logprobs") or row["rollout_logprobs"]
     columns = {"logprob": logprobs, "entropy": row.get("entropy"), "change": change}
-    found |= {"before": before, "tokens": [token or "" for token in row["tokens"]]}
+    found["tokens"] = [token or "" for token in row["tokens"]]
     found |= {name: pack(values) for name, values in columns.items() if values is not None}
     if "gate" in row:
         found["gate"] = "".join("1" if g else "0" for g in row["gate"])
+    return found
+
+
+def marks_of(segments: Sequence[tuple[int, bool, int]]) -> list[tuple[int, str]]:
+    """Returns at which tokens other weights went on with a completion, and which. segments: (policy version, forgotten,
+    number of tokens) of each."""
+    found, at = [], 0
+    for (version, _, count), (later, forgotten, _) in pairwise(segments):
+        at += count
+        if later != version:
+            found.append((at, "carried into the next iteration" + ", and on after its forget step" * forgotten))
+        else:
+            found.append((at, "went on after the forget step" if forgotten else "went on under the same weights"))
     return found
 
 

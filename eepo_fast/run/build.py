@@ -60,8 +60,11 @@ class Parts:
     fingerprint: dict[str, str]
     """Digests of data, model and tokenizer, which a resumed run must have again."""
 
-    def trainer(self, config: Config, grader: Grader, state: TrainerState | None = None) -> Trainer:
-        """Returns a trainer with these parts, which goes on from `state` if that is given."""
+    def trainer(
+        self, config: Config, grader: Grader, state: TrainerState | None = None, total: int | None = None
+    ) -> Trainer:
+        """Returns a trainer with these parts, which goes on from `state` if that is given. total: iterations of the
+        whole run, where it has an end."""
         return Trainer(
             config,
             policy=self.policy,
@@ -72,6 +75,7 @@ class Parts:
             tokenizer=self.tokenizer,
             stop_token_ids=self.stop_token_ids,
             state=state or TrainerState(),
+            total=total,
         )
 
 
@@ -284,6 +288,10 @@ def _run(
                     f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see "
                     f"what rank 0 has written to {run_dir}; give a path on a shared file system"
                 )
+        if state.groups and not config.rollout.carry:
+            display.say(
+                f"rollout.carry=0: the {len(state.groups)} groups in flight are finished, and trained on, before others"
+            )
         if resume:
             display.say(
                 f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting"
@@ -299,7 +307,7 @@ def _run(
                 show.phase(phase)
 
             meeting = Meeting(world, writer, request, display)
-            trainer = parts.trainer(config, grader, state)
+            trainer = parts.trainer(config, grader, state, total)
             trainer.on_phase, trainer.at_safe_point = on_phase, meeting
             try:
                 Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total).run(show)

@@ -51,6 +51,8 @@ def summary(row: Row) -> str:
         parts.append(f"retention {row['unlearn/retention']:.3f}")
     if untaken := untaken_step(row):
         parts.append(f"step {untaken[0]}")
+    if known(row, "rollout/held_groups"):
+        parts.append(f"carried {row['rollout/carried_fraction']:.0%}  held {row['rollout/held_groups']:.0f}")
     parts.append(f"{row['time/iteration_s']:.1f} s")
     return "  ".join(parts)
 
@@ -144,6 +146,8 @@ class LivePanel(Training):
             ("η", "unlearn/learning_rate", ".2g"),
             ("different answers", "group/unique_fraction", ".0%"),
             ("cut off", "length/truncated_fraction", ".0%"),
+            ("carried", "rollout/carried_fraction", ".0%"),
+            ("groups held", "rollout/held_groups", ".0f"),
             ("tokens a second", "tokens/per_second", ",.0f"),
         ]
         facts = [f"{name} {row[key]:{form}}" for name, key, form in shown if known(row, key)]

@@ -63,6 +63,7 @@ def log_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: b
                 "num_tokens": r.num_tokens,
                 "finished": r.finished,
                 "num_before": r.num_before,
+                "begun": r.begun + 1,
                 "segments": [[*s.weights_version, len(s.tokens)] for s in r.segments],
             }
             if token_details:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from eepo_fast.algorithm.in_flight import num_ahead
 from eepo_fast.config import Config
 from eepo_fast.data.problems import load_problems
 from eepo_fast.data.tasks import BASES, TASKS
@@ -11,14 +12,22 @@ from eepo_fast.types import UserError
 
 
 def num_iterations(config: Config, num_prompts: int) -> int:
-    """Returns the iterations of the whole run: whole batches an epoch, times epochs, capped by train.iterations."""
-    per_epoch = num_prompts // config.train.prompts_per_iteration
-    if per_epoch == 0:
+    """Returns the iterations of the whole run: whole batches an epoch (of all epochs, with rollout.carry), times
+    epochs, capped by train.iterations."""
+    size = config.train.prompts_per_iteration
+    if size > num_prompts:
         raise UserError(
             f"train.prompts_per_iteration: expected at most the {num_prompts} prompts of {config.data.train}, found "
-            f"{config.train.prompts_per_iteration}; lower it"
+            f"{size}; lower it"
         )
-    total = per_epoch * config.train.epochs
+    if (begun := size + num_ahead(config)) > num_prompts:
+        raise UserError(
+            f"rollout.in_flight: expected at most {begun} prompts begun at once to be among the {num_prompts} of "
+            f"{config.data.train}, found {config.rollout.in_flight:g} of {size} ahead; lower it, or "
+            "train.prompts_per_iteration"
+        )
+    epochs = config.train.epochs
+    total = num_prompts * epochs // size if config.rollout.carry else num_prompts // size * epochs
     return min(total, config.train.iterations or total)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -145,13 +146,28 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, 
     assert outcome(complete(config)) == whole
 
 
+CARRY = ("rollout.quorum=0.4", "rollout.carry=1", "rollout.in_flight=1", "rollout.max_new_tokens=30")
+
+
+def counted(run_dir):
+    """How many completions the rollout log has; each once, or the test fails."""
+    lines = [line for path in sorted((run_dir / "rollouts").glob("step_*.jsonl")) for line in path.open()]
+    places = Counter((r["begun"], r["prompt_id"], r["sample_index"]) for r in map(json.loads, lines))
+    assert set(places.values()) == {1}
+    return len(places)
+
+
 @pytest.mark.fault(13)
+@pytest.mark.parametrize("carry", [(), CARRY], ids=["", "carry"])
 def test_a_crash_while_the_engine_is_forgetful_loses_nothing(
-    start, code_of, make_run, complete, outcome, times, figure
+    start, code_of, make_run, complete, outcome, times, figure, carry
 ):
-    """No forgetful weight is saved or evaluated, and the resumed run ends in the same bits."""
-    settings = ("evaluation.every=2", "evaluation.data.held=arithmetic:3:9:8")
-    whole = outcome(complete(make_run(*settings, root="whole")))
+    """No forgetful weight is saved or evaluated, and the resumed run ends in the same bits. With carry no answer is
+    lost, and none is counted twice."""
+    settings = (*carry, "log.rollouts=true", "evaluation.every=2", "evaluation.data.held=arithmetic:3:9:8")
+    run_dir = complete(make_run(*settings, root="whole"))
+    whole, size = outcome(run_dir), counted(run_dir)
+    assert any(row["rollout/carried_fraction"] for row in whole[0]) == bool(carry)
     generator, n, lost = random.Random(7), times(6, 50), 0
     for i in range(n):
         config, step = make_run(*settings, root=f"killed{i}"), generator.randrange(1, 5)
@@ -159,7 +175,8 @@ def test_a_crash_while_the_engine_is_forgetful_loses_nothing(
         assert code_of(pid) == -signal.SIGKILL
         newest = [folders.step_of(f) for f in folders.folders(config.run_dir)]
         assert not newest or newest[-1] in (step - 1, step, step + 1)
-        lost += outcome(complete(config)) != whole
+        run_dir = complete(config)
+        lost += outcome(run_dir) != whole or counted(run_dir) != size
     figure("forgetful weights saved, evaluated or broadcast, over kills", lost, n)
     assert not lost
 
@@ -347,8 +364,9 @@ def test_a_hang_that_keeps_the_interpreter_is_ended(start, code_of, make_run):
 
 
 @pytest.mark.slow
-def test_a_signal_to_two_ranks_saves_one_iteration_to_go_on_from(torchrun, outcome, tmp_path, make_run):
-    settings = ("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")
+@pytest.mark.parametrize("carry", [(), CARRY], ids=["", "carry"])
+def test_a_signal_to_two_ranks_saves_one_iteration_to_go_on_from(torchrun, outcome, tmp_path, make_run, carry):
+    settings = ("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0", *carry)
     config, code, printed, *_ = torchrun("nothing", *settings, signal_after=2)
     ending = json.loads((config.run_dir / "ended.json").read_text())
     step = ending["step"]

@@ -272,7 +272,7 @@ def run(base, folder, *overrides):
 
 ENGINES = {
     "torch and hf": ["grpo.kl_coef=1e-4"],
-    "torch and vllm": ["rollout.engine=vllm", "rollout.dtype=bfloat16", "model.dtype=bfloat16", "eepo.quorum=0.8"],
+    "torch and vllm": ["rollout.engine=vllm", "rollout.dtype=bfloat16", "model.dtype=bfloat16", "rollout.quorum=0.8"],
     "ZeRO-2 on one rank and vllm": [
         "train.engine=deepspeed", "train.zero_stage=2", "model.dtype=bfloat16", "rollout.dtype=bfloat16",
         "rollout.engine=vllm", "grpo.kl_coef=1e-4",

@@ -159,7 +159,8 @@ const browser = (() => {
     head.append(element("span", row.reward === null ? `no reward: ${row.status}` : `reward ${Number(row.reward.toPrecision(4))}`, kindOf(row)));
     head.append(element("span", `advantage ${signed(row.advantage)}`), element("span", `${row.length} tokens`));
     if (row.reward !== null && row.status !== "ok") head.append(element("span", row.status));
-    if (row.before) head.append(element("span", `went on after the forget step from token ${row.before + 1}`));
+    const marks = new Map(row.marks ?? []);
+    marks.forEach((what, i) => head.append(element("span", `↪ ${what}, from token ${i + 1}`)));
     if (!row.finished) head.append(element("span", "cut off", "missing"));
     if (same < place) head.append(element("span", `same as #${same + 1}`));
     if (row.change && row.stage < 3) {
@@ -169,6 +170,7 @@ const browser = (() => {
     const text = element("div", row.tokens ? undefined : row.text, "tokens");
     if (row.tokens) { text.tabIndex = 0; text.setAttribute("aria-label", `completion ${place + 1}, token by token`); }
     (row.tokens ?? []).forEach((token, i) => {
+      if (marks.has(i)) text.append(element("span", "↪", "mark"));
       const span = element("span");
       span.row = row;
       span.place = i;

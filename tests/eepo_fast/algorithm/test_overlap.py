@@ -34,12 +34,10 @@ def beside_grader(coin_grader):
     return Beside
 
 
-LONG = {"rollout": {"max_new_tokens": 40, "group_size": 8}}
+LATE = {"rollout": {"max_new_tokens": 40, "group_size": 8, "quorum": 0.25}}
 
 
-@pytest.mark.parametrize(
-    "changes", [{"eepo": OPEN}, {"eepo": {"enabled": False}}, {"eepo": {**OPEN, "quorum": 0.25}, **LONG}]
-)
+@pytest.mark.parametrize("changes", [{"eepo": OPEN}, {"eepo": {"enabled": False}}, {"eepo": OPEN, **LATE}])
 def test_grades_are_those_of_whole_completions(make_trainer, beside_grader, changes):
     """Of all of them, once each; also of a straggler, whose rest is an engine's answer and not a completion."""
     grader = beside_grader()
@@ -49,7 +47,7 @@ def test_grades_are_those_of_whole_completions(make_trainer, beside_grader, chan
     assert sorted(graded) == sorted(r.completion for r in batch.rollouts)
     elsewhere = [completions for main, completions, _ in grader.calls if not main]
     assert sum(map(len, elsewhere)) >= len(batch.rollouts) / 2, "most of them while others were sampled"
-    assert any(r.num_before for r in batch.rollouts) == ("quorum" in changes["eepo"])
+    assert any(r.num_before for r in batch.rollouts) == ("quorum" in changes.get("rollout", {}))
 
 
 def test_grading_begins_before_the_stage_ends(make_trainer, beside_grader, iterations):
@@ -153,7 +151,7 @@ def test_what_is_sampled_again_is_graded_again(make_trainer, beside_grader):
     """The guard's first stage 2 does not count: neither its answers, nor the seconds that they took."""
     grader = beside_grader()
     far = {"learning_rate": 2.0, "max_step": 1e30, "max_kl": 1e-9}
-    trainer = make_trainer(grader=grader, eepo={**OPEN, **far, "quorum": 0.25}, **LONG)
+    trainer = make_trainer(grader=grader, eepo={**OPEN, **far}, **LATE)
     batch, row = trainer.iteration()
     assert row["unlearn/resampled"] == 1
     assert [r.reward for r in batch.rollouts] == [float(len(r.completion) % 2) for r in batch.rollouts]

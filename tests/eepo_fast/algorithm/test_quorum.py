@@ -1,4 +1,4 @@
-"""`eepo.quorum`: stragglers of stage 1 go on under the forgetful weights; every token keeps whose weights said it."""
+"""`rollout.quorum`: stage 1's stragglers go on under the forgetful weights; a token keeps whose weights said it."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from eepo_fast.algorithm.overlap import Ahead
 from eepo_fast.data.problems import completion_text
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, num_preemptible
 from eepo_fast.run.log_files import log_rollouts
-from eepo_fast.types import EngineError, Segment, UserError, WeightsVersion
+from eepo_fast.types import EngineError, Group, Segment, UserError, WeightsVersion
 
 OPEN = {"alpha": 9.0, "learning_rate": 0.05}
 QUORUM = 0.25  # of completions most of which reach the limit
@@ -103,7 +103,7 @@ def test_tokens_of_other_weights_than_believed_are_refused(prompts):
 
 def run(make_trainer, **sections):
     trainer = make_trainer(
-        eepo={**OPEN, "quorum": QUORUM}, rollout={"max_new_tokens": 40, "group_size": 8}, **sections
+        eepo=OPEN, rollout={"max_new_tokens": 40, "group_size": 8, "quorum": QUORUM}, **sections
     )  # fmt: skip
     theta = copy.deepcopy(trainer.policy.model)
     forgetful = {}
@@ -200,8 +200,8 @@ def test_unlearning_is_over_those_that_finished(make_trainer, monkeypatch):
 
 
 def test_a_closed_gate_lets_them_go_on_as_they_were(make_trainer):
-    sizes = {"rollout": {"max_new_tokens": 40, "group_size": 8}, "train": {"prompts_per_update": 4}}
-    trainer = make_trainer(eepo={"alpha": 1e-9, "quorum": QUORUM}, **sizes)
+    sizes = {"rollout": {"max_new_tokens": 40, "group_size": 8, "quorum": QUORUM}, "train": {"prompts_per_update": 4}}
+    trainer = make_trainer(eepo={"alpha": 1e-9}, **sizes)
     batch, row = trainer.iteration()
     late = [r for r in batch.stage(1) if r.num_before]
     assert late and row["unlearn/skipped"] == 1 and not any(v.forgotten for r in late for v in r.token_versions)
@@ -210,8 +210,8 @@ def test_a_closed_gate_lets_them_go_on_as_they_were(make_trainer):
 
 def test_a_quorum_of_1_changes_nothing(make_trainer):
     rows = []
-    for eepo in (OPEN, {**OPEN, "quorum": 1.0}):
-        trainer = make_trainer(eepo=eepo)
+    for rollout in ({}, {"quorum": 1.0}):
+        trainer = make_trainer(eepo=OPEN, rollout=rollout)
         model = copy.deepcopy(trainer.policy.model.state_dict())
         batch, row = trainer.iteration()
         rows.append(([r.token_ids for r in batch.rollouts], row["policy/loss"], row["unlearn/stragglers"]))
@@ -224,7 +224,7 @@ def test_grpo_waits_for_all(make_trainer):
     batch, _ = trainer.iteration()
     assert len(batch.rollouts) == 32 and not any(r.preempted for r in batch.rollouts)
     with pytest.raises(AssertionError):
-        type(batch).of(batch.rollouts[1:], trainer.prompts, 8)
+        type(batch).of([Group(trainer.prompts[0], 0, batch.rollouts[1:8])], 8)
 
 
 def test_each_batch_of_the_engine_has_its_quorum(make_engine, prompts):
@@ -251,5 +251,5 @@ def test_what_went_on_counts_as_stage_two_from_there(make_trainer):
 
 
 def test_a_step_a_prompt_needs_all_of_its_completions(test_config):
-    with pytest.raises(UserError, match=r"eepo.quorum: expected 1 with eepo.reduction=prompt_sum, found 0.9"):
-        test_config(eepo={"quorum": 0.9, "reduction": "prompt_sum"})
+    with pytest.raises(UserError, match=r"rollout.quorum: expected 1 with eepo.reduction=prompt_sum, found 0.9"):
+        test_config(rollout={"quorum": 0.9}, eepo={"reduction": "prompt_sum"})

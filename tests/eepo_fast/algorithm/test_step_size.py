@@ -157,7 +157,6 @@ def test_stage_two_can_be_hotter_at_the_same_kl(make_trainer):
         ({"step": "kl", "target_kl": 2.0}, r"eepo.target_kl: expected below eepo.max_kl \(1.0\)"),
         ({"target_kl": 0.1}, r"eepo.target_kl: expected eepo.step=kl with it, found fixed"),
         ({"step": "kl", "learning_rate": 0.0}, r"eepo.learning_rate: expected above 0 with eepo.step=kl"),
-        ({"direction": "temperature", "quorum": 0.9}, r"eepo.quorum: expected eepo.direction=gradient with it"),
         ({"direction": "temperature", "alpha": 0.1}, r"eepo.alpha: expected eepo.direction=gradient with it"),
     ],
 )

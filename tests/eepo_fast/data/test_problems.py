@@ -6,14 +6,16 @@ import random
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from eepo_fast.config import DataConfig, RewardConfig
 from eepo_fast.data.problems import (
+    cursor_after,
     load_problems,
     make_prompts,
-    prompt_indices,
+    next_prompts,
     read_jsonl,
     render,
     stop_token_ids,
@@ -22,7 +24,7 @@ from eepo_fast.data.problems import (
 from eepo_fast.data.tasks import TASKS, is_held_out, random_expression, task_problems
 from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
-from eepo_fast.types import Problem, UserError
+from eepo_fast.types import Cursor, Problem, UserError
 
 GOOD = {"id": "a", "problem": "1+1?", "answer": "2"}
 
@@ -290,12 +292,33 @@ def test_stop_tokens():
     assert stop_token_ids(tokenizer, None) == [5, 7, 9]
 
 
+def orders(count):
+    return [np.random.default_rng([4, epoch]).permutation(10).tolist() for epoch in range(count)]
+
+
 def test_an_epoch_has_each_prompt_once_and_no_partial_batch():
-    epochs = [[i for it in range(e * 3, e * 3 + 3) for i in prompt_indices(it, 10, 3, seed=4)] for e in range(2)]
-    for epoch in epochs:
-        assert len(epoch) == len(set(epoch)) == 9
-    assert epochs[0] != epochs[1]
-    assert prompt_indices(1, 10, 3, seed=4) == epochs[0][3:6]
+    cursor, batches = Cursor(), []
+    for _ in range(6):
+        batch, cursor = next_prompts(cursor, 3, 10, 4, whole_batches=True)
+        batches.append(batch)
+    first, second = orders(2)
+    assert first != second
+    assert batches == [order[i : i + 3] for order in (first, second) for i in (0, 3, 6)]
+    assert next_prompts(cursor_after(4, 10, 3), 3, 10, 4, whole_batches=True)[0] == batches[4]
+
+
+@pytest.mark.parametrize("counts", [[3] * 40, [6, *[4] * 30], [10] * 12, [1, 7, 2] * 10, [9] * 20])
+def test_batches_that_go_on_into_the_next_epoch_drop_nothing(counts):
+    """What was taken, and what waits since an iteration met it twice, is what the epochs so far have."""
+    cursor, said, waited = Cursor(), [], 0
+    for count in counts:
+        batch, cursor = next_prompts(cursor, count, 10, 4, whole_batches=False)
+        assert len(set(batch)) == len(batch) == count
+        said += batch
+        waited += len(cursor.postponed)
+        whole = [i for order in orders(cursor.epoch + 1) for i in order][: cursor.epoch * 10 + cursor.position]
+        assert sorted([*said, *cursor.postponed]) == sorted(whole)
+    assert cursor.epoch > 4 and (waited > 0) == (10 % counts[-1] > 0)
 
 
 def test_texts_of_tokens_are_the_completion(tokenizer):

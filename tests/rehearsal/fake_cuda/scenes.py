@@ -20,7 +20,7 @@ from eepo_fast.config import EepoConfig, GrpoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.plain import MOMENTS, TorchPolicy
 from eepo_fast.run import build
-from eepo_fast.types import Problem, Prompt
+from eepo_fast.types import Problem, Prompt, WeightsVersion
 
 MODEL = "qwen2.5-3b"
 LENGTH = 4096  # tokens of a sequence; four fill a micro-batch
@@ -84,7 +84,9 @@ def policy(layers: int | None = None, checkpointing: bool = True, batches: int =
         rollouts = make_rollouts(4 * batches, LENGTH)
         for k, micro in enumerate(made.micro_batches(rollouts)):
             with trace.phase(f"batch {k}"):
-                tokens = PolicyTokens.of(micro, token_weights(micro, rollouts, 1e-3), with_reference=False)
+                tokens = PolicyTokens.of(
+                    micro, token_weights(micro, rollouts, 1e-3), WeightsVersion(0, False), with_reference=False
+                )
                 made.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
         with trace.phase("step"):
             made.step()

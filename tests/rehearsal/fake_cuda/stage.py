@@ -152,11 +152,10 @@ class StubEngine:
     def generate(self, requests, sampling, progress=None, finished=None, quorum=1.0) -> list[Rollout]:
         found = []
         for request in requests:
-            for k, index in enumerate(request.sample_indices):
+            for k in range(len(request.seeds)):
                 length = request.limit(k, sampling)
-                tokens, logprobs = [7] * length, [-1.0] * length
-                version = self.weights_version
-                found.append(Rollout(request.prompt, request.stage, index, [Segment(tokens, logprobs, version)], True))
+                segment = Segment([7] * length, [-1.0] * length, self.weights_version)
+                found.append(request.rollout(k, segment, finished=True, preempted=False))
                 if finished:
                     finished(found[-1])
         return found
