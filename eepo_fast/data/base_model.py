@@ -48,14 +48,17 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "seed": 0,
 }
+LESSONS_TOLD_APART = 64
 IGNORED = -100  # label of tokens without loss, as transformers' models expect it
 
 
 def base_folder(name: str, data: DataConfig) -> Path:
-    """Returns where a base lives: one folder for each set of task and training settings. name: of BASES."""
+    """Returns where a base lives: one folder for what it is taught, as its first lessons show it, and how. name: of
+    BASES."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    shape = [data.numbers, data.max_number] if BASES[name] == ARITHMETIC else [PREFERS_A]
-    digest = hashlib.sha256(json.dumps([SETTINGS, *shape]).encode()).hexdigest()[:12]
+    task = BASES[name]
+    taught = _lessons(random.Random(SETTINGS["seed"]), _lesson_of(task, data), LESSONS_TOLD_APART)
+    digest = hashlib.sha256(json.dumps([SETTINGS, ALPHABETS[task], taught]).encode()).hexdigest()[:12]
     return cache / "eepo-fast" / f"{name}-{digest}"
 
 
@@ -98,8 +101,7 @@ def train_base(
     """Returns (model, tokenizer) after `steps` AdamW steps on random problems of the training split with random
     answers. tasks: (numbers, max_number) that arithmetic is drawn from in equal parts; by default the one of `data`."""
     settings = {**SETTINGS, **overrides}
-    steps, lesson = settings["steps"], partial(_arithmetic_lesson, tasks or [(data.numbers, data.max_number)])
-    lesson = lesson if task == ARITHMETIC else _two_ways_lesson
+    steps, lesson = settings["steps"], _lesson_of(task, data, tasks)
     tokenizer = make_tokenizer(task)
     with torch.random.fork_rng():
         torch.manual_seed(settings["seed"])
@@ -136,6 +138,11 @@ Lesson = Callable[[random.Random], tuple[str, str, int]]
 """Draws (problem, answer, how many of the answer's first tokens are read, but not learned)."""
 
 
+def _lesson_of(task: str, data: DataConfig, tasks: Sequence[tuple[int, int]] = ()) -> Lesson:
+    arithmetic = partial(_arithmetic_lesson, tasks or [(data.numbers, data.max_number)])
+    return arithmetic if task == ARITHMETIC else _two_ways_lesson
+
+
 def _arithmetic_lesson(tasks: Sequence[tuple[int, int]], rng: random.Random) -> tuple[str, str, int]:
     numbers, max_number = rng.choice(tasks) if len(tasks) > 1 else tasks[0]
     return *arithmetic_problem(rng, numbers, max_number), 0
@@ -148,14 +155,20 @@ def _two_ways_lesson(rng: random.Random) -> tuple[str, str, int]:
     return f"{a}+{b}:", two_ways_answers(a, b)[way], int(how)
 
 
+def _lessons(rng: random.Random, lesson: Lesson, count: int) -> list[tuple[str, str, int]]:
+    """Draws lessons of the training split."""
+    drawn: list[tuple[str, str, int]] = []
+    while len(drawn) < count:
+        if not is_held_out((one := lesson(rng))[0]):
+            drawn.append(one)
+    return drawn
+
+
 def _batch(rng: random.Random, lesson: Lesson, tokenizer, size: int) -> tuple[Tensor, Tensor]:
     """Returns input_ids and labels [size, L] int64; the problem's own tokens carry no loss."""
     inputs: list[Tensor] = []
     labels: list[Tensor] = []
-    while len(inputs) < size:
-        problem, answer, skipped = lesson(rng)
-        if is_held_out(problem):
-            continue
+    for problem, answer, skipped in _lessons(rng, lesson, size):
         prompt = tokenizer(problem)["input_ids"]
         completion = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
         inputs.append(torch.tensor(prompt + completion))

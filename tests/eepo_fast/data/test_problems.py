@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from eepo_fast.config import DataConfig, RewardConfig
+from eepo_fast.data import base_model
 from eepo_fast.data.problems import (
     cursor_after,
     load_problems,
@@ -21,7 +22,7 @@ from eepo_fast.data.problems import (
     stop_token_ids,
     token_texts,
 )
-from eepo_fast.data.tasks import TASKS, is_held_out, random_expression, task_problems
+from eepo_fast.data.tasks import BASES, TASKS, is_held_out, random_expression, task_problems
 from eepo_fast.rewards import make_answer_grader
 from eepo_fast.rewards.arithmetic import ArithmeticGrader, evaluate
 from eepo_fast.types import Cursor, Problem, UserError
@@ -356,3 +357,20 @@ def test_texts_of_a_byte_fallback_vocabulary_are_the_completion():
     for _ in range(200):
         ids = [rng.choice(valid) for _ in range(12)]
         assert "".join(token_texts(whole, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_that_was_taught_something_else_is_not_taken(name, monkeypatch):
+    """The folder in the cache is of the lessons, however they are made."""
+    data = DataConfig(train="x", numbers=3)
+    before = base_model.base_folder(name, data)
+    assert base_model.base_folder(name, data) == before
+    assert (base_model.base_folder(name, DataConfig(train="x", numbers=4)) == before) == (name != "arithmetic-base")
+    for attribute, other in (
+        ("arithmetic_problem", lambda rng, *_: (str(rng.random()), "1")),
+        ("two_ways_answers", lambda a, b: {"A": "1", "B": "2"}),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(base_model, attribute, other)
+            of_arithmetic = attribute == "arithmetic_problem"
+            assert (base_model.base_folder(name, data) == before) == (of_arithmetic != (name == "arithmetic-base"))
