@@ -22,6 +22,7 @@ from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy import plain, zero
 from eepo_fast.run import build
+from eepo_fast.types import WeightsVersion
 
 LENGTH = 4096  # tokens of a sequence; four fill a micro-batch
 SHORT = 600  # of the micro-batch before: it makes what the one that is looked at adds to
@@ -94,7 +95,9 @@ def _watch_layers(trace: Trace, policy) -> None:
 
 def _backward(policy, rollouts) -> None:
     (micro,) = policy.micro_batches(rollouts)
-    tokens = PolicyTokens.of(micro, token_weights(micro, rollouts, 1e-3), with_reference=False)
+    tokens = PolicyTokens.of(
+        micro, token_weights(micro, rollouts, 1e-3), WeightsVersion(0, False), with_reference=False
+    )
     policy.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
 
 
