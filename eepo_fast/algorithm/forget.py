@@ -78,8 +78,8 @@ def compute_unlearning(
     iterations' first stages, for `gate: iteration`. begun: the pass over those of them that ended early."""
     whole = begun or GradientPass(policy, config, len(rollouts), count_prompts(rollouts))
     found = whole.finish(rollouts)
-    found.entropy_window = [*entropy_window, found.mean_entropy][-config.window :]
-    if config.gate == "iteration":
+    found.entropy_window = [*entropy_window, *([found.mean_entropy] if rollouts else [])][-config.window :]
+    if config.gate == "iteration" and rollouts:
         is_open = float(sum(found.entropy_window) / len(found.entropy_window) < config.alpha)
         found.active_fraction = is_open
         for r in rollouts:
@@ -160,7 +160,7 @@ class GradientPass:
             grad_norm=self.gradient.norm(),
             active_fraction=num_open / max(1, num_tokens),
             mean_entropy=entropy_sum / max(1, num_tokens),
-            mean_length=num_tokens / max(1, len(rollouts)),
+            mean_length=num_tokens / len(rollouts) if rollouts else math.nan,
             apply=False,
         )
 

@@ -63,10 +63,13 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
     included."""
     now = config.model_dump()
     evaluation = [("evaluation", key) for key in ("data", "k", "num_samples")]
-    waiting = [("rollout", key) for key in ("quorum", "carry", "in_flight") if key in saved.get("rollout", {})]
-    counted = [("train", "iterations"), ("train", "epochs"), *evaluation, *waiting]
-    more = [f"{section}.{key}" for section, key in counted if saved.get(section, {}).get(key) != now[section].get(key)]
-    return [*changed_keys(saved, config), *more]
+    counted = [("train", "iterations"), ("train", "epochs"), *evaluation]
+    more = [f"{section}.{key}" for section, key in counted if saved.get(section, {}).get(key) != now[section][key]]
+    # what an older version did not have was at its default, or had another name
+    waited = {"quorum": saved.get("eepo", {}).get("quorum", 1.0), "carry": 0, **saved.get("rollout", {})}
+    waiting = [key for key in ("quorum", "carry", "in_flight") if waited.get(key) != now["rollout"].get(key)]
+    ratio = ["grpo.ratio"] if saved.get("grpo", {}).get("ratio", "sampler") != config.grpo.ratio else []
+    return list(dict.fromkeys([*changed_keys(saved, config), *more, *(f"rollout.{key}" for key in waiting), *ratio]))
 
 
 def command(plan: Plan, out: Path, job: Job) -> list[str]:

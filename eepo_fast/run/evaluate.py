@@ -35,6 +35,13 @@ from eepo_fast.run.display import Display
 from eepo_fast.types import UserError, WeightsVersion
 
 UNLIMITED = 1e9
+OF_TRAINING = (
+    "tensor_parallel",
+    "sleep",
+    "quorum",
+    "carry",
+    "in_flight",
+)  # keys of rollout that eval does not take over
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
 OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # options instead
 MOST_SAMPLES = 100_000
@@ -99,7 +106,7 @@ def resolve_model(path: str, overrides: list[str]) -> tuple[Config, dict[str, An
         state = checkpoint.read_state(folder)
         values = without_unread({s: v for s, v in state["config"].items() if s in SECTIONS})
         values["model"] = {"path": str(folder / "model"), "dtype": state["config"]["model"]["dtype"]}
-        values["rollout"] = {k: v for k, v in values["rollout"].items() if k not in ("tensor_parallel", "sleep")}
+        values["rollout"] = {k: v for k, v in values["rollout"].items() if k not in OF_TRAINING}
         found |= {"run": state["config"]["run"]["name"], "step": state["step"]}
     else:
         values = {"model": {"path": path}, "data": {"train": "unused"}}

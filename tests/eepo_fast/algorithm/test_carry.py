@@ -12,6 +12,7 @@ import torch
 from eepo_fast.algorithm.in_flight import lacking, open_groups
 from eepo_fast.checkpoint import changed_keys, load_checkpoint
 from eepo_fast.checkpoint.groups import load_groups, save_groups
+from eepo_fast.compare.runs import differing
 from eepo_fast.data.problems import completion_text
 from eepo_fast.run.log_files import log_rollouts
 from eepo_fast.run.plan import num_iterations
@@ -27,8 +28,9 @@ METHODS = {"eepo": OPEN, "grpo": {"enabled": False}}
 @pytest.fixture
 def make_carrying(make_trainer, more_prompts):
     def make(method="eepo", total=None, **sections):
+        sections = {"eepo": METHODS[method], **sections}
         rollout, train = ({**ROLLOUT, **sections.pop("rollout", {})}, {**TRAIN, **sections.pop("train", {})})
-        trainer = make_trainer(eepo=METHODS[method], rollout=rollout, train=train, **sections)
+        trainer = make_trainer(rollout=rollout, train=train, **sections)
         trainer.total, trainer.prompts, trainer.stop_token_ids = total, more_prompts, STOPS
         return trainer
 
@@ -308,3 +310,25 @@ def test_more_prompts_at_once_than_there_are(test_config):
     assert num_iterations(config, 12) == 1 and num_iterations(config, 20) == 2
     epochs = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 2})})
     assert num_iterations(epochs, 12) == 3, "nothing is dropped at an epoch's end"
+
+
+def test_an_iteration_that_forgets_nothing_leaves_the_window(make_carrying):
+    """The last one may begin no prompt of its own: of nobody there is no entropy."""
+    trainer = make_carrying(total=3, rollout={"in_flight": 1.0}, eepo={**OPEN, "gate": "iteration"})
+    go(trainer, 2)
+    before = list(trainer.state.entropy_window)
+    (_, row), *_ = go(trainer, 1)
+    assert trainer.state.entropy_window == before and len(before) == 2 and all(entropy > 0 for entropy in before)
+    assert row["unlearn/applied"] == 0 and math.isnan(row["length/unlearned"])
+
+
+def test_a_result_of_another_way_of_waiting_is_another_run(test_config):
+    waits = {"quorum": 0.9, "carry": 1}
+    saved = test_config().model_dump()
+    older = {**saved, "rollout": {k: v for k, v in saved["rollout"].items() if k not in ("quorum", "carry")}}
+    assert differing(saved, test_config()) == differing(older, test_config()) == []
+    changed = ["rollout.quorum", "rollout.carry", "rollout.in_flight", "grpo.ratio"]
+    assert differing(saved, test_config(rollout=waits)) == differing(older, test_config(rollout=waits)) == changed
+    older = {**older, "eepo": {**older["eepo"], "quorum": 0.5}}
+    assert differing(older, test_config()) == ["rollout.quorum"]
+    assert differing(older, test_config(rollout={"quorum": 0.5})) == []
