@@ -2,7 +2,9 @@
 
 import re
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 from eepo_fast.types import Grade, Problem
 
@@ -12,16 +14,17 @@ PATTERNS = {
 }
 
 
-class ProceduralGrader:
+class ProceduralGrader(Protocol):
     """Grades with `judge`, answer by answer."""
 
-    beside_sampling = False  # it takes too little time to be worth a thread
+    beside_sampling: bool = False  # it takes too little time to be worth a thread
 
+    @abstractmethod
     def judge(self, problem: Problem, completion: str) -> tuple[float, str]:
         """Returns (reward, status)."""
-        raise NotImplementedError
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        return  # there is nothing to start
 
     def grade(
         self, problems: Sequence[Problem], completions: Sequence[str], *, seconds: float | None = None
@@ -36,7 +39,8 @@ class ProceduralGrader:
     def unreadable(self, golds: Sequence[str]) -> list[int]:
         return []  # problems are made here, and their answers with them
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        return
 
 
 class NumberGrader(ProceduralGrader):
