@@ -58,7 +58,9 @@ class Unlearning:
     hidden_s: float = 0.0
     """Seconds of it that went on beside sampling, on a thread of their own."""
     kl: float = math.nan
-    """KL(θ'‖θ) as stage 2's first samples had it, in nats a token."""
+    """KL(θ'‖θ) as stage 2's own completions have it, in nats a token."""
+    kl_low_variance: float = math.nan
+    """The same, by the estimate that varies less."""
 
 
 Ablation = Callable[[Unlearning, Policy, Sequence[Rollout]], None]

@@ -10,13 +10,15 @@ from typing import TypeVar
 
 import torch
 
+from eepo_fast.algorithm.losses import low_variance_kl
 from eepo_fast.algorithm.ratio import has_finite_logprobs
 from eepo_fast.policy.module import Policy
 from eepo_fast.rollout.engine import SampleRequest
 from eepo_fast.types import EngineError, Rollout, UserError, WeightsVersion
 
 MAX_BAD_UPDATES = 3  # non-finite policy gradients in a row before the run is stopped
-KL_SAMPLES = 16  # completions of stage 2 that are scored at θ to see how far the step went
+KL_SAMPLES = 16  # completions of stage 2 that are scored at θ to see how far the step went, and more of short ones:
+KL_TOKENS = 1024  # as many as have so many tokens, where stage 2 has them
 
 Result = TypeVar("Result")
 
@@ -46,19 +48,23 @@ def check_updates(num_bad: int, step: int, norm: float) -> None:
         )
 
 
-def forget_kl(policy: Policy, stage2: Sequence[Rollout]) -> float:
-    """Returns KL(θ'‖θ) in nats a token, from KL_SAMPLES completions of θ' spread over the prompts: the mean of
-    rollout_logprobs - policy log-probs at θ. NaN where most of stage 2 has none. All ranks call this."""
+def forget_kl(policy: Policy, stage2: Sequence[Rollout]) -> tuple[float, float]:
+    """Returns two estimates of KL(θ'‖θ) in nats a token, from completions of θ' spread over the prompts: the mean of
+    -d, d = log π_θ - log π_θ', and that of exp(d) - d - 1, which varies less. NaN where most of stage 2 has no finite
+    log-probs, or nothing was sampled. All ranks call this."""
     sampled = [r for r in stage2 if r.num_tokens]
     usable = [r for r in sampled if has_finite_logprobs(r)]
     if len(usable) < len(sampled) / 2:
-        return math.nan  # not one completion gone wrong, but the model
-    count = min(KL_SAMPLES, len(usable))
+        usable = []  # not one completion gone wrong, but the model
+    if not usable:
+        return math.nan, math.nan
+    num_tokens = sum(r.num_tokens for r in usable)
+    count = min(max(KL_SAMPLES, math.ceil(KL_TOKENS * len(usable) / num_tokens)), len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
     scored = policy.score(chosen).logprobs
-    pairs = zip(chosen, scored, strict=True)
-    gaps = [a - b for r, logprobs in pairs for a, b in zip(r.rollout_logprobs, logprobs, strict=True)]
-    return math.fsum(gaps) / len(gaps) if gaps else 0.0
+    forgetful = torch.tensor([logprob for r in chosen for logprob in r.rollout_logprobs], dtype=torch.float64)
+    theta = torch.tensor([logprob for logprobs in scored for logprob in logprobs], dtype=torch.float64)
+    return (forgetful - theta).mean().item(), low_variance_kl(forgetful, theta).mean().item()
 
 
 def within_memory(policy: Policy, compute: Callable[[], Result]) -> tuple[Result, int]:

@@ -277,13 +277,13 @@ class Iteration:
 
     # -- what the next iteration goes by
 
-    def remember(self, mean: Callable[[str], float]) -> None:
-        """Keeps it in the run's state. mean: of a metric of the updates, by name; NaN where there is none."""
-        state, found, entropy = self.setup.state, self.unlearning, mean("entropy/policy")
+    def remember(self, entropy: float) -> None:
+        """Keeps it in the run's state. entropy: the policy's in the updates, in nats; NaN where there is none."""
+        state, found = self.setup.state, self.unlearning
         state.entropy_window = self.entropy_window
         state.entropy = state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known
         if found is not None and self.eepo.step == "kl":
-            kl = found.kl if found.resampled else mean("unlearn/kl_low_variance")
+            kl = found.kl if found.resampled else found.kl_low_variance
             rate, too_far = self.eepo.learning_rate, found.too_long or found.resampled
             state.forget_steps = add_step(state.forget_steps, rate, kl, taken=found.apply, too_far=too_far)
 

@@ -167,8 +167,6 @@ class PolicyTokens:
     """bool: old_logprobs are policy_logprobs, detached."""
     sampler: Tensor
     """Log-probs under what sampled them of the tokens that other weights than θ did, inf for θ's own."""
-    forgotten: Tensor
-    """bool: this iteration's θ' sampled it."""
     weights: Tensor
     """A token's weight in the sum: 1 / (tokens of the mini-batch), 0 for one that is left out."""
     ref_logprobs: Tensor | None = None
@@ -177,7 +175,6 @@ class PolicyTokens:
     def of(cls, micro: MicroBatch, weights: Tensor, theta: WeightsVersion, *, with_reference: bool) -> PolicyTokens:
         """Collects the rollouts' columns. theta: the version of θ. with_reference: whether their `ref_logprobs` are
         known."""
-        forgetful = theta._replace(forgotten=True)
         old = micro.concatenate([r.old_logprobs or [math.inf] * r.num_tokens for r in micro.rollouts])
         references = None
         if with_reference:
@@ -187,7 +184,6 @@ class PolicyTokens:
             old_logprobs=torch.where(old == math.inf, 0.0, old),
             on_policy=old == math.inf,
             sampler=micro.concatenate([sampler_logprobs(r, theta) for r in micro.rollouts]),
-            forgotten=micro.concatenate([[v == forgetful for v in r.token_versions] for r in micro.rollouts]) > 0,
             weights=weights,
             ref_logprobs=references,
         )

@@ -95,9 +95,7 @@ class UpdateStats:
         if tokens.ref_logprobs is not None:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine
-            sampled, forgotten = micro.concatenate([r.rollout_logprobs for r in micro.rollouts]), tokens.forgotten
-            self._add("unlearn/kl", sampled - stats.logprobs, forgotten)
-            self._add("unlearn/kl_low_variance", low_variance_kl(sampled, stats.logprobs), forgotten & kept)
+            sampled = micro.concatenate([r.rollout_logprobs for r in micro.rollouts])
             # AEPO's samples carry log-probs at their own temperature
             own = (tokens.sampler == math.inf) & (stage < AEPO_STAGE)
             self._add("rollout/logprob_gap", (sampled - stats.logprobs).abs(), own)
@@ -178,8 +176,8 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
         **_unlearn_metrics(unlearning, it.forget_stats, it.eepo),
-        "unlearn/kl": unlearning.kl if unlearning and unlearning.resampled else update.mean("unlearn/kl"),
-        "unlearn/kl_low_variance": update.mean("unlearn/kl_low_variance"),
+        "unlearn/kl": unlearning.kl if unlearning else math.nan,
+        "unlearn/kl_low_variance": unlearning.kl_low_variance if unlearning else math.nan,
         "policy/loss": float(update.loss) / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/updates_skipped": update.skipped,

@@ -68,7 +68,8 @@ class TwoStage:
         """sampled: by stage 2, of whose own completions all tokens are of θ'."""
         assert it.unlearning is not None
         own = [r for r in sampled if r.stage == 2 and r.begun == it.seed[1]]
+        found = it.unlearning
         with it.phase("kl_guard"):
-            it.unlearning.kl = it.within_memory(it.policy, lambda: forget_kl(it.policy, own))
-        it.unlearning.resampled = not it.unlearning.kl <= it.config.eepo.max_kl
-        return it.unlearning.resampled
+            found.kl, found.kl_low_variance = it.within_memory(it.policy, lambda: forget_kl(it.policy, own))
+        found.resampled = bool(own) and not found.kl <= it.config.eepo.max_kl
+        return found.resampled

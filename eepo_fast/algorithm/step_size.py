@@ -5,8 +5,8 @@ Deviations from the paper, whose η is fixed: `kl`. A fixed η is no strength: t
 certain, and with short answers (1/T_k) the same η went from 0.005 to 0.8 nats a token within seven iterations.
 
 KL grows as η^b, b = 2 for a short step; b is the slope of the last two steps in log-log (a secant), within SLOPES, for
-between two iterations it is not η alone that changes. What is measured is the mean over stage 2's tokens, those of the
-first update, of exp(d) - d - 1, d = log π_θ - log π_θ', which varies less from sample to sample than `unlearn/kl`, the
+between two iterations it is not η alone that changes. What is measured is the mean over what stage 2's guard scores
+(guards.py) of exp(d) - d - 1, d = log π_θ - log π_θ', which varies less from sample to sample than `unlearn/kl`, the
 mean of -d.
 """
 

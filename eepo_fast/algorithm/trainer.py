@@ -51,7 +51,7 @@ class Trainer(Setup):
                 update = self._update(it, rows)
             self.state.step += 1
             self.state.cursor, self.state.groups = cursor, [g for g in groups if g not in trained]
-            it.remember(update.mean)
+            it.remember(update.mean("entropy/policy"))
             return batch, M.iteration_metrics(it, batch, update)
 
     def _grade(self, it: Iteration, rollouts: Sequence[Rollout]) -> None:

@@ -335,20 +335,25 @@ def test_memory_that_no_halving_frees_is_one_line(make_trainer, monkeypatch):
         trainer.iteration()
 
 
-def test_the_guard_of_the_step_scores_few_and_survives_few_nans(make_trainer, make_rollouts):
+def test_the_guard_of_the_step_scores_few_and_survives_few_nans(make_trainer, make_rollouts, monkeypatch):
     trainer = make_trainer()
     rollouts = make_rollouts([3] * 40)
     scored = []
     original = trainer.policy.score
     trainer.policy.score = lambda chosen: scored.append(chosen) or original(chosen)
-    assert math.isfinite(guards.forget_kl(trainer.policy, rollouts))
-    places = [rollouts.index(r) for r in scored[0]]
-    assert len(places) == guards.KL_SAMPLES and places[-1] >= 36, "spread over all of them"
+    assert all(map(math.isfinite, guards.forget_kl(trainer.policy, rollouts)))
+    assert len(scored[0]) == 40, "their 120 tokens are few"
+    monkeypatch.setattr(guards, "KL_TOKENS", 60)
+    guards.forget_kl(trainer.policy, rollouts)
+    assert len(scored[1]) == 20 and rollouts.index(scored[1][-1]) >= 36, "spread over all of them"
+    monkeypatch.setattr(guards, "KL_TOKENS", 9)
+    guards.forget_kl(trainer.policy, rollouts)
+    assert len(scored[2]) == guards.KL_SAMPLES
     rollouts[0].segments[0].rollout_logprobs[0] = math.nan
-    assert math.isfinite(guards.forget_kl(trainer.policy, rollouts)), "one is left out"
+    assert all(map(math.isfinite, guards.forget_kl(trainer.policy, rollouts))), "one is left out"
     for r in rollouts[:21]:
         r.segments[0].rollout_logprobs[0] = math.nan
-    assert math.isnan(guards.forget_kl(trainer.policy, rollouts)), "most: it is the model, and the step goes back"
+    assert all(map(math.isnan, guards.forget_kl(trainer.policy, rollouts))), "most: it is the model; the step goes back"
 
 
 def test_a_step_to_weights_that_are_no_numbers_is_taken_back(make_trainer):

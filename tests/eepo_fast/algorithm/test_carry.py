@@ -258,6 +258,35 @@ def test_the_file_of_what_is_in_flight(prompts, tmp_path):
     assert load_groups(tmp_path / "none") == []
 
 
+@pytest.mark.parametrize("carry, updates", [(1, 1), (3, 2)])
+def test_the_kl_of_a_step_is_of_its_own_stage(make_carrying, carry, updates):
+    """Whatever is trained on: what its stage 2 began may all be held."""
+    step = {"alpha": 9.0, "learning_rate": 0.05, "step": "kl", "target_kl": 0.02}
+    trainer = make_carrying(
+        eepo=step, rollout={"carry": carry, "in_flight": 1.0}, train={"prompts_per_update": 4 // updates}
+    )
+    forgot, forget = [], trainer.engine.forget
+
+    def watched(gradient, **options):
+        stats = forget(gradient, **options)
+        forgot.append(copy.deepcopy(trainer.engine.model))
+        return stats
+
+    trainer.engine.forget, rates, of_others = watched, [], 0
+    for k in range(6):
+        theta = copy.deepcopy(trainer.policy.model)
+        batch, row = trainer.iteration()
+        everything = [*batch.rollouts, *(r for g in trainer.state.groups for r in g.rollouts)]
+        own = [r for r in everything if r.begun == k and r.stage == 2]
+        gaps = torch.cat([scored(forgot[-1], r) - scored(theta, r) for r in own])
+        assert row["unlearn/kl"] == pytest.approx(gaps.mean().item(), abs=1e-5)
+        assert row["unlearn/kl_low_variance"] == pytest.approx((gaps.neg().expm1() + gaps).mean().item(), abs=1e-5)
+        assert trainer.state.forget_steps[-1] == (row["unlearn/learning_rate"], row["unlearn/kl_low_variance"])
+        rates.append(row["unlearn/learning_rate"])
+        of_others += all(r.begun < k for r in batch.rollouts)
+    assert len(set(rates)) == 6 and of_others > 0
+
+
 def test_the_last_iterations_begin_what_they_train_on(make_carrying, more_prompts):
     config = make_carrying().config
     sizes = []

@@ -111,7 +111,6 @@ def make_tokens(n, **changes):
         old_logprobs=-torch.rand(n, generator=g).double() * 2,
         on_policy=torch.arange(n) % 4 == 0,
         sampler=torch.full((n,), math.inf),
-        forgotten=torch.zeros(n, dtype=torch.bool),
         weights=torch.full((n,), 1 / n, dtype=torch.float64),
         ref_logprobs=-torch.rand(n, generator=g).double() * 2,
     )
@@ -212,7 +211,6 @@ def test_reinforce_is_grpo_on_policy(test_config):
         torch.zeros(9),
         torch.ones(9, dtype=torch.bool),
         torch.full((9,), math.inf),
-        torch.zeros(9).bool(),
         weights,
     )
     grpo = test_config(grpo={"kl_coef": 0.0, "entropy_coef": 0.0}).grpo
@@ -233,7 +231,7 @@ def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     column[5] = {"old -inf": -math.inf, "old far": -200.0}.get(poison, math.nan)
     hidden.requires_grad_()
     none = torch.zeros(20, dtype=torch.bool)
-    tokens = PolicyTokens(advantages, old, none, torch.full((20,), math.inf), none, weights, ref)
+    tokens = PolicyTokens(advantages, old, none, torch.full((20,), math.inf), weights, ref)
     config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1}).grpo
     loss_fn = {
         "nll": nll_loss(weights),

@@ -205,7 +205,7 @@ def tokens_of(old):
     n = len(old)
     return PolicyTokens(
         torch.ones(n), torch.tensor(old), torch.zeros(n, dtype=torch.bool), torch.full((n,), math.inf),
-        torch.zeros(n, dtype=torch.bool), torch.full((n,), 1 / n),
+        torch.full((n,), 1 / n),
     )  # fmt: skip
 
 
