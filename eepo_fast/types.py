@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 AEPO_STAGE = 3  # the stage of AEPO's extra samples: their seeds, and how the rollout log tells them apart
@@ -76,7 +77,7 @@ class Rollout:
     sample_index: int
     """The place in the prompt's group, counted over both stages."""
     segments: list[Segment]
-    """One for most; one more for each time that the completion went on under other weights."""
+    """One for most; one more for each time that the completion was stopped and went on."""
     finished: bool
     """True: it ended with a stop token. False: it was cut off at the limit."""
     completion: str = ""
@@ -120,8 +121,15 @@ class Rollout:
 
     @property
     def num_before(self) -> int:
-        """How many tokens were sampled before the completion went on under other weights; 0 where it never did."""
-        return sum(len(segment.tokens) for segment in self.segments[:-1])
+        """How many tokens were sampled before the completion went on under other weights, the last time; 0 where it
+        never did."""
+        return sum(count for *_, count in self.spans[:-1])
+
+    @property
+    def spans(self) -> list[tuple[int, bool, int]]:
+        """Policy version, whether forgetful, and number of tokens of all that the same weights sampled in a row."""
+        by_weights = groupby(self.segments, key=lambda segment: segment.weights_version)
+        return [(*version, sum(len(s.tokens) for s in segments)) for version, segments in by_weights]
 
     @property
     def token_versions(self) -> list[WeightsVersion]:

@@ -382,3 +382,16 @@ def save_checkpoint(tokenizer):
 @pytest.fixture
 def coin_grader():
     return CoinGrader
+
+
+@pytest.fixture(scope="session")
+def scored():
+    """Log-probs [T] of a completion's tokens under a model, by a plain forward pass."""
+
+    def score(model, r, temperature=1.0):
+        ids = torch.tensor([r.prompt.token_ids + r.token_ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1] / temperature
+        return torch.log_softmax(logits, -1)[range(r.num_tokens), r.token_ids]
+
+    return score

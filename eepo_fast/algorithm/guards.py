@@ -30,7 +30,9 @@ def check_version(rollouts: Sequence[Rollout], expected: WeightsVersion, request
     asked = [request for request in requests for _ in request.seeds]
     for r, request in zip(rollouts, asked, strict=True):
         *before, last = r.segments
-        if last.weights_version != expected or r.stage != request.stage or before != list(request.before):
+        said = [(s.tokens, s.weights_version) for s in before]  # a log-prob that is no number is not equal to itself
+        asked_for = [(s.tokens, s.weights_version) for s in request.before]
+        if last.weights_version != expected or r.stage != request.stage or said != asked_for:
             raise EngineError(
                 f"expected completions of stage {request.stage} from weights {tuple(expected)}"
                 f"{', behind what they had said' * bool(request.before)}, found one of {r.prompt.id} of stage "

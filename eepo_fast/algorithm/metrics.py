@@ -167,7 +167,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "entropy/stage1": _sampled_entropy(rollouts, 1),
         "entropy/stage2": _sampled_entropy(rollouts, 2),
         "unlearn/hidden_s": unlearning.hidden_s if unlearning else math.nan,
-        "unlearn/stragglers": _mean(r.num_before > 0 for r in stages[1]),
+        "unlearn/stragglers": _mean(2 in r.segment_stages for r in stages[1]) if unlearning else math.nan,
         "length/mean": _mean(r.num_tokens for r in rollouts),
         "length/stage1": _mean(r.num_tokens for r in stages[1]),
         "length/stage2": _mean(r.num_tokens for r in stages[2]),

@@ -16,7 +16,7 @@ from torch import Tensor
 from eepo_fast.checkpoint.folder import read_state
 from eepo_fast.checkpoint.groups import FILE as GROUPS
 from eepo_fast.checkpoint.groups import load_groups
-from eepo_fast.config import Config
+from eepo_fast.config import Config, under_new_names
 from eepo_fast.policy.module import Policy
 from eepo_fast.types import Cursor, TrainerState, UserError
 
@@ -25,7 +25,7 @@ SAFE_TO_CHANGE = {
     "checkpoint", "evaluation", "log",
     "run.root", "run.timeout_s",
     "rollout.max_sequences", "rollout.gpu_memory_utilization", "rollout.sleep", "rollout.tensor_parallel",
-    "rollout.quorum", "rollout.carry", "rollout.in_flight",  # what is in flight is finished first
+    "rollout.carry",  # what is in flight is finished first
     "reward.step_seconds",
     "train.iterations", "train.epochs", "train.micro_batch_tokens", "train.packing", "train.engine", "train.zero_stage",
     "train.offload_optimizer", "train.offload_parameters", "train.liger", "train.gradient_checkpointing",
@@ -34,10 +34,11 @@ SAFE_TO_CHANGE = {
 
 def changed_keys(saved: dict, config: Config) -> list[str]:
     """Returns the keys whose values differ from the checkpoint's and would change what the run computes."""
-    now = config.model_dump()
-    safe = SAFE_TO_CHANGE
-    if bool(config.rollout.carry) != bool(saved.get("rollout", {}).get("carry")):
-        safe = safe | {"grpo.ratio", "grpo.ratio_cap"}  # whose default goes with it
+    now, saved, safe = config.model_dump(), under_new_names(saved), SAFE_TO_CHANGE
+    if bool(config.rollout.carry) != bool(saved.get("rollout", {}).get("carry")):  # what goes with it
+        safe = safe | {"rollout.quorum", "rollout.in_flight"}
+        if "policy" not in (config.grpo.ratio, saved.get("grpo", {}).get("ratio")):
+            safe = safe | {"grpo.ratio", "grpo.ratio_cap"}
     return [
         f"{section}.{key}"
         for section, values in now.items()

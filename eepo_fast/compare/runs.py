@@ -22,7 +22,7 @@ from typing import IO, Any
 from eepo_fast.checkpoint import changed_keys
 from eepo_fast.compare.numbers import Result, read_result
 from eepo_fast.compare.plan import Plan, run_config
-from eepo_fast.config import Config
+from eepo_fast.config import Config, under_new_names
 from eepo_fast.config.files import read_yaml
 from eepo_fast.evaluation.periodic import load_sets
 from eepo_fast.run.loop import ENDING
@@ -61,12 +61,11 @@ def is_done(plan: Plan, out: Path, job: Job) -> bool:
 def differing(saved: dict[str, Any], config: Config) -> list[str]:
     """Returns the keys that differ from a run's and that its numbers depend on, how long it is and how it is evaluated
     included."""
-    now = config.model_dump()
+    now, saved = config.model_dump(), under_new_names(saved)
     evaluation = [("evaluation", key) for key in ("data", "k", "num_samples")]
     counted = [("train", "iterations"), ("train", "epochs"), *evaluation]
     more = [f"{section}.{key}" for section, key in counted if saved.get(section, {}).get(key) != now[section][key]]
-    # what an older version did not have was at its default, or had another name
-    waited = {"quorum": saved.get("eepo", {}).get("quorum", 1.0), "carry": 0, **saved.get("rollout", {})}
+    waited = {"quorum": 1.0, "carry": 0, **saved.get("rollout", {})}  # what an older version had not: its default
     waiting = [key for key in ("quorum", "carry", "in_flight") if waited.get(key) != now["rollout"].get(key)]
     ratio = ["grpo.ratio"] if saved.get("grpo", {}).get("ratio", "sampler") != config.grpo.ratio else []
     return list(dict.fromkeys([*changed_keys(saved, config), *more, *(f"rollout.{key}" for key in waiting), *ratio]))

@@ -79,6 +79,15 @@ def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def under_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns what an older version has saved with renamed keys under their new names."""
+    for old, new in RENAMED.items():
+        (section, key), (other, name) = old.split("."), new.split(".")
+        if key in values.get(section, {}):
+            values = merge({other: {name: values[section][key]}}, values)
+    return values
+
+
 def read_override(text: str) -> dict[str, Any]:
     """Returns `key.sub=value` as nested sections."""
     key, _, raw = text.partition("=")
@@ -158,7 +167,7 @@ def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> li
     """Raises a UserError for a key that a source gives beside a choice that does not read it, or after that choice; at
     its default only where it is the last source, the command line, for runs of older versions wrote all keys. Returns
     lines that say which keys of sources before the choices are left out."""
-    lines = []
+    lines, sources = [], [with_ratio(source) for source in sources]
     for section, chooser, choices, keys in READ_WITH:
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
         default = Config.model_fields[section].default

@@ -104,9 +104,8 @@ class RolloutConfig(Section):
         le=max(CARRIES),
         description="how many iterations a completion that has not ended may be carried on; 0: each ends in its own",
     )
-    in_flight: NonNegativeFloat = Field(
+    in_flight: PositiveFloat = Field(
         0.5,
-        allow_inf_nan=False,
         description="with carry: groups begun ahead of those trained on, as a share of train.prompts_per_iteration",
     )
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
@@ -309,7 +308,11 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        return with_ratio(values) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        return with_ratio(
+            {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in values.items()}
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -326,12 +329,12 @@ class Config(Section):
 
 
 def with_ratio(values: dict[str, Any]) -> dict[str, Any]:
-    """What is returned has a `grpo.ratio`, unless one is given, where the default goes with another key: what other
+    """What is returned has a `grpo.ratio` where it has a `rollout.carry`, with which its default goes: what other
     iterations have sampled needs its importance weight."""
     rollout, grpo = values.get("rollout"), values.get("grpo", {})
-    if not (isinstance(rollout, dict) and rollout.get("carry") and isinstance(grpo, dict)):
+    if not (isinstance(rollout, dict) and "carry" in rollout and isinstance(grpo, dict)):
         return values
-    return {**values, "grpo": {"ratio": "decoupled", **grpo}}
+    return {**values, "grpo": {"ratio": "decoupled" if rollout["carry"] else "sampler", **grpo}}
 
 
 def without_unread(values: dict[str, Any]) -> dict[str, Any]:

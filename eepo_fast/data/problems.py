@@ -254,8 +254,8 @@ def next_prompts(
     last prompts are dropped where they are fewer than `count`; else a batch goes on into the next epoch."""
     assert count <= num_prompts
     (epoch, position, waiting), order = cursor, _permutation(cursor.epoch, num_prompts, seed)
-    if whole_batches and position + count > num_prompts:
-        epoch, position, order = epoch + 1, 0, _permutation(epoch + 1, num_prompts, seed)
+    if whole_batches and num_prompts - position + len(waiting) < count:
+        epoch, position, waiting, order = epoch + 1, 0, (), _permutation(epoch + 1, num_prompts, seed)
     taken, postponed = list(waiting[:count]), list(waiting[count:])
     while len(taken) < count:
         if position == num_prompts:

@@ -38,6 +38,7 @@ def write_rollouts(runs: list[Run], folder: Path) -> None:
         target = folder / key
         target.mkdir(parents=True, exist_ok=True)
         scripts = {target / f"step_{step:06d}.js": step for step in run.rollouts}
+        versions = dict(zip(run.steps, run.values("policy_version"), strict=True))
         for old in target.glob("step_*.js"):
             if old not in scripts:
                 old.unlink()
@@ -45,13 +46,14 @@ def write_rollouts(runs: list[Run], folder: Path) -> None:
             log = run.rollouts[step]
             if script.exists() and script.stat().st_mtime_ns > log.stat().st_mtime_ns:
                 continue
-            text = json.dumps(read_groups(log), ensure_ascii=False, separators=(",", ":"))
+            text = json.dumps(read_groups(log, versions.get(step)), ensure_ascii=False, separators=(",", ":"))
             # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark
             script.write_bytes(f"rollouts({json.dumps(key)},{step},{text})\n".encode(errors="replace"))
 
 
-def read_groups(log: Path) -> list[dict[str, Any]]:
-    """Returns a rollout log's groups, in the order of their prompts; a group has its prompt's AEPO samples, too."""
+def read_groups(log: Path, policy_version: float | None = None) -> list[dict[str, Any]]:
+    """Returns a rollout log's groups, in the order of their prompts; a group has its prompt's AEPO samples, too.
+    policy_version: of the iteration, where it is known."""
     groups: dict[str, dict[str, Any]] = {}
     with log.open(encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(file, 1):
@@ -59,7 +61,7 @@ def read_groups(log: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
                 asked = {"problem": row.get("problem", row["prompt"]), "answer": row.get("answer")}
                 group = {"id": row["prompt_id"], "prompt": row["prompt"], **asked, "rows": []}
-                groups.setdefault(row["prompt_id"], group)["rows"].append(rollout(row))
+                groups.setdefault(row["prompt_id"], group)["rows"].append(rollout(row, policy_version))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"report: {log}, line {place}: expected a rollout as JSON, found {line[:60]!r}; remove the file, "
@@ -68,9 +70,10 @@ def read_groups(log: Path) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def rollout(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the page shows of a completion. `change` is what the forget step did to its tokens' log-probs:
-    measured in the engine for stage 1, and for stage 2 how far the weights that sampled it were from the policy's."""
+def rollout(row: dict[str, Any], policy_version: float | None = None) -> dict[str, Any]:
+    """Returns what the page shows of a completion. `change` is what the iteration's forget step did to its tokens'
+    log-probs: measured in the engine for stage 1, and for stage 2 how far the weights that sampled it were from the
+    policy's."""
     found = {
         "stage": row["stage"],
         "reward": row["reward"],
@@ -86,7 +89,9 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
     if "tokens" not in row:
         return found
     change = row.get("forget_change")
-    forgetful = [forgotten for _, forgotten, count in segments for _ in range(count)]
+    forgetful = [
+        forgotten and policy_version in (version, None) for version, forgotten, count in segments for _ in range(count)
+    ]
     if change is None and row["stage"] < AEPO_STAGE and any(forgetful):
         pairs = zip(row["rollout_logprobs"], row["policy_logprobs"], forgetful, strict=True)
         change = [a - b if f and a is not None and b is not None else None for a, b, f in pairs]
@@ -103,12 +108,12 @@ def marks_of(segments: Sequence[tuple[int, bool, int]]) -> list[tuple[int, str]]
     """Returns at which tokens other weights went on with a completion, and which. segments: (policy version, forgotten,
     number of tokens) of each."""
     found, at = [], 0
-    for (version, _, count), (later, forgotten, _) in pairwise(segments):
+    for (version, before, count), (later, forgotten, _) in pairwise(segments):
         at += count
-        if later != version:
+        if later != version or before > forgotten:  # the policy's weights again, after an update that was not made
             found.append((at, "carried into the next iteration" + ", and on after its forget step" * forgotten))
-        else:
-            found.append((at, "went on after the forget step" if forgotten else "went on under the same weights"))
+        elif forgotten > before:
+            found.append((at, "went on after the forget step"))
     return found
 
 

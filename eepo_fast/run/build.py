@@ -270,10 +270,10 @@ def _run(
     run_dir = config.run_dir
     watchdog.enter("loading")
     with loaded_parts(config, grader, world, display) as parts:
-        total = num_iterations(config, len(parts.prompts))
         if folder is not None:
             _check_same_inputs(folder, parts.fingerprint, config)
         state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
+        total = num_iterations(config, len(parts.prompts), state)
         owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
         if state.step >= total and not owed:
             display.say(f"run {run_dir} is finished")
@@ -288,10 +288,8 @@ def _run(
                     f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see "
                     f"what rank 0 has written to {run_dir}; give a path on a shared file system"
                 )
-        if state.groups and not config.rollout.carry:
-            display.say(
-                f"rollout.carry=0: the {len(state.groups)} groups in flight are finished, and trained on, before others"
-            )
+        for line in about_carrying(config, state, total):
+            display.say(line)
         if resume:
             display.say(
                 f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting"
@@ -317,6 +315,20 @@ def _run(
                 watchdog.let_it_end()
                 write_ending(run_dir, *ending_of(error), step=state.step, total=total)
                 raise
+
+
+def about_carrying(config: Config, state: TrainerState, total: int) -> Iterator[str]:
+    """Yields what a user should know of `rollout.carry` before a run begins or goes on."""
+    held = f"the {len(state.groups)} groups in flight are finished, and trained on,"
+    if state.groups and not config.rollout.carry:
+        yield f"rollout.carry=0: {held} before others"
+    if state.groups and total > (config.train.iterations or total):
+        yield f"train.iterations={config.train.iterations}: {held} in iterations up to {total}"
+    if config.rollout.carry and config.grpo.ratio == "sampler":
+        yield (
+            "grpo.ratio=sampler: what other iterations have sampled is clipped around the weights that sampled it; "
+            "with rollout.carry the default is decoupled: remove the key for it"
+        )
 
 
 def _write_folder(config: Config, state: TrainerState) -> None:

@@ -64,7 +64,7 @@ def log_rollouts(run_dir: Path, step: int, batch: RolloutBatch, token_details: b
                 "finished": r.finished,
                 "num_before": r.num_before,
                 "begun": r.begun + 1,
-                "segments": [[*s.weights_version, len(s.tokens)] for s in r.segments],
+                "segments": r.spans,
             }
             if token_details:
                 row["tokens"] = token_texts(tokenizer, r.token_ids)

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from eepo_fast.algorithm.in_flight import num_ahead
 from eepo_fast.config import Config
-from eepo_fast.data.problems import load_problems
+from eepo_fast.data.problems import cursor_after, load_problems
 from eepo_fast.data.tasks import BASES, TASKS
 from eepo_fast.policy.loading import find_model
-from eepo_fast.types import UserError
+from eepo_fast.types import TrainerState, UserError
 
 
-def num_iterations(config: Config, num_prompts: int) -> int:
+def num_iterations(config: Config, num_prompts: int, state: TrainerState | None = None) -> int:
     """Returns the iterations of the whole run: whole batches an epoch (of all epochs, with rollout.carry), times
-    epochs, capped by train.iterations."""
+    epochs, capped by train.iterations; and as many as train on what is in flight. state: what a run goes on from."""
     size = config.train.prompts_per_iteration
     if size > num_prompts:
         raise UserError(
@@ -26,9 +26,20 @@ def num_iterations(config: Config, num_prompts: int) -> int:
             f"{config.data.train}, found {config.rollout.in_flight:g} of {size} ahead; lower it, or "
             "train.prompts_per_iteration"
         )
-    epochs = config.train.epochs
-    total = num_prompts * epochs // size if config.rollout.carry else num_prompts // size * epochs
-    return min(total, config.train.iterations or total)
+    state = state or TrainerState()
+    total = state.step + _iterations_left(config, num_prompts, state)
+    return max(min(total, config.train.iterations or total), state.step + math.ceil(len(state.groups) / size))
+
+
+def _iterations_left(config: Config, num_prompts: int, state: TrainerState) -> int:
+    size, held = config.train.prompts_per_iteration, len(state.groups)
+    cursor = state.cursor or cursor_after(state.step, num_prompts, size)
+    left = (config.train.epochs - cursor.epoch) * num_prompts - cursor.position + len(cursor.postponed)
+    if config.rollout.carry:
+        return max(0, held + left) // size
+    first = math.ceil(held / size)  # what they train on is filled up, across an epoch's end, too
+    epochs, rest = divmod(max(0, left - (first * size - held)), num_prompts)
+    return first + epochs * (num_prompts // size) + rest // size
 
 
 def check_world(config: Config, size: int, neighbours: int) -> None:
@@ -76,11 +87,14 @@ def batch_plan(config: Config) -> dict[str, int | str]:
     per_update = train.prompts_per_update * group
     extra = config.aepo.num_extra(train.prompts_per_iteration, group)
     aepo = {"AEPO's samples an iteration": extra} if extra else {}
+    ahead, size = num_ahead(config), train.prompts_per_iteration
+    carry = {"prompts begun ahead, at most": ahead} if ahead else {}
     return {
         "training problems": rows,
-        "iterations an epoch": rows // train.prompts_per_iteration,
+        "iterations an epoch": f"{rows / size:g}" if ahead else rows // size,
         "iterations": num_iterations(config, rows),
         "prompts an iteration": train.prompts_per_iteration,
+        **carry,
         "group size": group,
         "stage sizes": " + ".join(map(str, stages)),
         "completions an iteration": completions,

