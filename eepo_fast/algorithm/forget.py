@@ -77,8 +77,9 @@ def compute_unlearning(
     ablation: Ablation | None = None,
 ) -> Unlearning:
     """Computes ∇L over stage 1 and decides whether the step is taken. entropy_window: mean entropies of earlier
-    iterations' first stages, for `gate: iteration`. begun: the pass over those of them that ended early."""
-    whole = begun or GradientPass(policy, config, len(rollouts), count_prompts(rollouts))
+    iterations' first stages, for `gate: iteration`. begun: this rank's pass over those of them that ended early."""
+    whole = GradientPass(policy, config, len(rollouts), count_prompts(rollouts))
+    whole.take_over(begun, rollouts)
     found = whole.finish(rollouts)
     found.entropy_window = [*entropy_window, *([found.mean_entropy] if rollouts else [])][-config.window :]
     if config.gate == "iteration" and rollouts:
@@ -119,6 +120,7 @@ class GradientPass:
         self.parts: list[tuple[MicroBatch, tuple[Tensor, ...]]] = []
         """Log-probs, entropy and gate of what is done, each [N]."""
         self.done: set[Rollout] = set()
+        """Those that are added, by whatever rank."""
 
     def _scale(self, num_completions: int, num_prompts: int) -> float:
         return (num_prompts if self.config.reduction == "prompt_sum" else 1) / max(1, num_completions)
@@ -136,15 +138,25 @@ class GradientPass:
             self.parts.append((batch, (stats.logprobs, stats.entropy, is_open.float())))
             self.done.update(batch.rollouts)
 
+    def take_over(self, begun: GradientPass | None, rollouts: Sequence[Rollout]) -> None:
+        """Adds what each rank has begun alone; all ranks call this, first. begun: this rank's, None where there is
+        nothing. rollouts: all of stage 1 that counts."""
+        place = {r: i for i, r in enumerate(rollouts)}
+        assert begun is None or begun.done <= place.keys(), "an engine returns the objects that it has handed over"
+        parts = self.policy.world.gather([place[r] for r in begun.done] if begun else [])
+        if not any(parts):
+            return
+        if begun is not None:  # whose scale is that of another number of completions, where some have not ended
+            begun.sums[0] *= self.scale / begun.scale
+            begun.gradient.scale(self.scale / begun.scale)
+            self.sums, self.parts = begun.sums, begun.parts
+        self.gradient.take_over(begun.gradient if begun else None)
+        self.done = {rollouts[i] for part in parts for i in part}
+
     def finish(self, rollouts: Sequence[Rollout]) -> Unlearning:
-        """Adds those that are not done and returns what was found, on every rank. rollouts: all of stage 1 that counts;
-        where they are fewer than expected, the sums are scaled to as many as they are."""
-        assert self.done <= set(rollouts), "an engine returns the objects that it has handed over"
+        """Adds those that are not done and returns what was found, on every rank. rollouts: all of stage 1 that
+        counts."""
         self.add([r for r in rollouts if r not in self.done])
-        factor = self._scale(len(rollouts), count_prompts(rollouts)) / self.scale
-        if factor != 1:
-            self.sums[0] *= factor
-            self.gradient.scale(factor)
         return self.result(rollouts)
 
     def result(self, rollouts: Sequence[Rollout]) -> Unlearning:

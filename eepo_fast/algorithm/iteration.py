@@ -23,7 +23,7 @@ from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
 from eepo_fast.algorithm.guards import Result, check_version, within_memory
 from eepo_fast.algorithm.in_flight import lacking
 from eepo_fast.algorithm.losses import Term
-from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs
+from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs, share_ref_logprobs
 from eepo_fast.algorithm.step_size import add_step, with_length
 from eepo_fast.config import Config
 from eepo_fast.data.problems import completion_text
@@ -299,6 +299,8 @@ class Iteration:
         if reference is not None:
             with self.phase("ref_logprobs"):
                 self.ahead.scoring.wait()
+                if self.ahead.scored is not None:
+                    share_ref_logprobs(rollouts, self.world)
                 self.within_memory(reference, partial(set_ref_logprobs, reference, rollouts))
 
     def set_prox_logprobs(self, phase: str, rollouts: Sequence[Rollout]) -> None:

@@ -115,8 +115,8 @@ class StreamedUnlearning:
         self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int, background: Background
     ):
         assert policy.stream_tokens is not None
-        self.whole: GradientPass | None = GradientPass(policy, config, num_completions, num_prompts)
-        self.background = background
+        self.whole: GradientPass | None = GradientPass(policy.alone(), config, num_completions, num_prompts)
+        self.background, self.num_ranks = background, policy.world.size
         self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._work, batch))
         self.spans: list[tuple[float, float]] = []
         """The times at which it was worked on: (start, end), of `time.perf_counter`."""
@@ -145,8 +145,10 @@ class StreamedUnlearning:
         self.spans.append((started, time.perf_counter()))
 
     def _has_room(self, whole: GradientPass) -> bool:
-        """Returns whether there is room for a micro-batch, and at the first for ∇L itself."""
-        gradient = 0 if whole.done else sum(p.nbytes for p in whole.policy.model.parameters())
+        """Returns whether there is room for a micro-batch, and at the first for ∇L itself; with several ranks for this
+        one's share of their sum, too."""
+        share = 1 + (1 / self.num_ranks if self.num_ranks > 1 else 0)
+        gradient = 0 if whole.done else share * sum(4 * p.numel() for p in whole.policy.model.parameters())
         return self.background.has_room(whole.policy.pass_bytes(gradient=True) + gradient)
 
     def drop(self) -> None:
@@ -172,7 +174,7 @@ class ScoredAhead:
 
     def __init__(self, policy: Policy, background: Background):
         assert policy.stream_tokens is not None
-        self.policy, self.background = policy, background
+        self.policy, self.background = policy.alone(), background
         self.gave_up = False
         self.put_off = 0
         """The batches for which there was no room beside the engine; they are scored after the stage."""
@@ -192,6 +194,16 @@ class ScoredAhead:
                 self.put_off += 1
         except torch.OutOfMemoryError:  # beside the engine; there is room when it sleeps
             self.gave_up = True
+
+
+def share_ref_logprobs(rollouts: Sequence[Rollout], world: World) -> None:
+    """Gives every rank what others have scored ahead."""
+    if world.size == 1:
+        return
+    mine = {i: torch.tensor(r.ref_logprobs) for i, r in enumerate(rollouts) if r.ref_logprobs is not None}
+    for part in world.gather(mine):
+        for i, logprobs in part.items():
+            rollouts[i].ref_logprobs = logprobs.tolist()
 
 
 def set_ref_logprobs(reference: Policy, rollouts: Sequence[Rollout]) -> None:
@@ -298,16 +310,17 @@ class Ahead:
         self.unlearning = Background("unlearn", threaded=torch.cuda.is_available())
         self.scoring = Background("score", threaded=torch.cuda.is_available())
         self.scored: ScoredAhead | None = None
-        """None on a CPU, beside whose sampling nothing runs, and where ranks would have to meet."""
-        if self.scoring.pool and reference and reference.stream_tokens:
+        """None on a CPU, beside whose sampling nothing runs, and where an engine is spread over ranks."""
+        if self.scoring.pool and reference and reference.stream_tokens and self.ranks_per_engine == 1:
             self.scored = ScoredAhead(reference, self.scoring)
         self.backgrounds = (self.graded.background, self.unlearning, self.scoring)
 
     def stream(
         self, policy: Policy, config: EepoConfig, num_completions: int, num_prompts: int
     ) -> StreamedUnlearning | None:
-        """Returns unlearning that begins while completions are sampled; None where it has to wait."""
-        if policy.stream_tokens is not None:
+        """Returns unlearning that begins while completions are sampled; None where it has to wait: for weights that no
+        rank has whole, and where an engine is spread over ranks, which could not give up its memory on one of them."""
+        if policy.stream_tokens is not None and self.ranks_per_engine == 1:
             self.streamed = StreamedUnlearning(policy, config, num_completions, num_prompts, self.unlearning)
         return self.streamed
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from eepo_fast.config import EepoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.attention import use_packed_attention
+from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import Batching, MicroBatch, collate, plan_micro_batches
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import Rollout, UserError
@@ -41,6 +42,10 @@ class Gradient(Protocol):
 
     def add(self, loss: Tensor) -> None:
         """Adds ∇loss. All ranks call this as often as one another."""
+
+    def take_over(self, mine: "Gradient | None") -> None:
+        """Adds what each rank has summed on its own (`Policy.alone`), which is used up; None where it is nothing. All
+        ranks call this, before anything is added."""
 
     def scale(self, factor: float) -> None:
         """Multiplies the sum so far by `factor`."""
@@ -70,6 +75,10 @@ class Policy(Protocol):
     @property
     def stream_tokens(self) -> int | None:
         """Returns the tokens of a micro-batch that may run while the engine samples; None where it has to wait."""
+
+    def alone(self) -> "Policy":
+        """Returns the same weights for passes of this rank alone: nothing that it does waits for other ranks, and it
+        has no optimizer of its own. AssertionError where no rank has all weights."""
 
     def pass_bytes(self, *, gradient: bool) -> float:
         """Returns what a micro-batch takes beside weights and summed gradients: with its gradient, or for its log-probs
@@ -253,6 +262,16 @@ class ModulePolicy:
     def loss(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         self.world.on_micro_batch()
         return self.module(batch, loss_fn)  # not DeepSpeed's forward: its backward hooks would act on the gradient
+
+    def pass_bytes(self, *, gradient: bool) -> float:
+        weight = next(self.model.parameters())
+        if (shape := Shape.of(self.model.config.to_dict())) is None:
+            return 0.0
+        itemsize = AUTOCAST if self.module.autocast else weight.itemsize
+        tokens, device = self.batching.max_tokens, "cuda" if weight.is_cuda else "cpu"
+        if gradient:
+            return pass_bytes(shape, tokens, itemsize, device, checkpointing=self.model.is_gradient_checkpointing)
+        return score_bytes(shape, tokens, itemsize, device)
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         mine: dict[Rollout, tuple[Tensor, Tensor]] = {}

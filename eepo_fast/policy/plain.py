@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
-from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import Batching, MicroBatch
 from eepo_fast.policy.module import Gradient, ModulePolicy, PolicyModule, give_gradients, norm_of, prepare_model
 from eepo_fast.rollout.engine import RolloutEngine
@@ -39,11 +38,17 @@ class PlainGradient:
             if name in found:
                 found[name].add_(grad)
             else:
-                found[name] = grad
+                found[name] = grad.float()
 
         give_gradients(loss, self.parameters, take)
         if not self.tensors:  # in the model's order, whatever order they came in
-            self.tensors = {n: found[n] if n in found else torch.zeros_like(p) for n, p in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                given = found.get(name)
+                self.tensors[name] = torch.zeros_like(parameter, dtype=torch.float32) if given is None else given
+
+    def take_over(self, mine: Gradient | None) -> None:
+        assert not self.tensors and (mine is None or isinstance(mine, PlainGradient))
+        self.tensors, self.known_norm = mine.tensors if mine else {}, None
 
     def scale(self, factor: float) -> None:
         self.known_norm = None
@@ -91,17 +96,17 @@ class TorchPolicy(ModulePolicy):
 
     @property
     def stream_tokens(self) -> int | None:
-        return self.batching.max_tokens if self.world.size == 1 else None
+        return self.batching.max_tokens
 
-    def pass_bytes(self, *, gradient: bool) -> float:
-        weight = next(self.model.parameters())
-        if (shape := Shape.of(self.model.config.to_dict())) is None:
-            return 0.0
-        itemsize = AUTOCAST if self.module.autocast else weight.itemsize
-        tokens, device = self.batching.max_tokens, "cuda" if weight.is_cuda else "cpu"
-        if gradient:
-            return pass_bytes(shape, tokens, itemsize, device, checkpointing=self.model.is_gradient_checkpointing)
-        return score_bytes(shape, tokens, itemsize, device)
+    @classmethod
+    def around(cls, module: PolicyModule, batching: Batching) -> "TorchPolicy":
+        """Returns a policy of this rank alone around a module that is there, without an optimizer."""
+        policy = cls.__new__(cls)
+        policy.module, policy.batching, policy.world = module, batching, World()
+        return policy
+
+    def alone(self) -> "TorchPolicy":
+        return self if self.world.size == 1 else self.around(self.module, self.batching)
 
     def with_model(self, model: PreTrainedModel) -> "TorchPolicy":
         """Returns the same computation on another model of the same kind, for which there is no optimizer."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from eepo_fast.distributed import World
 from eepo_fast.policy.footprint import BUCKET_ELEMENTS
-from eepo_fast.policy.module import give_gradients
+from eepo_fast.policy.module import Gradient, give_gradients
+from eepo_fast.policy.plain import PlainGradient
 
 # torch 2.13 has new names for two collectives
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -87,6 +88,13 @@ class ShardedGradient:
     def add(self, loss: Tensor) -> None:
         reduction = _Reduction(self)
         give_gradients(loss, self.parameters, reduction.take)
+        reduction.finish()
+
+    def take_over(self, mine: Gradient | None) -> None:
+        assert mine is None or isinstance(mine, PlainGradient)
+        tensors, reduction = mine.tensors if mine else {}, _Reduction(self)
+        for name in reversed(list(tensors)):
+            reduction.take(name, tensors.pop(name))  # a bucket at a time its memory is free
         reduction.finish()
 
     def scale(self, factor: float) -> None:

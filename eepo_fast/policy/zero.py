@@ -24,7 +24,7 @@ from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
 from eepo_fast.policy.micro_batches import Batching, MicroBatch
 from eepo_fast.policy.module import Gradient, ModulePolicy, PolicyModule, norm_of, prepare_model
-from eepo_fast.policy.plain import MOMENTS, make_optimizer, set_scheduler
+from eepo_fast.policy.plain import MOMENTS, TorchPolicy, make_optimizer, set_scheduler
 from eepo_fast.policy.shards import Bucket, ShardedGradient, Slice, all_gather, make_buckets, own_views, width
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import UserError, WeightsVersion
@@ -127,10 +127,11 @@ class ZeroPolicy(ModulePolicy):
 
     @property
     def stream_tokens(self) -> int | None:
-        return None  # its ranks meet in every backward pass, and would have to agree on what has finished
+        return self.batching.max_tokens if self.stage < 3 else None  # where they gather weights, ranks meet in a pass
 
-    def pass_bytes(self, *, gradient: bool) -> float:
-        return 0.0  # nobody asks: it does nothing beside sampling
+    def alone(self) -> TorchPolicy:
+        assert self.stage < 3, "no rank has all weights"
+        return TorchPolicy.around(self.module, self.batching)
 
     # -- the policy update
 

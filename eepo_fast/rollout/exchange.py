@@ -22,7 +22,8 @@ def generate_everywhere(
     finished: Callable[[Rollout], None] | None = None,
     quorum: float = 1.0,
 ) -> list[Rollout]:
-    """Returns all samples, in the order of the requests, on every rank. expected_tokens: of each request's prompt and
+    """Returns all samples, in the order of the requests, on every rank; what was sampled here by this rank's own engine
+    is what it has handed to `finished`. expected_tokens: of each request's prompt and
     answers, by which requests are dealt out; ranks of one engine take the same. decode: gives each completion where it
     was sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call. quorum:
     each engine waits for its own."""
@@ -46,9 +47,16 @@ def generate_everywhere(
     if any(part is None for part in parts):
         raise Interrupted
     everything = {place: packed for part in parts for place, packed in part}
-    return [
-        _unpack(everything[i, k], request, k) for i, request in enumerate(requests) for k in range(len(request.seeds))
-    ]
+    own = dict(zip(places, rollouts, strict=True)) if ranks_per_engine == 1 else {}
+    found = []
+    for i, request in enumerate(requests):
+        for k in range(len(request.seeds)):
+            rollout = _unpack(everything[i, k], request, k)
+            if mine_too := own.get((i, k)):
+                mine_too.segments = rollout.segments  # its log-probs as all ranks have them
+                rollout = mine_too
+            found.append(rollout)
+    return found
 
 
 def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -268,11 +268,13 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
     return peaks
 
 
-def streamed_peak(config: Config, peaks: dict[str, float], engine: float) -> float | None:
+def streamed_peak(config: Config, shape: Shape, peaks: dict[str, float], engine: float) -> float | None:
     """Returns GiB while ∇L is made beside an engine that samples; None where that is never done."""
-    if not config.eepo.enabled or config.train.engine == "deepspeed":
+    sharded = config.train.engine == "deepspeed"
+    if not config.eepo.enabled or (sharded and config.train.zero_stage == 3) or config.rollout.tensor_parallel > 1:
         return None
-    return peaks["unlearning pass"] + (engine if config.rollout.sleep else 0.0)
+    whole = 4 * shape.weights / GIB if sharded else 0.0  # this rank's own sum, beside its share of everybody's
+    return peaks["unlearning pass"] + whole + (engine if config.rollout.sleep else 0.0)
 
 
 def start_on_host(config: Config, shape: Shape, machine: Machine) -> float:
@@ -345,11 +347,12 @@ def how_known(config: Config, machine: Machine) -> list[str]:
 
 
 def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None) -> list[str]:
-    """Returns lines that say, for one GPU, whether unlearning runs beside sampling or after it."""
-    if not config.eepo.enabled or machine.measured or machine.ranks > 1:
+    """Returns lines that say, for a GPU, whether unlearning runs beside sampling or after it."""
+    if not config.eepo.enabled or machine.measured:
         return []
     if beside is None:
-        return ["  unlearning runs after sampling: train.engine=torch alone does it beside"]
+        key = "rollout.tensor_parallel=1" if config.rollout.tensor_parallel > 1 else "train.zero_stage=2 or less"
+        return [f"  unlearning runs after sampling: beside it with {key}"]
     fits = beside <= machine.memory_gib
     where = "runs beside sampling" if fits else "runs after sampling: there is no room beside it"
     return [f"  {'with unlearning beside sampling, GiB:':<44}{beside:>12.2f}", f"  unlearning {where}"]
@@ -375,7 +378,7 @@ def estimate(config: Config, machine: Machine) -> list[str]:
         lines.append(f"  does not fit into {machine.memory_gib:.1f} GiB: {hint}")
     else:
         lines.append(f"  fits, with {machine.memory_gib - peak:.1f} GiB to spare")
-    lines += _when_unlearning_runs(config, machine, streamed_peak(config, peaks, weights + cache))
+    lines += _when_unlearning_runs(config, machine, streamed_peak(config, shape, peaks, weights + cache))
     host = start_on_host(config, shape, machine)
     lines.append(f"  {'host memory at the start, GiB a node:':<44}{host:>12.2f}")
     longest = (config.data.max_prompt_tokens + config.rollout.max_new_tokens) * shape.kv_bytes() / GIB

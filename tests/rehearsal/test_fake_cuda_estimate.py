@@ -76,7 +76,7 @@ def estimated(model, checkpointing, layers=None):
     shape = find_shape(config)
     shape = dataclasses.replace(shape, num_hidden_layers=layers or shape.num_hidden_layers)
     peaks = needed(config, shape, MACHINE)
-    streamed = streamed_peak(config, peaks, engine_gib(config))
+    streamed = streamed_peak(config, shape, peaks, engine_gib(config))
     return {name: peak - BESIDE for name, peak in (peaks | {"streamed": streamed}).items()}
 
 

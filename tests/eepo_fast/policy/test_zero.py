@@ -37,7 +37,8 @@ def test_two_ranks_compute_what_one_process_does(launch):
     for name in ranks[0]:
         limit = 1e-4 if "float32" in name else 2e-2
         for found in (report[name] for report in ranks):
-            for key in ("gradient", "numbers", "logprobs", "forgotten", "stats", "losses", "updated"):
+            streamed = [f"streamed {key}" for key in ("gradient", "numbers", "columns")]
+            for key in ("gradient", "numbers", "logprobs", *streamed, "forgotten", "stats", "losses", "updated"):
                 assert found[key] < limit, (name, key, found[key])
             # one rollout, so that a rank has none; in bf16 the two have drifted apart by then
             assert "bfloat16" in name or max(found["alone"], found["after one"]) < limit, name

@@ -9,12 +9,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.algorithm.losses import PolicyTokens, policy_loss
+from eepo_fast.algorithm.overlap import Background, StreamedUnlearning
 from eepo_fast.algorithm.ratio import set_old_logprobs
 from eepo_fast.config import make_config
 from eepo_fast.distributed import start_world
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.shards import all_gather
 from eepo_fast.policy.zero import ZeroPolicy
+from eepo_fast.rollout.engine import Sampling, make_requests
+from eepo_fast.rollout.exchange import generate_everywhere
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
@@ -91,6 +94,9 @@ def run(policy, engine, config, start):
         "numbers": torch.tensor([found.loss, found.grad_norm, found.active_fraction, found.mean_entropy]).double(),
         "logprobs": torch.tensor([v for r in rollouts for v in r.prox_logprobs]).double(),
     }
+    again = [streamed(policy, config, takes, rollouts) for takes in ({0, 1}, {1}, set())]
+    for key, values in zip(("gradient", "numbers", "columns"), zip(*again, strict=True), strict=True):
+        result[f"streamed {key}"] = torch.cat(values)
     stats = policy.forget(engine, found.gradient, config.eepo, seed=3, step=4)
     result["forgotten"] = flat(engine.weights.values()) - held
     result["stats"] = torch.tensor([stats.retention, stats.intended_norm]).double()
@@ -102,6 +108,41 @@ def run(policy, engine, config, start):
     result["alone"] = torch.tensor(update(policy, config, rollouts[:1])).double()  # ranks without a token
     result["after one"] = flat(value for _, value in policy.masters()) - after
     return result
+
+
+def streamed(policy, config, takes, rollouts):
+    """What unlearning finds that has begun on the ranks `takes`, on a thread, with completions of their own; more had
+    been expected. The others have given up. Where no rank has the weights, all is done after the stage."""
+    for r in rollouts:
+        r.prox_logprobs = r.entropy = r.gate = None
+    begun, rank, size = None, policy.world.rank, policy.world.size
+    if policy.stream_tokens is not None:
+        stream = StreamedUnlearning(policy, config.eepo, len(rollouts) + 3, 7, Background("unlearn", threaded=True))
+        stream.queue.most = 20
+        for r in rollouts[rank::size]:
+            stream.take(r)
+        stream.background.wait()
+        assert len(stream.whole.done) > 1, "most of it is done before the stage ends"
+        if rank not in takes and size > 1:
+            stream.drop()
+        begun = stream.hand_over()
+    found = compute_unlearning(policy, rollouts, config.eepo, [], begun=begun)
+    numbers = [found.loss, found.grad_norm, found.active_fraction, found.mean_entropy]
+    columns = [v for r in rollouts for v in [*r.prox_logprobs, *r.entropy, *r.gate]]
+    return whole_gradient(found.gradient), torch.tensor(numbers).double(), torch.tensor(columns).double()
+
+
+def exchanged(world):
+    """Tokens and log-probs of all completions, of which this rank's own are those that its engine handed over."""
+    engine, handed = HfEngine(make_model("tied"), dtype=torch.float32, max_sequences=8, pad_id=0), []
+    prompts = [Prompt(Problem(f"p{i}", "", "1"), "", [3 + i, 9, 5]) for i in range(5)]
+    engine.weights_version = WeightsVersion(0, False)
+    rollouts = generate_everywhere(
+        engine, make_requests(prompts, 1, range(3), 0, 0), Sampling(1.0, 12, (1, 7)), expected_tokens=[1.0] * 5,
+        world=world, ranks_per_engine=1, decode=lambda r: str(r.token_ids), finished=handed.append,
+    )  # fmt: skip
+    assert 3 <= len(handed) < len(rollouts) == 15 and set(handed) <= set(rollouts)
+    return [[r.prompt.id, r.sample_index, r.token_ids, r.rollout_logprobs, r.completion] for r in rollouts]
 
 
 def poison(policy, rollouts):
@@ -148,6 +189,7 @@ def touched(policy, config):
     policy.backward(micro, lambda stats, rows: -stats.logprobs / counted)
     before = snapshot(policy)
     found = compute_unlearning(policy, rollouts, config.eepo, [])
+    streamed(policy, config, {0, 1}, rollouts)
     sums = torch.zeros(4, dtype=torch.float64)
     options = dict(seed=0, step=0)
     for _ in policy.forgetful_buckets(found.gradient, config.eepo, sums, **options):
@@ -170,6 +212,8 @@ def compare(found, expected):
 
 def main(world):
     report = {}
+    first, *others = world.gather(exchanged(world))
+    assert all(other == first for other in others)
     for family, dtype, stage, packing, tokens, checkpointing, *offload in json.loads(sys.argv[1]):
         config = make_config({
             "model": {"path": "unused"}, "data": {"train": "arithmetic"},

@@ -120,7 +120,8 @@ def test_a_dry_run_prints_the_estimate():
 @pytest.mark.parametrize(
     "overrides, unlearning",
     [
-        ([], "after sampling: train.engine=torch alone does it beside"),
+        ([], "beside sampling"),
+        (["train.zero_stage=3"], "after sampling: beside it with train.zero_stage=2 or less"),
         (["train.engine=torch"], "beside sampling"),
         (
             ["train.engine=torch", "rollout.sleep=true", "rollout.gpu_memory_utilization=0.55"],
