@@ -106,6 +106,7 @@ METRIC_KEYS = [
     "policy/weight_tail",
     "policy/non_finite_ratios",
     "rollout/logprob_gap",
+    "time/waiting_s",
     "rollout/carried_fraction",
     "rollout/held_groups",
     "rollout/staleness_mean",

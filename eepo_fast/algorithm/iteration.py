@@ -34,6 +34,8 @@ from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, S
 from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
 from eepo_fast.types import Grade, Group, Prompt, Rollout, TrainerState, WeightsVersion
 
+MOST = 0.9  # of a stage's completions: what comes after them is waiting for the last
+
 
 @dataclass
 class Setup:
@@ -109,6 +111,8 @@ class Iteration:
         self.started = self.sampled_at = time.perf_counter()
         self.times: dict[str, float] = {}
         """Seconds by phase."""
+        self.waiting_s = 0.0
+        """Seconds of sampling in which `MOST` of a stage's completions had ended, and all were waited for."""
         self.out_of_memory = 0
         """How often micro-batches were halved."""
 
@@ -168,18 +172,22 @@ class Iteration:
         temperature: float | None = None,
         unlearns: bool = False,
     ) -> list[Rollout]:
-        """Samples on all engines; returns the completions in the order of the requests, on every rank. forgotten:
-        whether the engine's weights must be the forgetful ones. lengths: the expected tokens of an answer, by prompt;
-        without them prompts are dealt out by their own length. unlearns: unlearning begins with each completion that
-        has ended and is wholly of these weights, if it may."""
+        """Samples on all engines; returns the completions, in one order on every rank. forgotten: whether the engine's
+        weights must be the forgetful ones. lengths: the expected tokens of an answer, by prompt; without them prompts
+        are dealt out by their own length. unlearns: unlearning begins with each completion that has ended and is wholly
+        of these weights, if it may."""
         sampling = self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
         lengths = lengths or {}
         num_samples = sum(len(r.seeds) for r in requests)
         sizes = num_samples, len(self.prompts)
         streamed = self.ahead.stream(self.policy, self.eepo, *sizes) if unlearns else None
+        # the longest first, and before them what has been long already: what begins late is waited for
+        requests = sorted(requests, key=lambda r: (not r.before, -lengths.get(r.prompt.id, 0.0)))
         costs = [len(r.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
+        ends: list[float] = []
 
         def finished(rollout: Rollout) -> None:
+            ends.append(time.perf_counter())
             if streamed is not None and self.is_of_theta(rollout):
                 streamed.take(rollout)
             self.ahead.take(rollout)
@@ -198,6 +206,8 @@ class Iteration:
                 quorum=quorum,
             )
             self.sampled_at = time.perf_counter()
+        if quorum == 1 and ends:
+            self.waiting_s += self.sampled_at - ends[math.ceil(MOST * len(ends)) - 1]
         expected = self.theta._replace(forgotten=forgotten)
         check_version(rollouts, expected, requests)
         return rollouts

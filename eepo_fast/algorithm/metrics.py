@@ -196,6 +196,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "rollout/non_finite_logprobs": sum(not has_finite_logprobs(r) for r in rollouts),
         "rollout/logprob_gap": update.mean("rollout/logprob_gap") if math.isnan(gap) else gap,
         **{f"time/{name}_s": value for name, value in it.times.items()},
+        "time/waiting_s": it.waiting_s,
         "tokens/generated": num_sampled,
         "tokens/per_second": num_sampled / it.times["iteration"],
         **it.ahead.metrics(),

@@ -183,7 +183,7 @@ def phases(group: Group) -> dict[str, float]:
     keys = list(dict.fromkeys(key for run in group.runs for row in run.rows for key in row if key.startswith("time/")))
     rows = [row for run in group.runs for row in (run.rows[1:] or run.rows)]  # the first iteration warms up
     # an evaluation comes between iterations; all other phases are part of one
-    counted = [k for k in keys if k not in ("time/iteration_s", "time/evaluation_s")]
+    counted = [k for k in keys if k not in ("time/iteration_s", "time/evaluation_s", "time/waiting_s")]
     means = {k[5:-2]: sum(row.get(k) or 0.0 for row in rows) / len(rows) for k in counted}
     other = sum(row.get("time/iteration_s") or 0.0 for row in rows) / len(rows) - sum(means.values())
     return dict(sorted(means.items(), key=lambda item: -item[1])) | {"other": max(0.0, other)}

@@ -171,7 +171,7 @@ class LivePanel(Training):
         return Text("\n").join([bar, legend])
 
 
-NOT_PHASES = ("time/iteration_s", "time/evaluation_s")
+NOT_PHASES = ("time/iteration_s", "time/evaluation_s", "time/waiting_s")
 
 
 class Display:

@@ -9,17 +9,21 @@ from pathlib import Path
 
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter
+from eepo_fast.config import Config, make_config
 from eepo_fast.distributed import World
 from eepo_fast.evaluation.periodic import PeriodicEvaluation
 from eepo_fast.run import log_files
 from eepo_fast.run.display import Display, Training, untaken_step
+from eepo_fast.run.plan import num_iterations
 from eepo_fast.run.signals import LeaveRequest
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.watchdog import Watchdog
 from eepo_fast.types import Interrupted, UserError
 
 ENDING = "ended.json"
-UNTAKEN_WARNED = 3  # forget steps in a row that did nothing, before it is said
+RUNNING = 3  # iterations in a row in which a forget step does nothing, or sampling waits, before it is said
+QUORUM = 0.9  # that is advised
+WAITS = 0.25  # share of sampling that is waiting for the last answers, from which on it is said
 
 
 def write_ending(
@@ -70,6 +74,8 @@ class Loop:
     total: int
     untaken: int = field(default=0, init=False)
     """How many forget steps in a row were not taken, or taken back."""
+    waiting: int = field(default=0, init=False)
+    """How many iterations in a row waited long for their last answers."""
 
     def run(self, show: Training) -> None:
         """Runs until `total` iterations are done. Raises Interrupted(signal's name) where it was told to leave; the
@@ -107,6 +113,7 @@ class Loop:
                 self.trackers.log(row, step)
         show.iteration(row)
         self._warn_of_untaken_steps(row)
+        self._advise_of_waiting(row)
         if left:
             raise Interrupted
         if step == self.total:
@@ -121,11 +128,24 @@ class Loop:
         """Says, the third time running, that forgetting does nothing, and what to do."""
         found = untaken_step(row)
         self.untaken = self.untaken + 1 if found else 0
-        if found and self.untaken == UNTAKEN_WARNED:
+        if found and self.untaken == RUNNING:
             why, remedy = found
             self.meeting.display.warn(
-                f"iteration {row['step']}: forget step {why}, {UNTAKEN_WARNED} times running, and such an iteration is "
+                f"iteration {row['step']}: forget step {why}, {RUNNING} times running, and such an iteration is "
                 f"GRPO's at a higher price; {remedy}"
+            )
+
+    def _advise_of_waiting(self, row: dict[str, float]) -> None:
+        """Says, the third time running, how long the last answers were waited for, and what would save that."""
+        sampling = sum(seconds for key, seconds in row.items() if key.startswith("time/rollout_stage"))
+        share = row["time/waiting_s"] / sampling
+        self.waiting = self.waiting + 1 if share > WAITS else 0
+        if self.waiting == RUNNING and can_carry(self.trainer.config, len(self.trainer.prompts)):
+            saved = row["time/waiting_s"] / row["time/iteration_s"]
+            self.meeting.display.say(
+                f"iteration {row['step']}: sampling waits {share:.0%} of its time for the last tenth of the answers, "
+                f"{RUNNING} times running; rollout.carry=1 rollout.quorum={QUORUM} would save up to {saved:.0%} of an "
+                "iteration"
             )
 
     def _progress(self, show: Training, done: int, asked: int) -> None:
@@ -170,6 +190,16 @@ class Loop:
         if self.trainer.world.is_main:
             write_ending(self.trainer.config.run_dir, name, step=state.step, total=self.total)
         raise Interrupted(name)
+
+
+def can_carry(config: Config, num_prompts: int) -> bool:
+    """Returns whether the run would be one with `rollout.carry`, which it is not."""
+    try:
+        changed = make_config(config.model_dump(), {"rollout": {"carry": 1, "quorum": QUORUM}})
+        num_iterations(changed, num_prompts)
+    except UserError:
+        return False
+    return not config.rollout.carry
 
 
 @contextmanager

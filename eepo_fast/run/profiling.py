@@ -21,7 +21,7 @@ from eepo_fast.config import Config
 from eepo_fast.distributed import World
 from eepo_fast.rewards import make_grader
 from eepo_fast.run.build import loaded_parts
-from eepo_fast.run.display import Display
+from eepo_fast.run.display import NOT_PHASES, Display
 from eepo_fast.run.plan import check_world
 from eepo_fast.types import UserError
 
@@ -124,7 +124,7 @@ def window(nsys: bool) -> Iterator[None]:
 
 def show(rows: list[dict[str, float]], peaks: Peaks, trace: Any, display: Display) -> None:
     whole = sum(row["time/iteration_s"] for row in rows) / len(rows)
-    names = [key for key in rows[-1] if key.startswith("time/") and key != "time/iteration_s"]
+    names = [key for key in rows[-1] if key.startswith("time/") and key not in NOT_PHASES]
     seconds = {key[5:-2]: sum(row.get(key, 0.0) for row in rows) / len(rows) for key in names}
     seconds["other"] = max(0.0, whole - sum(seconds.values()))
     table = Table(title=f"mean of {len(rows)} iterations: {whole:.2f} s", box=None, pad_edge=False)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -48,6 +49,35 @@ def test_a_forget_step_that_did_nothing_is_said_at_once(metric_keys, key, why, r
     for i in range(5, 11):
         loop._warn_of_untaken_steps(untaken_row(i, metric_keys, key))
     assert len(said) == 1 and "iteration 7: forget step " + why in said[0] and remedy in said[0]
+
+
+def test_a_run_that_waits_says_so_once(metric_keys, test_config):
+    """And what would help has been tried: its config is one that can be run."""
+
+    def lines(config, shares, num_prompts=12):
+        said, loop = [], Loop(*[None] * 7)
+        loop.meeting = SimpleNamespace(display=SimpleNamespace(say=said.append))
+        loop.trainer = SimpleNamespace(config=config, prompts=range(num_prompts))
+        for step, share in enumerate(shares):
+            times = {"time/rollout_stage1_s": 3.0, "time/rollout_stage2_s": 2.0, "time/iteration_s": 10.0}
+            loop._advise_of_waiting(make_row(step, metric_keys) | times | {"time/waiting_s": 5 * share})
+        return said
+
+    (line,) = lines(test_config(), [0.4, 0.2, 0.3, 0.3, 0.38, 0.5, 0.5])
+    assert line == (
+        "iteration 4: sampling waits 38% of its time for the last tenth of the answers, 3 times running; "
+        "rollout.carry=1 rollout.quorum=0.9 would save up to 19% of an iteration"
+    )
+    assert lines(test_config(), [0.3, 0.3, 0.2] * 3) == lines(test_config(), [math.nan] * 5) == []
+    for sections in (
+        {"rollout": {"carry": 1, "quorum": 0.9}},
+        {"aepo": {"enabled": True}},
+        {"eepo": {"reduction": "prompt_sum"}},
+        {"eepo": {"direction": "temperature"}},
+        {"grpo": {"ratio": "policy"}},
+    ):
+        assert lines(test_config(**sections), [0.5] * 5) == []
+    assert lines(test_config(), [0.5] * 5, num_prompts=5) == [], "too few to begin some ahead"
 
 
 def test_a_forget_step_that_was_taken_is_not_complained_of(metric_keys):
