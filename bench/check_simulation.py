@@ -20,7 +20,7 @@ import torch
 from bench_iteration import LENGTHS, fix_lengths, make_config, make_prompts, make_trainer, timed
 from common import parser_with_defaults, record
 from models import make_model
-from simulate_rollout import Answer, Costs, Setup, StepTime, iteration, sample_static
+from simulation import Answer, Costs, Setup, StepTime, iteration, sample_static
 
 from eepo_fast.data.base_model import make_tokenizer
 

@@ -6,242 +6,37 @@ From the lengths of answers, the time of a decoding step (weights and keys and v
 multiplied) and the rates of a GPU, which are assumptions (eepo_fast/run/estimate.py). The same simulation, with times
 taken from one run on the machine at hand, is held against other runs by bench/check_simulation.py.
 
-Left out: grading, the guard's scores of 16 answers, and the host's work beside STEP_OVERHEAD_S. Streamed unlearning,
-beside sampling, is what this trainer does on one GPU; with DeepSpeed it comes after the stage, as in `plain`. Assumed:
-lengths are those of bench/lengths, stretched so that the longest answer is max_new_tokens; the same in both stages;
-prompts are dealt to engines in turn; unlearning beside decoding gets what decoding leaves of the GPU's multiplications,
-and slows it by INTERFERENCE.
+Every figure is the mean of ITERATIONS iterations; those with rollout.carry come after WARM_UP others of the same run.
+Streamed unlearning, beside sampling, is what this trainer does on a GPU up to ZeRO-2; else it comes after the stage, as
+in `plain`. Lengths are those of bench/lengths, stretched so that the longest answer is max_new_tokens. simulation.py
+says what else is assumed and left out.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import random
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from common import parser_with_defaults, record
+from simulation import Answer, CarriedRun, Costs, Draw, Setup, StepTime, carried_iterations, iteration
 
 from eepo_fast.config import Config, load_config
-from eepo_fast.rollout.engine import num_preemptible
 from eepo_fast.run.estimate import Machine, Shape, find_machine, find_shape
 
 ROOT = Path(__file__).parents[1]
 STEP_OVERHEAD_S = 1.5e-3  # of a decoding step: the scheduler, launches
-INTERFERENCE = 0.1  # decoding takes so much longer while unlearning goes on beside it
 MODELS = ("qwen2.5-3b", "llama-3.2-3b-instruct", "qwen3-8b-base")
 PAPER = [f"8x{name}" for name in ("A100-80GB", "H200", "B200")]
 PROMPTS = 128  # the paper's
 MANY = (64, 256, 1024)  # H200, with 16 prompts each
 QUORUMS = (1.0, 0.9, 0.75, 0.5)
-
-
-class Answer(NamedTuple):
-    prompt: int
-    """The number of its prompt."""
-    prompt_tokens: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Holds what one decoding step takes, in seconds."""
-
-    fixed_s: float
-    sequence_s: float
-    """Seconds a sequence: its token is multiplied with the weights."""
-    cached_token_s: float
-    """Seconds a token whose keys and values are read."""
-    weights_s: float = 0.0
-    """Seconds that reading the weights takes beside `fixed_s`."""
-    overlapped: bool = False
-    """Whether what is read and what is multiplied go on at once."""
-
-    def __call__(self, sequences: float, cached: float) -> float:
-        reading, multiplying = self.weights_s + self.cached_token_s * cached, self.sequence_s * sequences
-        return self.fixed_s + (max(reading, multiplying) if self.overlapped else reading + multiplying)
-
-    def busy(self, sequences: float, cached: float) -> float:
-        """Returns the share of a step in which something is multiplied."""
-        return self.sequence_s * sequences / self(sequences, cached)
-
-
-@dataclass(frozen=True)
-class Costs:
-    step: StepTime
-    prefill_token_s: float
-    forward_token_s: float
-    """Seconds of one token of the batch, all ranks at work."""
-    train_token_s: float
-    """Seconds of such a token forward and backward."""
-    reference_token_s: float = 0.0
-    """Seconds of such a token in the reference of the KL term."""
-    update_s: float = 0.0
-    """Seconds an update takes beside the tokens: gradients and weights on the wire, the optimizer."""
-    unlearn_s: float = 0.0
-    """The same of the unlearning pass."""
-    sync_s: float = 0.0
-    forget_s: float = 0.0
-    first_step_s: float = 0.0
-    """Seconds that a stage's beginning costs beside its prefill."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    prompts: int
-    group_size: int
-    updates: int
-    engines: int
-    max_sequences: int
-    stream_tokens: int
-    static: bool = False
-    """Whether it is the embedded engine: a batch begins together, and rows are dropped when half of them have ended."""
-
-
-@dataclass
-class Stage:
-    seconds: float = 0.0
-    ends: list[tuple[float, Answer, float]] = field(default_factory=list)
-    """(time, answer, how busy the GPU's multipliers were) of the answers that ended, in order."""
-    left: list[tuple[Answer, int]] = field(default_factory=list)
-    """(which, tokens so far) of those that were preempted."""
-    steps: list[tuple[int, float, float]] = field(default_factory=list)
-    """(how many alike, sequences, cached tokens)."""
-    running: list[tuple[float, int]] = field(default_factory=list)
-    """(time, how many answers were being written)."""
-
-
-def sample_continuous(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> Stage:
-    """Samples as an engine does whose rows are taken by the next answer as soon as they are free."""
-    stage, waiting = Stage(), list(answers)[::-1]
-    preemptible, steps_done, cached, seen = num_preemptible(len(answers), quorum), 0, 0.0, set()
-    ends: list[tuple[int, int, Answer]] = []  # (step, number, which)
-    stage.seconds = costs.first_step_s
-    while waiting or ends:
-        while waiting and len(ends) < setup.max_sequences:
-            answer = waiting.pop()
-            if answer.prompt not in seen:  # one prefill for all its samples
-                seen.add(answer.prompt)
-                stage.seconds += answer.prompt_tokens * costs.prefill_token_s
-            heapq.heappush(ends, (steps_done + answer.tokens, len(waiting), answer))
-            cached += answer.prompt_tokens
-        stage.running.append((stage.seconds, len(ends)))
-        step, _, answer = heapq.heappop(ends)
-        count, rows = step - steps_done, len(ends) + 1
-        at = cached + rows * count / 2
-        stage.seconds += count * costs.step(rows, at)
-        stage.steps.append((count, rows, at))
-        cached += rows * count - answer.prompt_tokens - answer.tokens
-        steps_done = step
-        stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
-        tied = ends and ends[0][0] == steps_done  # ends in the same step
-        if not waiting and len(ends) <= preemptible and not tied:
-            stage.left = [(a, a.tokens - (end - steps_done)) for end, _, a in ends]
-            break
-    stage.running.append((stage.seconds, 0))
-    return stage
-
-
-def sample_static(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> Stage:
-    stage = Stage()
-    ordered = sorted(answers, key=lambda a: a.prompt_tokens)
-    for start in range(0, len(ordered), setup.max_sequences):
-        batch = ordered[start : start + setup.max_sequences]
-        widest = max(a.prompt_tokens for a in batch)
-        stage.seconds += costs.first_step_s + len({a.prompt for a in batch}) * widest * costs.prefill_token_s
-        rows, preemptible, done = len(batch), num_preemptible(len(batch), quorum), 0
-        by_length = sorted(batch, key=lambda a: a.tokens)
-        for i, answer in enumerate(by_length):
-            stage.running.append((stage.seconds, len(batch) - i))
-            count, at = answer.tokens - done, rows * (widest + (done + answer.tokens) / 2)
-            stage.seconds += count * costs.step(rows, at)
-            stage.steps.append((count, rows, at))
-            done, running = answer.tokens, len(batch) - i - 1
-            stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
-            if running and by_length[i + 1].tokens == done:  # ends in the same step
-                continue
-            if running <= preemptible:
-                stage.left += [(a, done) for a in by_length[i + 1 :]]
-                break
-            if running <= rows // 2:
-                rows = running
-    stage.running.append((stage.seconds, 0))
-    return stage
-
-
-def one_stage(answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0) -> list[Stage]:
-    """Samples one stage on every engine."""
-    shares: list[list[Answer]] = [[] for _ in range(setup.engines)]
-    for answer in answers:
-        shares[answer.prompt % setup.engines].append(answer)
-    sample = sample_static if setup.static else sample_continuous
-    return [sample(share, costs, setup, quorum) for share in shares if share]
-
-
-def streamed_unlearning(stages: Sequence[Stage], costs: Costs, setup: Setup) -> tuple[float, float]:
-    """Returns (seconds left of the pass when the last answer has ended, by how much sampling took longer)."""
-    ends = sorted((end for stage in stages for end in stage.ends), key=lambda end: end[0])
-    over = max(stage.seconds for stage in stages)
-    free = beside = late = tokens = 0.0
-    for when, answer, busy in ends:
-        tokens += answer.prompt_tokens + answer.tokens
-        if tokens >= setup.stream_tokens and when < over:
-            seconds, speed = tokens * costs.train_token_s, max(1e-3, 1 - busy)
-            begin = max(free, when)
-            free = begin + seconds / speed
-            there = max(0.0, min(free, over) - begin)  # beside sampling
-            beside, late = beside + there, late + seconds - there * speed  # the rest at full speed
-            tokens = 0.0
-    return late + tokens * costs.train_token_s, beside * INTERFERENCE
-
-
-class Iteration(NamedTuple):
-    phases: dict[str, float]
-    """Seconds by phase."""
-    stages: list[list[Stage]]
-    """Each stage's engines."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.phases.values())
-
-
-def iteration(
-    answers: Sequence[Answer], costs: Costs, setup: Setup, *, eepo: bool, streamed: bool = False, quorum: float = 1.0
-) -> Iteration:
-    """Simulates an iteration. answers: of the whole batch, a prompt's own side by side."""
-    tokens = sum(a.prompt_tokens + a.tokens for a in answers)
-    found = {"sync": costs.sync_s}
-    if not eepo:
-        both = [one_stage(answers, costs, setup)]
-        found["stage 1"] = max(s.seconds for s in both[0])
-        # the first mini-batch is scored by its own update
-        found["old log-probs"] = tokens * (1 - 1 / setup.updates) * costs.forward_token_s
-    else:
-        half = setup.group_size // 2
-        first = [a for i, a in enumerate(answers) if i % setup.group_size < half]
-        second = [a for i, a in enumerate(answers) if i % setup.group_size >= half]
-        stages = one_stage(first, costs, setup, quorum)
-        left = [one for stage in stages for one in stage.left]
-        unfinished = {id(a) for a, _ in left}
-        heard = sum(a.prompt_tokens + a.tokens for a in first if id(a) not in unfinished)
-        rest, slower = streamed_unlearning(stages, costs, setup) if streamed else (heard * costs.train_token_s, 0.0)
-        found["stage 1"] = max(s.seconds for s in stages) + slower
-        found["unlearn"] = rest + costs.unlearn_s
-        found["forget"] = costs.forget_s
-        # stragglers: what they have said is read again as a prompt of their own
-        more = [Answer(a.prompt, a.prompt_tokens + n, a.tokens - n) for a, n in left]
-        shifted = [m._replace(prompt=m.prompt + (i + 1) * setup.prompts) for i, m in enumerate(more)]
-        both = [stages, one_stage([*shifted, *second], costs, setup)]
-        found["stage 2"] = max(s.seconds for s in both[1])
-        late = sum(m.prompt_tokens + m.tokens for m in more) * (1 - 1 / setup.updates)
-        found["old log-probs"] = late * costs.forward_token_s
-    found["reference"] = tokens * costs.reference_token_s
-    found["update"] = tokens * costs.train_token_s + setup.updates * costs.update_s
-    return Iteration(found, both)
+ITERATIONS, WARM_UP = 6, 4
+CARRIES = {"carry": (0.9, 0.5), "carry_quorum_0.75": (0.75, 1.0)}  # rollout.quorum and in_flight with rollout.carry 1
 
 
 def gpu_costs(config: Config, shape: Shape, machine: Machine, mean_length: float) -> Costs:
@@ -269,21 +64,28 @@ def gpu_costs(config: Config, shape: Shape, machine: Machine, mean_length: float
     )
 
 
-def drawn_answers(pairs: Sequence[Sequence[int]], longest: int, prompts: int, group_size: int) -> list[Answer]:
-    """Draws answers of a batch from measured ones, each as many times as long as lets the longest be `longest`."""
-    generator, factor = random.Random(0), longest / max(n for _, n in pairs)
-    found = []
-    for prompt in range(prompts):
+def drawing(pairs: Sequence[Sequence[int]], longest: int, group_size: int) -> Draw:
+    """Returns what draws the answers of a group from measured ones, each as many times as long as lets the longest be
+    `longest`."""
+    factor = longest / max(n for _, n in pairs)
+
+    def draw(number: int) -> list[tuple[int, int]]:
+        generator = random.Random(number)
         asked = generator.choice(pairs)[0]
-        lengths = [generator.choice(pairs)[1] for _ in range(group_size)]
-        found += [Answer(prompt, asked, max(1, round(n * factor))) for n in lengths]
-    return found
+        return [(asked, max(1, round(generator.choice(pairs)[1] * factor))) for _ in range(group_size)]
+
+    return draw
 
 
 class Case(NamedTuple):
-    answers: list[Answer]
+    draw: Draw
     costs: Costs
     setup: Setup
+
+    def answers(self, number: int = 0) -> list[Answer]:
+        """Returns those of an iteration that waits for all."""
+        size = self.setup.prompts
+        return [Answer(i, *drawn) for i in range(size) for drawn in self.draw(number * size + i)]
 
 
 def make_case(model: str, machine_name: str, pairs: Sequence[Sequence[int]], prompts: int | None = None) -> Case:
@@ -291,7 +93,8 @@ def make_case(model: str, machine_name: str, pairs: Sequence[Sequence[int]], pro
     config = load_config([str(ROOT / f"configs/{model}.yaml")], [])
     shape, machine = find_shape(config), find_machine(machine_name, 1)
     prompts = prompts or config.train.prompts_per_iteration
-    answers = drawn_answers(pairs, config.rollout.max_new_tokens, prompts, config.rollout.group_size)
+    draw = drawing(pairs, config.rollout.max_new_tokens, config.rollout.group_size)
+    mean = statistics.mean(tokens for number in range(prompts) for _, tokens in draw(number))
     setup = Setup(
         prompts=prompts,
         group_size=config.rollout.group_size,
@@ -300,22 +103,43 @@ def make_case(model: str, machine_name: str, pairs: Sequence[Sequence[int]], pro
         max_sequences=config.rollout.max_sequences,
         stream_tokens=config.train.micro_batch_tokens * machine.ranks,
     )
-    return Case(answers, gpu_costs(config, shape, machine, sum(a.tokens for a in answers) / len(answers)), setup)
+    return Case(draw, gpu_costs(config, shape, machine, mean), setup)
+
+
+def mean(case: Case, **ways) -> tuple[float, dict[str, float]]:
+    """Returns the seconds of iterations that wait for all of theirs, and those of their phases."""
+    found = [iteration(case.answers(n), case.costs, case.setup, **ways) for n in range(ITERATIONS)]
+    phases = {name: statistics.mean(one.phases[name] for one in found) for name in found[0].phases}
+    return sum(phases.values()), phases
+
+
+def carried(case: Case, quorum: float, in_flight: float, **way) -> dict[str, float]:
+    """Returns seconds with rollout.carry, and what is in flight."""
+    run = CarriedRun(case.draw, case.costs, case.setup, quorum=quorum, in_flight=in_flight, **way)
+    found = list(carried_iterations(run, WARM_UP, ITERATIONS))
+    names = ("seconds", "staleness", "carried", "held")
+    return {name: statistics.mean(getattr(one, name) for one in found) for name in names}
 
 
 def compare(case: Case) -> dict:
-    """Returns seconds of GRPO, and of EEPO in multiples of them."""
-    grpo, plain = iteration(*case, eepo=False), iteration(*case, eepo=True)
+    """Returns seconds of GRPO, and others in multiples of them."""
+    (grpo_s, grpo), (_, plain) = mean(case, eepo=False), mean(case, eepo=True)
     free = case._replace(costs=replace(case.costs, train_token_s=0.0, unlearn_s=0.0, forget_s=0.0))
-    tails = iteration(*free, eepo=True).phases
+    tails = mean(free, eepo=True)[1]
     bound = sum(tails[name] for name in ("stage 1", "stage 2"))
-    bound += sum(grpo.phases[name] for name in ("sync", "reference", "update"))
-    row = {"grpo_s": grpo.seconds, "two_tails": bound / grpo.seconds}
+    bound += sum(grpo[name] for name in ("sync", "reference", "update"))
+    row = {"grpo_s": grpo_s, "two_tails": bound / grpo_s}
     for quorum in QUORUMS:
         for streamed in (False, True):
             name = ("streamed" if streamed else "plain") + (f"_quorum_{quorum:g}" if quorum < 1 else "")
-            row[name] = iteration(*case, eepo=True, streamed=streamed, quorum=quorum).seconds / grpo.seconds
-    return row | {"grpo": grpo.phases, "eepo": plain.phases}
+            row[name] = mean(case, eepo=True, streamed=streamed, quorum=quorum)[0] / grpo_s
+    ways = {"plain": {"eepo": True}, "streamed": {"eepo": True, "streamed": True}, "grpo": {"eepo": False}}
+    for carry, settings in CARRIES.items():
+        for name, way in ways.items():
+            found = carried(case, *settings, **way)
+            row[f"{name}_{carry}"] = found.pop("seconds") / grpo_s
+            row[f"{name}_{carry}_in_flight"] = found
+    return row | {"grpo": grpo, "eepo": plain}
 
 
 def draw(path: Path, case: Case, title: str) -> None:
@@ -326,10 +150,12 @@ def draw(path: Path, case: Case, title: str) -> None:
     import matplotlib.pyplot as plt
 
     ways = {
-        "GRPO": iteration(*case, eepo=False),
-        "EEPO, one thing after another": iteration(*case, eepo=True),
-        "EEPO, unlearning streamed": iteration(*case, eepo=True, streamed=True),
-        "EEPO, streamed, quorum 0.75": iteration(*case, eepo=True, streamed=True, quorum=0.75),
+        "GRPO": iteration(case.answers(), case.costs, case.setup, eepo=False),
+        "EEPO, one thing after another": iteration(case.answers(), case.costs, case.setup, eepo=True),
+        "EEPO, unlearning streamed": iteration(case.answers(), case.costs, case.setup, eepo=True, streamed=True),
+        "EEPO, streamed, quorum 0.75": iteration(
+            case.answers(), case.costs, case.setup, eepo=True, streamed=True, quorum=0.75
+        ),
     }
     figure, axes = plt.subplots(len(ways), 1, figsize=(8, 6.4), sharex=True, layout="constrained")
     for axis, (name, found) in zip(axes, ways.items(), strict=True):

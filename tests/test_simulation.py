@@ -1,4 +1,4 @@
-"""bench/simulate_rollout.py by hand: seconds of stages whose steps are easily added up."""
+"""bench/simulation.py by hand: seconds of stages whose steps are easily added up."""
 
 import sys
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from simulate_rollout import (
+from simulation import (
     INTERFERENCE,
     Answer,
     Costs,

@@ -66,13 +66,16 @@ def key_of(of: Group | Rollout) -> tuple[int, str]:
     return of.begun, of.prompt.id
 
 
-def lacking(groups: Sequence[Group], size: int, sampled: Sequence[Rollout]) -> set[Rollout]:
-    """Returns completions that have to end yet for `size` groups to be whole: of groups that lack the fewest, the
-    oldest first. sampled: what a stage has made of the completions that it went on with."""
+def nearest(groups: Sequence[Group], size: int, sampled: Sequence[Rollout]) -> tuple[set[Rollout], float]:
+    """Returns completions of groups that lack the fewest, enough for `size` groups to be whole; and the share of them
+    that has to end for that at least, so that none in particular is waited for. None where there are as many already.
+    sampled: what a stage has made of the completions that it went on with."""
     unended: dict[tuple[int, str], list[Rollout]] = {}
     for r in sampled:
         if r.preempted:
             unended.setdefault(key_of(r), []).append(r)
-    missing = max(0, size - (len(groups) - len(unended)))
-    nearest = sorted(unended.values(), key=lambda rs: (len(rs), rs[0].begun))[:missing]
-    return {r for rs in nearest for r in rs}
+    if (missing := size - (len(groups) - len(unended))) <= 0:
+        return set(), 0.0
+    fewest = sorted(map(len, unended.values()))[missing - 1]
+    found = {r for rs in unended.values() if len(rs) <= fewest for r in rs}
+    return found, missing / len(found)

@@ -21,7 +21,7 @@ from eepo_kernels.ranges import named
 from eepo_fast.algorithm.ablations import find_ablation
 from eepo_fast.algorithm.forget import Unlearning, compute_unlearning
 from eepo_fast.algorithm.guards import Result, check_version, within_memory
-from eepo_fast.algorithm.in_flight import lacking
+from eepo_fast.algorithm.in_flight import nearest
 from eepo_fast.algorithm.losses import Term
 from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs, share_ref_logprobs
 from eepo_fast.algorithm.step_size import add_step, with_length
@@ -214,19 +214,21 @@ class Iteration:
 
     def generate_last(self, stage: int, requests: Sequence[SampleRequest], **options: Any) -> list[Rollout]:
         """Samples an iteration's last stage as `generate` does. With `rollout.carry` it ends when its quorum has ended,
-        with what has been carried as often as it may, and as many groups are whole as are trained on."""
+        with what has been carried as often as it may; and then goes on until as many groups are whole as are trained
+        on."""
         rollout, size = self.config.rollout, self.config.train.prompts_per_iteration
         name, step = f"stage{stage}", self.seed[1]
         if not rollout.carry or len(self.groups) <= size:
             return self.generate(name, requests, **options)
         requests = [replace(r, must_end=bool(r.before) and step - r.begun >= rollout.carry) for r in requests]
         sampled = self.generate(name, requests, quorum=rollout.quorum, **options)
-        if due := lacking(self.groups, size, sampled):
+        while (found := nearest(self.groups, size, sampled))[0]:
+            chosen, share = found
             cut = [r for r in sampled if r.preempted]
             more = zip(self.rest(cut, stage), cut, strict=True)
-            requests = [replace(request, must_end=r in due) for request, r in more]
+            requests = [replace(request, counts=r in chosen) for request, r in more]
             ended = [r for r in sampled if not r.preempted]
-            sampled = [*ended, *self.generate(name, requests, quorum=0.0, **options)]
+            sampled = [*ended, *self.generate(name, requests, quorum=share, **options)]
         return sampled
 
     def decode(self, rollout: Rollout) -> str:

@@ -44,6 +44,8 @@ class SampleRequest:
     """The stage in which it goes on."""
     must_end: bool = False
     """Whether it is waited for, whatever the quorum."""
+    counts: bool = True
+    """Whether it is one of those of which the quorum is a share."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -75,9 +77,9 @@ class CanGenerate(Protocol):
         and on what is sampled beside it only by rounding: matrix products of another shape are added up in another
         order, on a GPU more than on a CPU, where no token was seen to change. vLLM's batch-invariant kernels
         (`rollout.deterministic`) rule it out on a GPU, too. finished: is given each that has ended, the very object
-        that is returned, while others are still being sampled. quorum: when this share of them has ended, and all that
-        must end, the others are preempted, and returned as they are; all have begun by then. An engine that samples in
-        several batches does so in each."""
+        that is returned, while others are still being sampled. quorum: when this share of those that count has ended,
+        and all that must end, the others are preempted, and returned as they are; all have begun by then. An engine
+        that samples in several batches does so in each."""
 
 
 class RolloutEngine(CanGenerate, Protocol):

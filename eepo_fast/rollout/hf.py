@@ -109,8 +109,7 @@ class HfEngine:
         for start in range(0, total, self.max_sequences):  # a batch may divide a request
             rows = samples[start : start + self.max_sequences]
             tick = partial(progress, len(results), total) if progress else None
-            preemptible = num_preemptible(len(rows), quorum)
-            results.update(self._generate_batch(requests, rows, sampling, tick, finished, preemptible))
+            results.update(self._generate_batch(requests, rows, sampling, tick, finished, quorum))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
@@ -122,14 +121,14 @@ class HfEngine:
         sampling: Sampling,
         tick: Callable[[], None] | None,
         finished: Callable[[Rollout], None] | None,
-        preemptible: int,
+        quorum: float,
     ) -> dict[tuple[int, int], Rollout]:
-        """Samples the rows at once; `preemptible` of them are not waited for."""
+        """Samples the rows at once."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
         prompts = [requests[i].token_ids for i in distinct]
         expand = torch.tensor([distinct.index(i) for i, _ in rows], device=self.device)
         limits = [requests[i].limit(k, sampling) for i, k in rows]
-        must_end = [requests[i].must_end for i, _ in rows]
+        roles = [(requests[i].counts, requests[i].must_end) for i, _ in rows]
         generators = [np.random.Generator(np.random.Philox(key=requests[i].seeds[k])) for i, k in rows]
         uniforms = torch.stack([torch.from_numpy(generator.random(max(limits))) for generator in generators])
         results: dict[tuple[int, int], Rollout] = {}
@@ -142,7 +141,7 @@ class HfEngine:
             if finished and not preempted:
                 finished(results[i, k])
 
-        self._sample_tokens(prompts, expand, uniforms, limits, must_end, sampling, tick, take, preemptible)
+        self._sample_tokens(prompts, expand, uniforms, limits, roles, sampling, tick, take, quorum)
         return results
 
     def _sample_tokens(
@@ -151,14 +150,14 @@ class HfEngine:
         expand: Tensor,
         uniforms: Tensor,
         limits: list[int],
-        must_end: list[bool],
+        roles: list[tuple[bool, bool]],
         sampling: Sampling,
         tick: Callable[[], None] | None,
         take: Callable[[int, list[int], list[float], bool], None],
-        preemptible: int,
+        quorum: float,
     ) -> None:
         """Calls `tick` after each token, and `take` with a sequence's row, tokens, log-probs and whether it has ended,
-        as soon as it does; with the others at the end."""
+        as soon as it does; with the others at the end. roles: whether it counts for the quorum, and must end."""
         num_rows, limit = uniforms.shape
         length = max(map(len, prompts))
         input_ids = torch.tensor([[self.pad_id] * (length - len(p)) + p for p in prompts], device=self.device)
@@ -176,7 +175,9 @@ class HfEngine:
         most = torch.tensor(limits, device=self.device)
         rows = torch.arange(num_rows, device=self.device)  # which sequence each row of the running batch is
         running = torch.ones(num_rows, dtype=torch.bool, device=self.device)
-        num_running, still_due = num_rows, sum(must_end)
+        num_running = num_rows
+        still_counted, still_due = sum(counts for counts, _ in roles), sum(must_end for _, must_end in roles)
+        preemptible = num_preemptible(still_counted, quorum)
         for t in range(limit):
             token, logprob = sample(logits, sampling.temperature, uniforms[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
@@ -186,11 +187,12 @@ class HfEngine:
             were_running, num_running = num_running, int(running.sum())
             if num_running < were_running:  # a step in which none ends reads one number, and no more
                 for row, by_itself in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
-                    still_due -= must_end[row]
+                    still_counted -= roles[row][0]
+                    still_due -= roles[row][1]
                     take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), by_itself)
             if tick:
                 tick()
-            if num_running <= preemptible and not still_due:
+            if still_counted <= preemptible and not still_due:
                 break
             if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more
                 keep = running.nonzero().squeeze(1)

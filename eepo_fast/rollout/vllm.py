@@ -204,8 +204,9 @@ class VllmEngine:
         self._find_weights()
         self._check_weights()
         engine = self.llm.llm_engine
-        preemptible = num_preemptible(sum(len(r.seeds) for r in requests), quorum)
+        preemptible = num_preemptible(sum(len(r.seeds) for r in requests if r.counts), quorum)
         # what a request has said so far is asked for step by step only where some may be preempted
+        in_parts = preemptible > 0 or not all(r.counts for r in requests)
         partial: dict[str, tuple[list[int], list[float]]] = {}
         waiting: dict[str, tuple[int, int]] = {}
         results: dict[tuple[int, int], Rollout] = {}
@@ -215,10 +216,11 @@ class VllmEngine:
                     self._num_requests += 1
                     waiting[str(self._num_requests)] = (i, k)
                     prompt = {"prompt_token_ids": request.token_ids}
-                    params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=preemptible > 0)
+                    params = self._sampling_params(sampling, seed, request.limit(k, sampling), in_parts=in_parts)
                     engine.add_request(str(self._num_requests), prompt, params)
             due = {name for name, (i, _) in waiting.items() if requests[i].must_end}
-            while len(waiting) > preemptible or due or not all(name in partial for name in waiting):
+            counted = {name for name, (i, _) in waiting.items() if requests[i].counts}
+            while waiting and (len(counted) > preemptible or due or not all(name in partial for name in waiting)):
                 for output in engine.step():
                     part = output.outputs[0]
                     tokens, logprobs = partial.setdefault(output.request_id, ([], []))
@@ -227,6 +229,7 @@ class VllmEngine:
                     if output.finished:
                         i, k = waiting.pop(output.request_id)
                         due.discard(output.request_id)
+                        counted.discard(output.request_id)
                         segment, ended = self._segment(tokens, logprobs), part.finish_reason == "stop"
                         results[i, k] = requests[i].rollout(k, segment, finished=ended, preempted=False)
                         if finished:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eepo_fast.algorithm.in_flight import lacking, open_groups
+from eepo_fast.algorithm.in_flight import nearest, open_groups
 from eepo_fast.checkpoint import changed_keys, load_checkpoint
 from eepo_fast.checkpoint.groups import load_groups, save_groups
 from eepo_fast.compare.runs import differing
@@ -278,10 +278,11 @@ def test_what_is_waited_for_are_the_groups_that_lack_least():
         for r in g.rollouts:
             r.prompt, r.begun = g.prompt, g.begun
     sampled = [r for g in groups for r in g.rollouts]
-    assert lacking(groups, 1, sampled) == set()
-    assert lacking(groups, 2, sampled) == {groups[0].rollouts[1]}
-    assert lacking(groups, 3, sampled) == {groups[0].rollouts[1], groups[3].rollouts[0]}
-    assert lacking(groups, 4, sampled) == {r for r in sampled if r.preempted}
+    one_each = {groups[0].rollouts[1], groups[3].rollouts[0]}
+    assert nearest(groups, 1, sampled) == (set(), 0.0)
+    assert nearest(groups, 2, sampled) == (one_each, 1 / 2), "either of them will do"
+    assert nearest(groups, 3, sampled) == (one_each, 1.0)
+    assert nearest(groups, 4, sampled) == ({r for r in sampled if r.preempted}, 3 / 4)
 
 
 def test_the_file_of_what_is_in_flight(prompts, tmp_path):
