@@ -1,6 +1,6 @@
 """A whole iteration: EEPO against GRPO, in turns, with the same prompts and the same lengths of answers.
 
-    python bench/bench_iteration.py [--pairs 10] [--model FOLDER] [--engine hf|vllm] [--quorum 0.9] [--out FILE]
+    python bench/bench_iteration.py [--pairs 10] [--model FOLDER] [--engine hf|vllm] [--quorum 0.9] [--carry] [--out F]
 
 Where trl is installed its GRPOTrainer has its turn too (bench/trl_peer.py), with the same tokens, timed and measured as
 ours. Answers end where bench/lengths says, whatever the model says: all sample the same number of tokens. `allowed`
@@ -16,6 +16,7 @@ import json
 import math
 import resource
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--quorum", type=float, default=1.0)
+    parser.add_argument("--carry", action="store_true", help="with and without rollout.carry: carried_iterations.py")
+    parser.add_argument("--in-flight", type=float, default=0.5, help="rollout.in_flight with --carry")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="in all trainers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all trainers")
     return parser.parse_args()
@@ -266,12 +269,17 @@ def make_config(
     group_size: int,
     longest: int,
     micro_batch_tokens: int = 4096,
+    carry: int = 0,
+    in_flight: float = 0.5,
 ) -> Config:
-    forgets = ["eepo.alpha=9.0", f"rollout.quorum={quorum if eepo else 1}", "eepo.learning_rate=1e-4"]
+    forgets = ["eepo.alpha=9.0", "eepo.learning_rate=1e-4"]
+    waits = [f"rollout.carry={carry}", f"rollout.in_flight={in_flight}"] if carry else []
+    dtype = "bfloat16" if GPU or engine == "vllm" else "float32"
     return load_config([], [
         "model.path=unused", "data.train=unused", *(forgets if eepo else ["eepo.enabled=false"]),
+        f"rollout.quorum={quorum if eepo or carry else 1}", *waits,
         f"rollout.engine={engine}", f"rollout.group_size={group_size}",
-        f"rollout.max_new_tokens={longest}", f"rollout.dtype={'bfloat16' if GPU else 'float32'}",
+        f"rollout.max_new_tokens={longest}", f"rollout.dtype={dtype}",
         f"train.prompts_per_iteration={prompts}", f"train.prompts_per_update={max(1, prompts // 2)}",
         f"train.micro_batch_tokens={micro_batch_tokens}", "grpo.kl_coef=0.0", "optimizer.learning_rate=1e-6",
     ])  # fmt: skip
@@ -286,6 +294,12 @@ def main() -> None:
         model, tokenizer = make_model(args.model), make_tokenizer()
     else:
         model, tokenizer = load_model(ModelConfig(path=args.model))
+    if args.carry:
+        sys.modules["bench_iteration"] = sys.modules[__name__]  # it imports this module, which is not loaded twice
+        import carried_iterations
+
+        carried_iterations.run(args, model, tokenizer, pairs)
+        return
     prompts = make_prompts([p for p, _ in pairs], args.prompts, model.config.vocab_size)
     fix_lengths(answers, prompts, args.group_size)
     trainers = {}

@@ -25,7 +25,8 @@ PHASES = {  # of bench_iteration, as they are stacked
 SIMULATED_WAYS = {
     "two_tails": "two waits alone", "plain": "one after another", "plain_quorum_0.75": "the same, quorum 0.75",
     "streamed": "streamed", "streamed_quorum_0.9": "streamed, quorum 0.9",
-    "streamed_quorum_0.75": "streamed, quorum 0.75",
+    "streamed_quorum_0.75": "streamed, quorum 0.75", "streamed_carry": "carry 1, quorum 0.9",
+    "streamed_carry_quorum_0.75": "carry 1, quorum 0.75, in_flight 1", "grpo_carry": "GRPO with carry 1, quorum 0.9",
 }  # fmt: skip
 INTRODUCTION = """# What the benches found
 
@@ -158,20 +159,20 @@ def draw_simulated(path: Path, record: dict) -> None:
     figure, axes = plt.subplots(len(groups), 1, figsize=(10, 3.3 * len(groups)), layout="constrained", squeeze=False)
     for axis, (lengths, rows) in zip(axes[:, 0], groups.items(), strict=True):
         for number, way in enumerate(ways):
-            places = [i + (number - len(ways) / 2) * 0.13 for i in range(len(rows))]
+            places = [i + (number - len(ways) / 2) * 0.09 for i in range(len(rows))]
             axis.bar(
-                places, [row[way] - 1 for row in rows], 0.12, bottom=1, color=f"C{number}", label=SIMULATED_WAYS[way]
+                places, [row[way] - 1 for row in rows], 0.08, bottom=1, color=f"C{number}", label=SIMULATED_WAYS[way]
             )
         axis.set_xticks(
             range(len(rows)),
             [f"{row['model'].removesuffix('-instruct')}\n{row['machine']}" for row in rows],
             fontsize=6,
         )
-        axis.set_ylabel("EEPO / GRPO, wall time")
+        axis.set_ylabel("EEPO / synchronous GRPO, wall time")
         axis.set_title(f"lengths of answers: {lengths}", fontsize=9, loc="left")
         axis.axhline(1, color="0.4", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=len(ways), loc="outside lower center")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     figure.suptitle("Simulated, not measured: a whole iteration", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

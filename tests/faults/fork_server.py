@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from killing import die_in_phase  # noqa: F401  # a patch like those below
 from patience import watch_from
 
 from eepo_fast import cli

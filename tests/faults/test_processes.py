@@ -1,5 +1,6 @@
 """Processes: asked to leave, killed, hung. Forked where one process is enough, under torchrun where ranks meet."""
 
+import itertools
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import killing
 import pytest
 
 from eepo_fast import checkpoint
@@ -179,6 +181,31 @@ def test_a_crash_while_the_engine_is_forgetful_loses_nothing(
         lost += outcome(run_dir) != whole or counted(run_dir) != size
     figure("forgetful weights saved, evaluated or broadcast, over kills", lost, n)
     assert not lost
+
+
+@pytest.mark.fault(13)
+def test_no_answer_is_lost_over_a_run_killed_in_every_phase(start, code_of, make_run, complete, times, figure):
+    """Nor doubled: counted in its rollout log."""
+    iterations, generator, kills = times(24, 1000), random.Random(5), Counter()
+    config = make_run(
+        *CARRY, f"train.iterations={iterations}", "train.epochs=100000", "log.rollouts=true", "checkpoint.every=2",
+        "checkpoint.keep=2", "evaluation.every=3", "evaluation.data.held=arithmetic:3:9:8", "rollout.carry=2",
+    )  # fmt: skip
+    for phase in itertools.cycle(killing.PHASES):
+        done = checkpoint.newest_valid(config.run_dir)[0]
+        step = folders.step_of(done) if done else 0
+        iteration, seconds = step + generator.randrange(1, 2 + iterations // times(6, 40)), generator.random() / 50
+        pid, errors = start(config, "die_in_phase", phase=phase, iteration=iteration, seconds=seconds)
+        if (code := code_of(pid)) == 0:
+            break
+        assert code == -signal.SIGKILL, errors.read_text()
+        kills[phase] += 1
+    found, expected = counted(config.run_dir), iterations * 16
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, iterations + 1)]
+    assert any(row["rollout/carried_fraction"] > 0 for row in rows) and len(kills) > 4
+    figure(f"answers in the log of a run with carry, killed {kills.total()} times", found, expected)
+    assert found == expected
 
 
 def test_saving_the_engine_instead_would_be_noticed(make_run, go, outcome, monkeypatch):
