@@ -36,6 +36,7 @@ PROMPTS = 128  # the paper's
 MANY = (64, 256, 1024)  # H200, with 16 prompts each
 QUORUMS = (1.0, 0.9, 0.75, 0.5)
 ITERATIONS, WARM_UP = 6, 4
+OF_MANY = 2  # iterations of those, in which nothing of a single answer is left
 CARRIES = {"carry": (0.9, 0.5), "carry_quorum_0.75": (0.75, 1.0)}  # rollout.quorum and in_flight with rollout.carry 1
 
 
@@ -81,6 +82,7 @@ class Case(NamedTuple):
     draw: Draw
     costs: Costs
     setup: Setup
+    iterations: int = ITERATIONS
 
     def answers(self, number: int = 0) -> list[Answer]:
         """Returns those of an iteration that waits for all."""
@@ -108,7 +110,7 @@ def make_case(model: str, machine_name: str, pairs: Sequence[Sequence[int]], pro
 
 def mean(case: Case, **ways) -> tuple[float, dict[str, float]]:
     """Returns the seconds of iterations that wait for all of theirs, and those of their phases."""
-    found = [iteration(case.answers(n), case.costs, case.setup, **ways) for n in range(ITERATIONS)]
+    found = [iteration(case.answers(n), case.costs, case.setup, **ways) for n in range(case.iterations)]
     phases = {name: statistics.mean(one.phases[name] for one in found) for name in found[0].phases}
     return sum(phases.values()), phases
 
@@ -116,7 +118,7 @@ def mean(case: Case, **ways) -> tuple[float, dict[str, float]]:
 def carried(case: Case, quorum: float, in_flight: float, **way) -> dict[str, float]:
     """Returns seconds with rollout.carry, and what is in flight."""
     run = CarriedRun(case.draw, case.costs, case.setup, quorum=quorum, in_flight=in_flight, **way)
-    found = list(carried_iterations(run, WARM_UP, ITERATIONS))
+    found = list(carried_iterations(run, WARM_UP, case.iterations))
     names = ("seconds", "staleness", "carried", "held")
     return {name: statistics.mean(getattr(one, name) for one in found) for name in names}
 
@@ -197,7 +199,7 @@ def main() -> None:
                 found = compare(make_case(model, machine, chosen))
                 rows.append({"lengths": lengths, "model": model, "machine": machine, "prompts": PROMPTS} | found)
         for n in MANY:
-            found = compare(make_case("qwen3-8b-base", f"{n}xH200", chosen, 16 * n))
+            found = compare(make_case("qwen3-8b-base", f"{n}xH200", chosen, 16 * n)._replace(iterations=OF_MANY))
             rows.append(
                 {"lengths": lengths, "model": "qwen3-8b-base", "machine": f"{n}xH200", "prompts": 16 * n} | found
             )

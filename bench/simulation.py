@@ -390,9 +390,10 @@ class CarriedRun:
             flying = [*carried, *(f for group in new for f in group)]
             phases["stage 2"] = self.last_stage([*cut, *(f for group in new for f in group[half:])])
         trained = [group for group in self.groups if all(f.has_ended for f in group)][:size]
-        self.groups = [group for group in self.groups if group not in trained]
+        gone = set(map(id, trained))
+        self.groups = [group for group in self.groups if id(group) not in gone]
         answers = [f for group in trained for f in group]
-        tokens, known = count_tokens(answers), count_tokens(f for f in unlearned if f in answers)
+        tokens, known = count_tokens(answers), count_tokens(set(unlearned).intersection(answers))
         phases["old log-probs"] = (tokens - known) * (1 - 1 / self.setup.updates) * costs.forward_token_s
         phases["reference"] = tokens * costs.reference_token_s
         phases["update"] = tokens * costs.train_token_s + self.setup.updates * costs.update_s

@@ -22,7 +22,7 @@ from eepo_fast.types import Interrupted, UserError
 
 ENDING = "ended.json"
 RUNNING = 3  # iterations in a row in which a forget step does nothing, or sampling waits, before it is said
-QUORUM = 0.9  # that is advised
+QUORUM, IN_FLIGHT = 0.75, 1.0  # that are advised: simulated, the most is saved so (docs/scaling.md)
 WAITS = 0.25  # share of sampling that is waiting for the last answers, from which on it is said
 
 
@@ -144,8 +144,8 @@ class Loop:
             saved = row["time/waiting_s"] / row["time/iteration_s"]
             self.meeting.display.say(
                 f"iteration {row['step']}: sampling waits {share:.0%} of its time for the last tenth of the answers, "
-                f"{RUNNING} times running; rollout.carry=1 rollout.quorum={QUORUM} would save up to {saved:.0%} of an "
-                "iteration"
+                f"{RUNNING} times running; rollout.carry=1 rollout.quorum={QUORUM} rollout.in_flight={IN_FLIGHT:g} "
+                f"would save up to {saved:.0%} of an iteration"
             )
 
     def _progress(self, show: Training, done: int, asked: int) -> None:
@@ -195,7 +195,7 @@ class Loop:
 def can_carry(config: Config, num_prompts: int) -> bool:
     """Returns whether the run would be one with `rollout.carry`, which it is not."""
     try:
-        changed = make_config(config.model_dump(), {"rollout": {"carry": 1, "quorum": QUORUM}})
+        changed = make_config(config.model_dump(), {"rollout": {"carry": 1, "quorum": QUORUM, "in_flight": IN_FLIGHT}})
         num_iterations(changed, num_prompts)
     except UserError:
         return False

@@ -8,11 +8,6 @@ import threading
 from eepo_fast import cli
 from eepo_fast.run import watchdog
 
-PHASES = (
-    "sync", "rollout_stage1", "unlearn", "forget", "rollout_stage2", "kl_guard", "reward", "old_logprobs",
-    "ref_logprobs", "update", "checkpoint", "evaluation",
-)  # fmt: skip
-
 
 def die_in_phase(phase, iteration, seconds):
     """So many seconds after the phase of that iteration, or the next one that has it, has begun."""

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import killing
 import pytest
 
 from eepo_fast import checkpoint
@@ -148,6 +147,10 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, 
     assert outcome(complete(config)) == whole
 
 
+PHASES = (
+    "sync", "rollout_stage1", "unlearn", "forget", "rollout_stage2", "kl_guard", "reward", "old_logprobs",
+    "ref_logprobs", "update", "checkpoint", "evaluation",
+)  # fmt: skip
 CARRY = ("rollout.quorum=0.4", "rollout.carry=1", "rollout.in_flight=1", "rollout.max_new_tokens=30")
 
 
@@ -191,7 +194,7 @@ def test_no_answer_is_lost_over_a_run_killed_in_every_phase(start, code_of, make
         *CARRY, f"train.iterations={iterations}", "train.epochs=100000", "log.rollouts=true", "checkpoint.every=2",
         "checkpoint.keep=2", "evaluation.every=3", "evaluation.data.held=arithmetic:3:9:8", "rollout.carry=2",
     )  # fmt: skip
-    for phase in itertools.cycle(killing.PHASES):
+    for phase in itertools.cycle(PHASES):
         done = checkpoint.newest_valid(config.run_dir)[0]
         step = folders.step_of(done) if done else 0
         iteration, seconds = step + generator.randrange(1, 2 + iterations // times(6, 40)), generator.random() / 50

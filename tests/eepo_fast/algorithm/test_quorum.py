@@ -74,6 +74,18 @@ def test_what_must_end_is_waited_for(make_engine, prompts):
     assert all(r.num_tokens >= f.num_tokens for r, f in zip(rollouts, free, strict=True))
 
 
+def test_the_quorum_is_a_share_of_what_counts(make_engine, prompts):
+    """Of one prompt's samples half are waited for, of the others none; with a quorum of 1 all of the one's."""
+    engine, one = make_engine(), prompts[1].id
+    requests = [replace(r, counts=r.prompt.id == one) for r in make_requests(prompts, 1, range(6), 0, 0)]
+    whole = engine.generate([replace(r, counts=True) for r in requests], SAMPLING)
+    lengths = sorted(r.num_tokens for r in whole if r.prompt.id == one)
+    for quorum, last in ((0.5, lengths[2]), (1.0, lengths[-1])):
+        rollouts = engine.generate(requests, SAMPLING, None, None, quorum)
+        assert [r.preempted for r in rollouts] == [r.num_tokens > last for r in whole]
+        assert [r.num_tokens for r in rollouts] == [min(r.num_tokens, last) for r in whole]
+
+
 def test_tokens_of_other_weights_than_believed_are_refused(prompts):
     """Each segment: what was sampled now, and what the completion had said before."""
     said = Segment([4, 5], [-1.0, -1.0], WeightsVersion(0, False))

@@ -2,14 +2,29 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import eepo_kernels as kernels
 import torch
 import torch.distributed as dist
-from test_vllm_engine import MODELS, REQUESTS, SAMPLING, forget, gap, gradient_of, make_model, moved, sync, weights_of
+from test_vllm_engine import (
+    MODELS,
+    REQUESTS,
+    SAMPLING,
+    V,
+    forget,
+    gap,
+    gradient_of,
+    make_model,
+    moved,
+    requests_for,
+    sync,
+    weights_of,
+)
 
 from eepo_fast.distributed import start_world
 from eepo_fast.rollout import updates
+from eepo_fast.rollout.engine import Sampling
 from eepo_fast.rollout.updates import InPlace, Reload
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.rollout.weights import PlanError
@@ -34,6 +49,16 @@ def same_bits(plan, weights, gradient):
     keys, zeros = [kernels.tensor_key(name) for name in whole], [0] * len(whole)
     kernels.forget(list(whole.values()), [gradient[n] for n in whole], keys=keys, offsets=zeros, **options)
     return all(torch.equal(shard, c.slice_of(whole[c.name])) for shard, c in zip(shards, plan.copies, strict=True))
+
+
+def stopped(engine):
+    """What is stopped where half of one prompt's answers have ended, and a third's all; the ranks decide alike."""
+    sampling = Sampling(0.7, 60, tuple(range(7, V, 16)))
+    first, second, third = requests_for([3, 4, 5, 9], [8, 2], [11, 12, 13], samples=4)
+    requests = [first, replace(second, counts=False), replace(third, counts=False, must_end=True)]
+    rollouts = engine.generate(requests, sampling, None, None, 0.5)
+    assert sum(not r.preempted for r in rollouts[:4]) >= 2 and not any(r.preempted for r in rollouts[8:])
+    return rollouts
 
 
 def main(family):
@@ -62,6 +87,7 @@ def main(family):
         (r.token_ids, r.rollout_logprobs) for r in third
     ]
     found["tokens"] = [r.token_ids for r in first]
+    found["cut"] = [[r.token_ids, r.preempted] for r in stopped(engine)]
 
     if rank == 1:  # one tensor left out on one rank: both refuse
         real = updates.sync

@@ -16,6 +16,7 @@ def test_two_ranks_hold_what_one_would(launch, family):
         assert abs(retention - 1) < 1e-5 and abs(norm - 1) < 1e-5, "every element counted once"
         assert "1 of" in found["refusal"] and found["after"] is None, "one rank's fault closes both"
         assert found["by_reload"] < 5e-5
-    assert first["tokens"] == second["tokens"]
+    assert first["tokens"] == second["tokens"] and first["cut"] == second["cut"]
+    assert any(preempted for _, preempted in first["cut"])
     assert [80, 128] in first["views"], "half of the gate's 160 rows"
     assert first["same_bits"] and second["same_bits"]
