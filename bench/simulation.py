@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from eepo_fast.rollout.engine import num_preemptible
+from eepo_fast.rollout.exchange import shared_out
 
 INTERFERENCE = 0.1  # decoding takes so much longer while unlearning goes on beside it
 
@@ -115,6 +116,16 @@ class Waits(NamedTuple):
 ALL = Waits()
 
 
+def one_step(answers: Sequence[Answer], costs: Costs) -> Stage:
+    """Samples one token of each, which is what an engine does that waits for none of its own."""
+    cached = sum(a.prompt_tokens for a in answers)
+    seconds = costs.first_step_s + cached * costs.prefill_token_s + costs.step(len(answers), cached)
+    stage = Stage(seconds, steps=[(1, len(answers), cached)], running=[(0.0, len(answers)), (seconds, 0)])
+    stage.ends = [(seconds, a, 0.0) for a in answers if a.tokens == 1]
+    stage.left = [(a, 1) for a in answers if a.tokens > 1]
+    return stage
+
+
 def sample_continuous(
     answers: Sequence[Answer], costs: Costs, setup: Setup, quorum: float = 1.0, waits: Waits = ALL
 ) -> Stage:
@@ -123,6 +134,8 @@ def sample_continuous(
     preemptible, steps_done, cached, seen = waits.preemptible(answers, quorum), 0, 0.0, set()
     ends: list[tuple[int, int, Answer]] = []  # (step, number, which)
     stage.seconds = costs.first_step_s
+    if waits.are_over(answers, preemptible):
+        return one_step(answers, costs)
     while waiting or ends:
         while waiting and len(ends) < setup.max_sequences:
             answer = waiting.pop()
@@ -141,7 +154,9 @@ def sample_continuous(
         steps_done = step
         stage.ends.append((stage.seconds, answer, costs.step.busy(rows, at)))
         tied = ends and ends[0][0] == steps_done  # ends in the same step
-        if not waiting and not tied and waits.are_over([a for *_, a in ends], preemptible):
+        if waiting or tied or (waits.counts is None and len(ends) > preemptible):
+            continue
+        if waits.are_over([a for *_, a in ends], preemptible):
             stage.left = [(a, a.tokens - (end - steps_done)) for end, _, a in ends]
             break
     stage.running.append((stage.seconds, 0))
@@ -158,6 +173,11 @@ def sample_static(
         widest = max(a.prompt_tokens for a in batch)
         stage.seconds += costs.first_step_s + len({a.prompt for a in batch}) * widest * costs.prefill_token_s
         rows, preemptible, done = len(batch), waits.preemptible(batch, quorum), 0
+        if waits.are_over(batch, preemptible):
+            step = one_step(batch, costs)
+            stage.seconds, stage.left = stage.seconds + step.seconds, [*stage.left, *step.left]
+            stage.ends += step.ends
+            continue
         by_length = sorted(batch, key=lambda a: a.tokens)
         for i, answer in enumerate(by_length):
             stage.running.append((stage.seconds, len(batch) - i))
@@ -185,7 +205,12 @@ def one_stage(
     for answer in answers:
         shares[answer.prompt % setup.engines].append(answer)
     sample = sample_static if setup.static else sample_continuous
-    return [sample(share, costs, setup, quorum, waits) for share in shares if share]
+    quorums = [quorum] * len(shares)
+    if waits.counts is not None:
+        counted = list(map(waits.counted, shares))
+        parts = zip(shared_out(quorum, counted), counted, strict=True)
+        quorums = [part / max(1, count) for part, count in parts]
+    return [sample(share, costs, setup, q, waits) for share, q in zip(shares, quorums, strict=True) if share]
 
 
 def streamed_unlearning(stages: Sequence[Stage], costs: Costs, setup: Setup) -> tuple[float, float]:

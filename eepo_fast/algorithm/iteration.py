@@ -184,10 +184,10 @@ class Iteration:
         # the longest first, and before them what has been long already: what begins late is waited for
         requests = sorted(requests, key=lambda r: (not r.before, -lengths.get(r.prompt.id, 0.0)))
         costs = [len(r.token_ids) + len(r.seeds) * lengths.get(r.prompt.id, 0.0) for r in requests]
-        ends: list[float] = []
+        ends: dict[tuple, float] = {}  # once each, where sampling has begun again
 
         def finished(rollout: Rollout) -> None:
-            ends.append(time.perf_counter())
+            ends[rollout.begun, rollout.prompt.id, rollout.sample_index] = time.perf_counter()
             if streamed is not None and self.is_of_theta(rollout):
                 streamed.take(rollout)
             self.ahead.take(rollout)
@@ -207,7 +207,10 @@ class Iteration:
             )
             self.sampled_at = time.perf_counter()
         if quorum == 1 and ends:
-            self.waiting_s += self.sampled_at - ends[math.ceil(MOST * len(ends)) - 1]
+            most = sorted(ends.values())[math.ceil(MOST * len(ends)) - 1]
+            self.waiting_s += self.sampled_at - most
+            if streamed is not None and self.ahead.unlearning.pool is None:  # between the engine's steps
+                self.waiting_s -= streamed.seconds_until(math.inf) - streamed.seconds_until(most)
         expected = self.theta._replace(forgotten=forgotten)
         check_version(rollouts, expected, requests)
         return rollouts

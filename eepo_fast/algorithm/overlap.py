@@ -116,7 +116,9 @@ class StreamedUnlearning:
     ):
         assert policy.stream_tokens is not None
         self.whole: GradientPass | None = GradientPass(policy.alone(), config, num_completions, num_prompts)
-        self.background, self.num_ranks = background, policy.world.size
+        self.background = background
+        self.share = 0.0 if self.whole.policy is policy else 1 / policy.world.size
+        """The part of ∇L's memory that the policy's own sum takes beside this rank's when they are added up."""
         self.queue = TokenQueue(policy.stream_tokens, lambda batch: background.run(self._work, batch))
         self.spans: list[tuple[float, float]] = []
         """The times at which it was worked on: (start, end), of `time.perf_counter`."""
@@ -145,11 +147,10 @@ class StreamedUnlearning:
         self.spans.append((started, time.perf_counter()))
 
     def _has_room(self, whole: GradientPass) -> bool:
-        """Returns whether there is room for a micro-batch, and at the first for ∇L itself; with several ranks for this
-        one's share of their sum, too."""
-        share = 1 + (1 / self.num_ranks if self.num_ranks > 1 else 0)
-        gradient = 0 if whole.done else share * sum(4 * p.numel() for p in whole.policy.model.parameters())
-        return self.background.has_room(whole.policy.pass_bytes(gradient=True) + gradient)
+        """Returns whether there is room for a micro-batch, at the first for ∇L itself, and for what follows."""
+        whole_bytes = sum(4 * p.numel() for p in whole.policy.model.parameters())
+        sums = (self.share if whole.done else 1 + self.share) * whole_bytes
+        return self.background.has_room(whole.policy.pass_bytes(gradient=True) + sums)
 
     def drop(self) -> None:
         """Forgets what has been done, whose completions do not count or whose memory is needed; all is made later."""

@@ -163,11 +163,26 @@ def _plain(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def _with_implied(sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the sources with the `grpo.ratio` that goes with their `rollout.carry`, where none of them gives one; not
+    with a carry of 0 that a later one turns on."""
+    ratios = [s["grpo"] for s in sources if isinstance(s.get("grpo"), dict)]
+    rollouts = [s["rollout"] for s in sources if isinstance(s.get("rollout"), dict)]
+    if any("ratio" in one for one in ratios):
+        return list(sources)
+    last = next((one for one in reversed(rollouts) if "carry" in one), None)
+
+    def counts(rollout: Any) -> bool:
+        return isinstance(rollout, dict) and (rollout is last or bool(rollout.get("carry")))
+
+    return [with_ratio(source) if counts(source.get("rollout")) else source for source in sources]
+
+
 def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> list[str]:
     """Raises a UserError for a key that a source gives beside a choice that does not read it, or after that choice; at
     its default only where it is the last source, the command line, for runs of older versions wrote all keys. Returns
     lines that say which keys of sources before the choices are left out."""
-    lines, sources = [], [with_ratio(source) for source in sources]
+    lines, sources = [], _with_implied(sources)
     for section, chooser, choices, keys in READ_WITH:
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
         default = Config.model_fields[section].default

@@ -54,14 +54,15 @@ def write_rollouts(runs: list[Run], folder: Path) -> None:
 def read_groups(log: Path, policy_version: float | None = None) -> list[dict[str, Any]]:
     """Returns a rollout log's groups, in the order of their prompts; a group has its prompt's AEPO samples, too.
     policy_version: of the iteration, where it is known."""
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple, dict[str, Any]] = {}
     with log.open(encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 asked = {"problem": row.get("problem", row["prompt"]), "answer": row.get("answer")}
                 group = {"id": row["prompt_id"], "prompt": row["prompt"], **asked, "rows": []}
-                groups.setdefault(row["prompt_id"], group)["rows"].append(rollout(row, policy_version))
+                rows = groups.setdefault((row.get("begun"), row["prompt_id"]), group)["rows"]
+                rows.append(rollout(row, policy_version))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"report: {log}, line {place}: expected a rollout as JSON, found {line[:60]!r}; remove the file, "

@@ -1,5 +1,6 @@
 """Shares sampling out over the ranks' engines: each prompt is sampled on one of them; every rank gets all rollouts."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,12 +24,16 @@ def generate_everywhere(
     quorum: float = 1.0,
 ) -> list[Rollout]:
     """Returns all samples, in the order of the requests, on every rank; what was sampled here by this rank's own engine
-    is what it has handed to `finished`. expected_tokens: of each request's prompt and
-    answers, by which requests are dealt out; ranks of one engine take the same. decode: gives each completion where it
-    was sampled. progress: may raise Interrupted, on some ranks or all; then all do, at the end of the call. quorum:
-    each engine waits for its own."""
+    is what it has handed to `finished`. expected_tokens: of each request's prompt and answers, by which requests are
+    dealt out; ranks of one engine take the same. decode: gives each completion where it was sampled. progress: may
+    raise Interrupted, on some ranks or all; then all do, at the end of the call. quorum: each engine waits for its own;
+    where some do not count, they wait together for as many."""
     hands = deal(expected_tokens, world.size // ranks_per_engine)
-    share = sorted(hands[world.rank // ranks_per_engine])
+    engine_number = world.rank // ranks_per_engine
+    share = sorted(hands[engine_number])
+    if not all(r.counts for r in requests):
+        counted = [sum(len(requests[i].seeds) for i in hand if requests[i].counts) for hand in hands]
+        quorum = shared_out(quorum, counted)[engine_number] / max(1, counted[engine_number])
     try:
         rollouts = engine.generate([requests[i] for i in share], sampling, progress, finished, quorum)
     except Interrupted:
@@ -56,6 +61,17 @@ def generate_everywhere(
                 mine_too.segments = rollout.segments  # its log-probs as all ranks have them
                 rollout = mine_too
             found.append(rollout)
+    return found
+
+
+def shared_out(quorum: float, counted: Sequence[int]) -> list[int]:
+    """Returns how many of those that count each engine waits for, so that together they are the quorum, and no more:
+    else one that is missing would be waited for on every engine. counted: by engine."""
+    exact = [quorum * count for count in counted]
+    found = [int(part + 1e-9) for part in exact]
+    left = math.ceil(sum(exact) - 1e-9) - sum(found)
+    for i in sorted(range(len(exact)), key=lambda i: found[i] - exact[i])[:left]:
+        found[i] += 1
     return found
 
 

@@ -351,8 +351,9 @@ def _when_unlearning_runs(config: Config, machine: Machine, beside: float | None
     if not config.eepo.enabled or machine.measured:
         return []
     if beside is None:
-        key = "rollout.tensor_parallel=1" if config.rollout.tensor_parallel > 1 else "train.zero_stage=2 or less"
-        return [f"  unlearning runs after sampling: beside it with {key}"]
+        spread = ["rollout.tensor_parallel=1"] if config.rollout.tensor_parallel > 1 else []
+        cut = ["train.zero_stage=2 or less"] if config.train.zero_stage == 3 else []
+        return [f"  unlearning runs after sampling: beside it with {' and '.join([*spread, *cut])}"]
     fits = beside <= machine.memory_gib
     where = "runs beside sampling" if fits else "runs after sampling: there is no room beside it"
     return [f"  {'with unlearning beside sampling, GiB:':<44}{beside:>12.2f}", f"  unlearning {where}"]

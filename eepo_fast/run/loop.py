@@ -10,7 +10,7 @@ from pathlib import Path
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter
 from eepo_fast.config import Config, make_config
-from eepo_fast.distributed import World
+from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation.periodic import PeriodicEvaluation
 from eepo_fast.run import log_files
 from eepo_fast.run.display import Display, Training, untaken_step
@@ -75,7 +75,7 @@ class Loop:
     untaken: int = field(default=0, init=False)
     """How many forget steps in a row were not taken, or taken back."""
     waiting: int = field(default=0, init=False)
-    """How many iterations in a row waited long for their last answers."""
+    """How many iterations in a row waited long for their last answers; beyond RUNNING once it is said."""
 
     def run(self, show: Training) -> None:
         """Runs until `total` iterations are done. Raises Interrupted(signal's name) where it was told to leave; the
@@ -139,8 +139,10 @@ class Loop:
         """Says, the third time running, how long the last answers were waited for, and what would save that."""
         sampling = sum(seconds for key, seconds in row.items() if key.startswith("time/rollout_stage"))
         share = row["time/waiting_s"] / sampling
-        self.waiting = self.waiting + 1 if share > WAITS else 0
+        if self.waiting <= RUNNING:
+            self.waiting = self.waiting + 1 if share > WAITS else 0
         if self.waiting == RUNNING and can_carry(self.trainer.config, len(self.trainer.prompts)):
+            self.waiting += 1
             saved = row["time/waiting_s"] / row["time/iteration_s"]
             self.meeting.display.say(
                 f"iteration {row['step']}: sampling waits {share:.0%} of its time for the last tenth of the answers, "
@@ -193,7 +195,10 @@ class Loop:
 
 
 def can_carry(config: Config, num_prompts: int) -> bool:
-    """Returns whether the run would be one with `rollout.carry`, which it is not."""
+    """Returns whether the run may have `rollout.carry`, which it has not, and would gain by it: not where each sequence
+    makes a step longer."""
+    if config.rollout.engine == "hf" and default_device().type == "cpu":
+        return False
     try:
         changed = make_config(config.model_dump(), {"rollout": {"carry": 1, "quorum": QUORUM, "in_flight": IN_FLIGHT}})
         num_iterations(changed, num_prompts)

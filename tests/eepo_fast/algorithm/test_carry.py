@@ -15,6 +15,7 @@ from eepo_fast.checkpoint.groups import load_groups, save_groups
 from eepo_fast.compare.runs import differing
 from eepo_fast.config import Config, EepoConfig, RolloutConfig, make_config
 from eepo_fast.data.problems import completion_text
+from eepo_fast.rollout.exchange import shared_out
 from eepo_fast.run.build import about_carrying
 from eepo_fast.run.log_files import log_rollouts
 from eepo_fast.run.plan import num_iterations
@@ -285,6 +286,15 @@ def test_what_is_waited_for_are_the_groups_that_lack_least():
     assert nearest(groups, 4, sampled) == ({r for r in sampled if r.preempted}, 3 / 4)
 
 
+def test_engines_wait_together_for_as_many():
+    """One that is missing is waited for on one engine, not on every one that has a part of what counts."""
+    assert shared_out(1 / 8, [1] * 8) == [1] + [0] * 7
+    for share, counted in ((0.3, [10, 0, 7]), (1.0, [3, 4]), (5 / 11, [1, 2, 8]), (0.01, [50, 49])):
+        found = shared_out(share, counted)
+        assert sum(found) == math.ceil(share * sum(counted) - 1e-9)
+        assert all(abs(part - share * count) < 1 and part <= count for part, count in zip(found, counted, strict=True))
+
+
 def test_the_file_of_what_is_in_flight(prompts, tmp_path):
     """All that is known, to the bit; a completion of no tokens and a number that is none, too."""
     first, second = WeightsVersion(3, False), WeightsVersion(3, True)
@@ -412,6 +422,18 @@ def test_keys_of_carry_go_with_it():
     assert make_config(carrying).grpo.ratio_cap == 3.0
     with pytest.raises(UserError, match=r"grpo.ratio_cap: expected grpo.ratio=decoupled with it, found sampler"):
         make_config(base, {"grpo": {"ratio_cap": 3.0}})
+    explicit, capped = (
+        {"grpo": {"ratio": "sampler"}},
+        {"rollout": {"quorum": 0.9, "carry": 1}, "grpo": {"ratio_cap": 3.0}},
+    )
+    for sources in ([base, explicit, capped], [base, {"rollout": {"carry": 0}, "grpo": {"ratio_cap": 3.0}}]):
+        with pytest.raises(UserError, match=r"grpo.ratio_cap: expected grpo.ratio=decoupled with it, found sampler"):
+            make_config(*sources)
+    off = {**base, "rollout": {"carry": 0}, "grpo": {"ratio_cap": 3.0}}
+    assert make_config(off, {"rollout": {"quorum": 0.9, "carry": 1}}).grpo.ratio_cap == 3.0
+    assert make_config(off, {"grpo": {"ratio": "decoupled"}}).grpo.ratio_cap == 3.0
+    decoupled = {**carrying, "grpo": {"ratio": "decoupled"}}
+    assert make_config(decoupled, {"rollout": {"carry": 0}, "grpo": {"ratio_cap": 3.0}}).grpo.ratio == "decoupled"
     with pytest.raises(UserError, match=r"rollout.in_flight: expected greater than 0, found 0"):
         make_config(carrying, {"rollout": {"in_flight": 0}})
 
