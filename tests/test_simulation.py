@@ -10,10 +10,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from simulation import (
     INTERFERENCE,
     Answer,
+    CarriedRun,
     Costs,
     Setup,
     Stage,
     StepTime,
+    Waits,
     iteration,
     sample_continuous,
     sample_static,
@@ -88,3 +90,31 @@ def test_an_iteration_adds_up():
     two = iteration(batch, costs, replace(SETUP, updates=2), eepo=True, quorum=0.5)
     assert two.phases["stage 1"] == 4 and two.phases["unlearn"] == pytest.approx(11 * 0.1)
     assert two.phases["stage 2"] == 8 and two.phases["old log-probs"] == pytest.approx(0.5 * 7 * 0.01)
+
+
+@BOTH
+def test_a_stage_that_waits_for_none_of_its_own_takes_one_step(sample):
+    stage = sample(answers(5, 1, 9), SECOND, SETUP, 0.5, Waits(counts=()))
+    assert stage.seconds == 1 and [a.tokens for _, a, _ in stage.ends] == [1]
+    assert sorted((a.tokens, n) for a, n in stage.left) == [(5, 1), (9, 1)]
+
+
+@BOTH
+def test_what_must_end_is_waited_for(sample):
+    batch = answers(3, 7, 5, 9)
+    stage = sample(batch, SECOND, SETUP, 0.5, Waits(must={id(batch[1])}))
+    assert stage.seconds == 7 and [a.tokens for a, _ in stage.left] == [9]
+    stage = sample(batch, SECOND, SETUP, 0.5, Waits(counts={id(batch[2]), id(batch[3])}))
+    assert stage.seconds == 5 and sorted(a.tokens for a, _ in stage.left) == [7, 9]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_iterations_with_carry_by_hand(static):
+    """Groups of an answer of one token and one of three, trained on one at a time, one begun ahead, quorum 0.5: first
+    two groups, of which one has to be whole; then the new one's short answer, or the rest that is waited for."""
+    setup = replace(SETUP, prompts=1, group_size=2, static=static)
+    run = CarriedRun(lambda number: [(0, 1), (0, 3)], SECOND, setup, eepo=False, quorum=0.5, in_flight=1.0)
+    found = [run.iteration() for _ in range(6)]
+    assert [one.seconds for one in found] == [3, 1, 2, 1, 2, 1]
+    assert [one.held for one in found] == [1] * 6 and all(one.tokens == 4 for one in found)
+    assert found[1].staleness == 1 and found[2].staleness == pytest.approx((1 + 1) / 4)

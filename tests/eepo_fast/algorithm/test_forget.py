@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,21 @@ def test_a_stream_out_of_memory_is_made_after_the_stage(make_policy, make_engine
     assert len(calls) == 2 and streamed.whole is None and streamed.gave_up, "and it does not try again"
     found = compute_unlearning(policy, rollouts, config, [], begun=streamed.hand_over())
     assert found.loss == expected.loss and found.grad_norm == expected.grad_norm
+
+
+def test_room_is_asked_for_all_that_is_summed(make_policy, make_engine, prompts, test_config):
+    """∇L at the first micro-batch; and where the policy sums on its own, its part beside this rank's, always."""
+    policy, rollouts = make_policy(micro_batch_tokens=40), sampled(make_engine(), prompts)
+    weights = sum(4 * p.numel() for p in policy.model.parameters())
+    of_two = SimpleNamespace(stream_tokens=40, alone=lambda: policy, world=SimpleNamespace(size=2))
+    for whole, part in ((policy, 0), (of_two, weights / 2)):
+        background, asked = Background("unlearn", threaded=False), []
+        background.has_room = lambda count, asked=asked: asked.append(count) or True
+        streamed = StreamedUnlearning(whole, test_config(eepo={"alpha": 1.0}).eepo, len(rollouts), 4, background)
+        for r in rollouts:
+            streamed.take(r)
+        passes = policy.pass_bytes(gradient=True)
+        assert asked[0] == passes + weights + part and set(asked[1:]) == {passes + part} and len(asked) > 2
 
 
 def test_an_iteration_streams(make_trainer):

@@ -11,7 +11,7 @@ import pytest
 
 from eepo_fast.cli import main
 from eepo_fast.report.panels import late_mean, panels_of, phases
-from eepo_fast.report.rollouts import key_of, pack, read_groups, rollout
+from eepo_fast.report.rollouts import key_of, marks_of, pack, read_groups, rollout
 from eepo_fast.report.runs import differing, group_runs, read_run, shared_name
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -131,6 +131,27 @@ def test_numbers_survive_packing(runs):
     groups = read_groups(runs[0] / "rollouts/step_000001.jsonl")
     assert [g["id"] for g in groups] == ["p0", "p1", "p2", "p3"] and all(len(g["rows"]) == 4 for g in groups)
     assert groups[0]["rows"][0]["gate"] == "01010101"
+
+
+def test_what_is_shown_of_a_carried_group(runs, tmp_path):
+    """Two groups of one prompt are two; and only this iteration's forget step has a change to show."""
+    import base64
+
+    import numpy as np
+
+    row = json.loads((runs[0] / "rollouts/step_000001.jsonl").read_text().splitlines()[-1])
+    log, count = tmp_path / "log.jsonl", row["num_tokens"]
+    log.write_text("".join(json.dumps({**row, "begun": begun}) + "\n" for begun in (1, 2, 1)))
+    assert [len(group["rows"]) for group in read_groups(log)] == [2, 1]
+    row["segments"] = [[0, False, 1], [0, True, 1], [1, False, 1], [1, True, count - 3]]
+    assert marks_of(row["segments"]) == [
+        (1, "went on after the forget step"),
+        (2, "carried into the next iteration"),
+        (3, "went on after the forget step"),
+    ]
+    assert marks_of([(1, True, 2), (1, False, 2)]) == [(2, "carried into the next iteration")], "an update was not made"
+    change = np.frombuffer(base64.b64decode(rollout(row, 1)["change"]), "<i2")
+    assert (change == -32768).tolist() == [True] * 3 + [False] * (count - 3)
 
 
 def test_what_a_run_says_is_text_on_the_page(runs, tmp_path):
