@@ -255,6 +255,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quorum", type=float, default=1.0)
     parser.add_argument("--carry", action="store_true", help="with and without rollout.carry: carried_iterations.py")
     parser.add_argument("--in-flight", type=float, default=0.5, help="rollout.in_flight with --carry")
+    parser.add_argument("--only", nargs="+", help="with --carry: some of grpo, grpo_carry, eepo, eepo_carry")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="in all trainers")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all trainers")
     return parser.parse_args()
