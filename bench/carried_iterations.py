@@ -2,7 +2,7 @@
 
 Four trainers in turns, GRPO and EEPO, each with and without; one policy and one engine for all, since lengths are fixed
 and nothing depends on what is learnt. Each draws its prompts from as many as EPOCH iterations train on, so that sums
-over EPOCH rounds are of the same prompts. The simulation (simulation.py), calibrated on GRPO's iterations without
+over EPOCH rounds are of the same prompts. carried_simulation.py, calibrated on GRPO's iterations without
 carry, foretells the seconds of sampling of the others.
 """
 
@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from bench_iteration import Trainer, fix_lengths, make_config, make_prompts, make_trainer, timed
+from carried_simulation import CarriedRun
 from check_simulation import non_negative_fit
 from common import record
-from simulation import Answer, CarriedRun, Costs, Setup, StepTime, iteration, sample_continuous, sample_static
+from simulation import Answer, Costs, Setup, StepTime, iteration, sample_continuous, sample_static
 
 from eepo_fast.data.problems import next_prompts
 from eepo_fast.types import Cursor, Prompt

@@ -22,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from carried_simulation import CarriedRun, Draw, carried_iterations
 from common import parser_with_defaults, record
-from simulation import Answer, CarriedRun, Costs, Draw, Setup, StepTime, carried_iterations, iteration
+from simulation import Answer, Costs, Setup, StepTime, iteration
 
 from eepo_fast.config import Config, load_config
 from eepo_fast.run.estimate import Machine, Shape, find_machine, find_shape

@@ -1,4 +1,4 @@
-"""bench/simulation.py by hand: seconds of stages whose steps are easily added up."""
+"""bench/simulation.py and carried_simulation.py by hand: seconds of stages whose steps are easily added up."""
 
 import sys
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from carried_simulation import CarriedRun
 from simulation import (
     INTERFERENCE,
     Answer,
-    CarriedRun,
     Costs,
     Setup,
     Stage,

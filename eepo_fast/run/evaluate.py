@@ -35,13 +35,7 @@ from eepo_fast.run.display import Display
 from eepo_fast.types import UserError, WeightsVersion
 
 UNLIMITED = 1e9
-OF_TRAINING = (
-    "tensor_parallel",
-    "sleep",
-    "quorum",
-    "carry",
-    "in_flight",
-)  # keys of rollout that eval does not take over
+OF_TRAINING = {"tensor_parallel", "sleep", "quorum", "carry", "in_flight"}  # keys of rollout that are not taken over
 SECTIONS = ("model", "data", "rollout", "reward")  # what an override may set: all else belongs to training
 OPTIONS = {"model.path": "--model", "data.train": "--data", "rollout.temperature": "--temperature"}  # options instead
 MOST_SAMPLES = 100_000
