@@ -124,13 +124,13 @@ def _prepare(args: argparse.Namespace) -> int:
     name, _, source = args.source.partition("=")
     if not re.fullmatch(r"[\w-]{1,100}", name) or not source:
         raise UserError(
-            f"data prepare: expected NAME=HUB_NAME, such as math500=HuggingFaceH4/MATH-500, found {args.source!r}"
+            "data prepare: expected NAME=SOURCE, such as math500=HuggingFaceH4/MATH-500, found  {args.source!r}"
         )
     for text in args.overrides:
-        if not re.match(r"data\.(columns[.=]|files=|answer_marker=)", text):
+        if not re.match(r"data\.(columns[.=]|files=|answer_marker=|max_bad=)", text):
             raise UserError(
-                f"data prepare: expected keys of data.columns, data.files or data.answer_marker, found {text!r}; "
-                "see eepo-fast data prepare --help"
+                "data prepare: expected keys of data.columns, data.files, data.answer_marker or data.max_bad, found "
+                f"{text!r}; see eepo-fast data prepare --help"
             )
     config = load_config([], ["model.path=unused", f"data.train={source}", *args.overrides]).data
     folder = Path(args.out)
@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of data, rollout, reward and model")
     evaluate.add_argument("--model", help="a run's folder, a checkpoint's, or anything that model.path may be")
     evaluate.add_argument("--completions", help="in place of --model: JSON Lines of id and response")
-    sets = "JSON Lines, a prepared hub name, or a procedural task"
+    sets = "a file or folder of rows, a prepared hub name, or a procedural task"
     evaluate.add_argument("--data", nargs="+", action="extend", required=True, metavar="NAME=FILE", help=sets)
     evaluate.add_argument("--k", default="1", help="pass@k, such as 1,8; 1 alone: greedy only")
     evaluate.add_argument(
@@ -251,9 +251,11 @@ def make_parser() -> argparse.ArgumentParser:
     tables.set_defaults(run=_tables)
     data = commands.add_parser("data", help="prepare data", epilog=PREPARE_EXAMPLE)
     kinds = data.add_subparsers(dest="what", required=True)
-    prepare = kinds.add_parser("prepare", help="fetch and pin a hub data set", epilog=PREPARE_EXAMPLE)
-    prepare.add_argument("source", metavar="NAME=HUB_NAME")
-    prepare.add_argument("overrides", nargs="*", metavar="data.key=value", help="data.columns, files, answer_marker")
+    prepare = kinds.add_parser("prepare", help="fetch and pin a data set", epilog=PREPARE_EXAMPLE)
+    prepare.add_argument("source", metavar="NAME=SOURCE", help="a hub data set, a file or a folder")
+    prepare.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="data.columns, files, answer_marker, max_bad"
+    )
     prepare.add_argument("--out", default="data", help="folder; `eepo-fast eval` looks into data/")
     prepare.add_argument("--revision", help="commit; default the pinned one, else the newest")
     prepare.add_argument("--subset", help="configuration of the data set")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 AEPO_STAGE = 3  # the stage of AEPO's extra samples: their seeds, and how the rollout log tells them apart
 
@@ -34,12 +34,20 @@ class WeightsVersion(NamedTuple):
     forgotten: bool
 
 
+Message = dict[str, str]  # of a conversation: its role and its content
+
+
 @dataclass(frozen=True)
 class Problem:
     id: str
     problem: str
+    """Its text; of a conversation, what the user said last."""
     answer: str
     source: str = ""
+    messages: list[Message] = field(default_factory=list, compare=False)
+    """The conversation that it was given as; none where it was given as text."""
+    columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """All of its row, for a `reward.function`; nothing where there is none."""
 
 
 @dataclass(frozen=True)

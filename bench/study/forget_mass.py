@@ -19,7 +19,8 @@ from methods import FIRST_SEED, run_config
 from eepo_fast import checkpoint
 from eepo_fast.algorithm.forget import compute_unlearning
 from eepo_fast.config import Config, ModelConfig
-from eepo_fast.data.problems import load_problems, make_prompts, stop_token_ids
+from eepo_fast.data.problems import load_problems
+from eepo_fast.data.prompts import make_prompts, stop_token_ids
 from eepo_fast.policy.loading import load_model
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.rewards import ArithmeticGrader

@@ -140,7 +140,7 @@ def evaluate(model_folder: Path, config, phase: str) -> dict:
     import torch
 
     from eepo_fast.config import ModelConfig
-    from eepo_fast.data.problems import stop_token_ids
+    from eepo_fast.data.prompts import stop_token_ids
     from eepo_fast.evaluation.pass_at_k import summarise
     from eepo_fast.evaluation.periodic import make_eval_prompts
     from eepo_fast.evaluation.samples import Sampler, sample_set

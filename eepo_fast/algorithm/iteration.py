@@ -26,7 +26,7 @@ from eepo_fast.algorithm.losses import Term
 from eepo_fast.algorithm.overlap import Ahead, set_ref_logprobs, share_ref_logprobs
 from eepo_fast.algorithm.step_size import add_step, with_length
 from eepo_fast.config import Config
-from eepo_fast.data.problems import completion_text
+from eepo_fast.data.prompts import completion_text
 from eepo_fast.distributed import World
 from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader

@@ -127,6 +127,10 @@ def _class_of(section: str) -> Any:
     return Config.model_fields[section].annotation
 
 
+def _default_of(section: str, key: str) -> Any:
+    return _class_of(section).model_fields[key].get_default(call_default_factory=True)
+
+
 def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any] | None = None) -> Config:
     """Reads and validates a config; UserError with one line that names the file or key, what was expected and found.
     `say` is told, a line each, what of an earlier file is left out."""
@@ -185,15 +189,14 @@ def _check_read(values: dict[str, Any], sources: Sequence[dict[str, Any]]) -> li
     lines, sources = [], _with_implied(sources)
     for section, chooser, choices, keys in READ_WITH:
         whole, *parts = (s[section] if isinstance(s.get(section), dict) else {} for s in (values, *sources))
-        default = Config.model_fields[section].default
-        made = whole.get(chooser, getattr(default, chooser))
+        made = whole.get(chooser, _default_of(section, chooser))
         last = max((i for i, part in enumerate(parts) if chooser in part), default=-1)
         wanted = f"{section}.{chooser}={_plain(choices[0])}"
         for i, part in enumerate(parts):
             found = part.get(chooser, made if i > last else choices[0])
             given = [key for key in part if key in keys and found not in choices]
             if i + 1 < len(parts):
-                given = [key for key in given if part[key] != getattr(default, key)]
+                given = [key for key in given if part[key] != _default_of(section, key)]
             if given:
                 key, remedy = f"{section}.{given[0]}", f"remove the key, or set {wanted}"
                 raise UserError(f"config key {key}: expected {wanted} with it, found {_plain(found)}; {remedy}")

@@ -53,15 +53,16 @@ class ModelConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """Names the columns of a hub row that hold them; dots reach into records."""
+    """Names the columns of a row that hold them; dots reach into records, numbers into lists."""
 
-    problem: str = Field("problem", description="column of a hub row; dots reach into records")
-    answer: str = Field("answer", description="column of a hub row")
+    problem: str = Field("problem", description="column of text, or of a conversation: a list of messages")
+    answer: str = Field("answer", description="column of the gold answer; dots reach into records: a.b, a.0.b")
 
 
 class DataConfig(Section):
     train: str = Field(
-        description="JSON Lines file, hub data set, or a procedural task: `arithmetic`, `progressions`, `two_ways`"
+        description="a file (.jsonl, .json, .csv, .parquet, .gz), a folder of them, a hub data set, or a procedural "
+        "task: `arithmetic`, `progressions`, `two_ways`"
     )
     split: Literal["train", "test", "out"] = Field(
         "train", description="of a procedural task: test is held out, out is out of distribution"
@@ -70,11 +71,22 @@ class DataConfig(Section):
         "plain",
         description="how a problem becomes a prompt: as it is, Qwen's ChatML, plain words, or the tokenizer's own",
     )
+    system_prompt: str = Field("", description="chat, chatml: what the system says, where a conversation has none")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="chat: values that the tokenizer's template reads, such as {enable_thinking: false}"
+    )
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are left out, and counted")
     num_rows: Positive | None = Field(None, description="rows of a procedural task, or of a hub data set for --dry-run")
-    files: str | None = Field(None, description="file inside a hub data set")
+    files: str | None = Field(None, description="file inside a folder or a hub data set")
     columns: ColumnsConfig = ColumnsConfig()
-    answer_marker: str = Field("", description="hub rows: the final answer is what follows the last of these")
+    max_bad: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="share of rows without a problem or an answer that can be graded, which are left out; more refuse "
+        "the run (one row does not, unless it is 0)",
+    )
+    answer_marker: str = Field("", description="the final answer is what follows the last of these")
     numbers: Positive = Field(4, le=10, description="arithmetic: how many numbers a problem gives")
     max_number: Positive = Field(9, le=100, description="arithmetic: the largest of them")
 
@@ -245,7 +257,8 @@ class EvaluationConfig(Section):
 
     every: NonNegative = Field(0, description="iterations between evaluations, and after the last; 0: none")
     data: dict[str, str] = Field(
-        {}, description="name: JSON Lines file, prepared hub name, arithmetic[:N:MAX[:ROWS]] or TASK[:SPLIT[:ROWS]]"
+        {},
+        description="name: file or folder of rows, prepared hub name, arithmetic[:N:MAX[:ROWS]] or TASK[:SPLIT[:ROWS]]",
     )
     k: list[Positive] = Field([1], min_length=1, description="pass@k at temperature 1; [1] alone: greedy only")
     num_samples: Positive | None = Field(None, description="samples a problem; default the largest k")
@@ -278,6 +291,8 @@ OF_THE_STEP = {
     "rounding", "max_step",
 }  # fmt: skip
 READ_WITH = (
+    ReadWith("data", "template", ("chat",), {"chat_template_kwargs"}),
+    ReadWith("data", "template", ("chat", "chatml"), {"system_prompt"}),
     ReadWith("rollout", "engine", ("vllm",), {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
     ReadWith("rollout", "carry", CARRIES, {"in_flight"}),
     ReadWith("train", "engine", ("deepspeed",), {"zero_stage", "offload_optimizer", "offload_parameters"}),

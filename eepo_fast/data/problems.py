@@ -1,244 +1,238 @@
-"""Loads problems (files, hub data sets, procedural tasks), makes prompts of them, and orders them for training."""
+"""Makes problems of rows (of files, folders, the hub, procedural tasks), and orders them for training."""
 
-import json
+import math
 import re
-from collections.abc import Collection, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eepo_fast.config import DataConfig
+from eepo_fast.data.rows import SUFFIXES, Place, Row, read_file, read_folder, read_hub, suffix_of
 from eepo_fast.data.tasks import TASKS, task_problems
-from eepo_fast.types import Cursor, Problem, Prompt, UserError
+from eepo_fast.types import Cursor, Message, Problem, UserError
 
 DEFAULT_ROWS = 10_000  # of a procedural task, or as many as it has
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-CHATML = "<|im_start|>"
 # A whole answer that is one number with thousands marks: the commas go, as graders of the data sets take them out.
 THOUSANDS = re.compile(r"[-+]?\$?[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
-# Some chat templates write today's date, and a run that is resumed on another day would read other prompts than it
-# began with. So all days are this one, which Llama 3's template has where it is told none.
-TODAY = datetime(2024, 7, 26)
-# Names under which model families keep their end-of-turn token.
-STOP_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
-def load_problems(config: DataConfig, seed: int) -> list[Problem]:
-    """Returns the problems of `data.train`; UserError naming file, line or column where they cannot be used."""
+class Found(NamedTuple):
+    """Holds what rows have become."""
+
+    problems: list[Problem]
+    left_out: list[str]
+    """Why each row that is no problem is none, beginning with where it stands."""
+    numbered: int = 0
+    """How many had no id of their own."""
+
+    def without(self, indices: Iterable[int], why: Callable[[Problem], str]) -> "Found":
+        """Returns the same without some of the problems."""
+        out = set(indices)
+        kept = [p for i, p in enumerate(self.problems) if i not in out]
+        return Found(kept, self.left_out + [why(self.problems[i]) for i in sorted(out)], self.numbered)
+
+    def checked(self, where: str, max_bad: float) -> list[str]:
+        """Returns lines to say; UserError where more is left out than `data.max_bad` allows, or nothing is left. One
+        row is always allowed, unless none is."""
+        lines, bad, total = [], len(self.left_out), len(self.problems) + len(self.left_out)
+        if not total:
+            raise UserError(f"{where}: expected problems, found none: it is empty")
+        if bad > max(math.floor(max_bad * total), bool(max_bad)) or not self.problems:
+            raise UserError(
+                f"{where}: {bad} of {total} rows cannot be used, and data.max_bad allows {100 * max_bad:g}%; the "
+                f"first: {self.left_out[0]}; repair them" + (", or raise data.max_bad" if self.problems else "")
+            )
+        if bad:
+            lines.append(f"{where}: {bad} of {total} rows cannot be used: left out; the first: {self.left_out[0]}")
+        if self.numbered:
+            lines.append(f"{where}: {self.numbered} rows have no id of their own: they are numbered, from 000000 on")
+        return lines
+
+
+def load_problems(config: DataConfig, seed: int, *, for_function: bool = False) -> list[Problem]:
+    """Returns the problems of `data.train`, whatever was left out; see `find_problems`."""
+    return find_problems(config, seed, for_function=for_function).problems
+
+
+def find_problems(config: DataConfig, seed: int, *, for_function: bool = False) -> Found:
+    """Reads the problems of `data.train`; UserError naming file, line or column where they cannot be used.
+    for_function: rows need no answer, and keep all columns."""
     if config.train in TASKS:
         size, exact = config.num_rows or DEFAULT_ROWS, config.num_rows is not None
-        return task_problems(config.train, size, config, seed, config.split, exact=exact, asked_by="data.num_rows")
+        return Found(
+            task_problems(config.train, size, config, seed, config.split, exact=exact, asked_by="data.num_rows"), []
+        )
     if config.split != "train":
         raise UserError(
             f"data.split: expected train with data.train={config.train}, found {config.split}: only procedural tasks "
             f"({', '.join(TASKS)}) have splits; give a file of that split"
         )
-    path = Path(config.train)
-    if path.is_file():
-        return read_jsonl(path)
-    looks_local = path.suffix in (".jsonl", ".json") or config.train.startswith((".", "/", "~"))
-    if not path.is_dir() and (looks_local or config.train.count("/") > 1):
+    path = Path(config.train).expanduser()
+    looks_local = suffix_of(path) in SUFFIXES or config.train.startswith((".", "/", "~"))
+    if not path.exists() and (looks_local or config.train.count("/") > 1):
         raise UserError(
-            f"data.train: no file {config.train}; give a JSON Lines file, a hub data set or one of {', '.join(TASKS)}"
+            f"data.train: no file {config.train}; give a file, a folder of files, a hub data set or one of "
+            f"{', '.join(TASKS)}"
         )
-    return read_hub(config)
+    return read_problems(config.train, config, asked_by="data.train", for_function=for_function)
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """Reads JSON Lines with id, problem, answer; further fields are allowed. Lines are counted from 1 in errors."""
-    problems: list[Problem] = []
-    lines: dict[str, int] = {}
-    for number, row in iter_jsonl(path):
-        where = f"{path}, line {number}"
-        for key in ("id", "problem", "answer"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                found = "nothing" if key not in row else repr(row[key])
-                raise UserError(f"{where}: expected a non-empty string in `{key}`, found {found}")
-            try:
-                row[key].encode("utf-8")
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{where}: `{key}` holds half of a surrogate pair, which is no text; repair it"
-                ) from None
-        if row["id"] in lines:
-            raise UserError(
-                f"{where}: id {row['id']!r} was already used in line {lines[row['id']]}; ids must be unique"
-            )
-        lines[row["id"]] = number
-        problems.append(Problem(row["id"], row["problem"], row["answer"], str(row.get("source", ""))))
-    if not problems:
-        raise UserError(f"{path}: expected problems, found an empty file")
-    return problems
-
-
-def iter_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of lines that are not blank; UserError on all but JSON objects in UTF-8."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        for number, raw in enumerate(file, 1):
-            # a first line that is no JSON says that the file is likely of another kind
-            hint = "; expected JSON Lines; `eepo-fast data prepare` converts others" if number == 1 else ""
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8{hint}"
-                ) from None
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:  # ValueError also where a number has too many digits
-                raise UserError(f"{path}, line {number}: not valid JSON: {error}{hint}") from None
-            if not isinstance(row, dict):
-                found = type(row).__name__
-                raise UserError(f"{path}, line {number}: expected a JSON object, found a {found}{hint}")
-            yield number, row
-
-
-def read_hub(
+def read_problems(
+    source: str,
     config: DataConfig,
     *,
+    asked_by: str,
     revision: str | None = None,
     subset: str | None = None,
     split: str = "train",
-    asked_by: str = "data.train",
-) -> list[Problem]:
-    """Returns the problems of `data.train`, a hub data set or a folder. asked_by: what errors begin with."""
-    from datasets import load_dataset
+    for_function: bool = False,
+    marked: bool = True,
+) -> Found:
+    """Returns the problems of a file, a folder or a hub data set. config: its columns, file and answer marker.
+    asked_by: what errors begin with. marked: an answer without the marker is none; else it is one as it stands."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        rows, stem = read_file(path), path.name.partition(".")[0] or path.name
+    elif path.is_dir() and subset is None and not (path / "README.md").is_file():
+        rows, stem = read_folder(path, config.files, split, asked_by), path.resolve().name
+    else:
+        options = {"revision": revision, "subset": subset, "split": split, "asked_by": asked_by}
+        rows, stem = read_hub(str(path) if path.is_dir() else source, config.files, **options), source
+    return make_problems(rows, config, stem, own_ids=path.is_file(), for_function=for_function, marked=marked)
 
-    try:
-        rows = load_dataset(config.train, subset, data_files=config.files, revision=revision, split=split)
-    except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        kind = "a folder, and" if Path(config.train).is_dir() else "no file or folder, and from the hub it"
-        raise UserError(f"{asked_by}: {config.train} is {kind} could not be loaded: {reason}") from None
-    problems, unanswered = [], 0
-    for number, row in enumerate(rows):
-        values = {name: _column(row, column, f"{config.train}, row {number}") for name, column in config.columns}
-        if config.answer_marker:
-            _, marker, answer = values["answer"].rpartition(config.answer_marker)
-            answer = answer.strip() if marker else ""  # a text without the marker has no final answer
-            values["answer"] = answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
-        if not values["answer"].strip() or not values["problem"].strip():
-            unanswered += 1
+
+class _NoColumnError(Exception):
+    """A row lacks a column. The message names what is at its place."""
+
+    def __init__(self, column: str, at_that_place: Iterable[Any]):
+        super().__init__(f"no column {column!r}; found at that place: {', '.join(map(str, at_that_place)) or 'none'}")
+        self.column = column
+
+
+def make_problems(
+    rows: Iterable[tuple[Place, Row]],
+    config: DataConfig,
+    stem: str,
+    *,
+    own_ids: bool,
+    for_function: bool = False,
+    marked: bool = True,
+) -> Found:
+    """Makes a problem of each row that can be one. stem: what the ids of rows without one begin with; own_ids: rows
+    have theirs, and an id that two have is an error; else all are numbered. See `read_problems` for the others."""
+    problems: list[Problem] = []
+    left_out: list[str] = []
+    lacking: dict[str, list[str]] = {}
+    places: dict[str, Place] = {}
+    num_rows = numbered = 0
+    for num_rows, (place, row) in enumerate(rows, 1):
+        own = row.get("id") if own_ids else None
+        own = "" if own is None or isinstance(own, bool | dict | list) else str(own).strip()
+        try:
+            problem = _problem(own or f"{stem}/{num_rows - 1:06d}", row, config, stem, for_function, marked)
+        except (ValueError, _NoColumnError) as error:
+            left_out.append(f"{place}: {error}")
+            if isinstance(error, _NoColumnError):
+                lacking.setdefault(error.column, []).append(left_out[-1])
             continue
-        problems.append(Problem(f"{config.train}/{number:06d}", values["problem"], values["answer"], config.train))
-    if unanswered:
-        no_marker = f" (or no {config.answer_marker!r} before one)" if config.answer_marker else ""
-        print(f"{config.train}: {unanswered} of {len(rows)} rows have no problem or no answer{no_marker}: left out")
-    if not problems:
-        raise UserError(f"{asked_by}: {config.train} has no row with a problem and an answer")
-    return problems
+        if problem.id in places:
+            raise UserError(
+                f"{place}: id {problem.id!r} was already used in {places[problem.id].kind} "
+                f"{places[problem.id].number}; ids must be unique: repair it, or leave `id` out of all rows"
+            )
+        places[problem.id] = place
+        numbered += own_ids and not own
+        problems.append(problem)
+    for complaints in lacking.values():
+        if len(complaints) == num_rows:
+            raise UserError(f"data.columns: {complaints[0]}")
+    return Found(problems, left_out, numbered)
 
 
-def _column(row: dict[str, Any], column: str, where: str) -> str:
-    """Returns a column as text: strings and numbers, and lists of them. where: data set and row."""
+def _problem(id: str, row: Row, config: DataConfig, stem: str, for_function: bool, marked: bool) -> Problem:
+    """Returns the row's problem. ValueError, or a column's, with the reason why it has none."""
+    columns = config.columns
+    given = _value(row, columns.problem)
+    messages = _messages(given, columns.problem)
+    text = _last_of_user(messages) if messages else _content(given, columns.problem)
+    if not text.strip():
+        raise ValueError(f"no text in {columns.problem!r}")
+    try:
+        answer = _text(_value(row, columns.answer), columns.answer)
+        if config.answer_marker and (marked or config.answer_marker in answer):
+            answer = _final(answer, config.answer_marker)
+    except _NoColumnError:
+        if not for_function:
+            raise
+        answer = ""
+    if not answer.strip() and not for_function:
+        behind = f", or no {config.answer_marker!r} before one" if config.answer_marker else ""
+        raise ValueError(f"no answer in {columns.answer!r}{behind}")
+    try:
+        "".join((id, text, answer, *(m["content"] for m in messages))).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in its text, which is none") from None
+    source = row.get("source")
+    source = str(source) if isinstance(source, str | int) else stem if "/" in stem else ""
+    return Problem(id, text, answer, source, messages, dict(row) if for_function else {})
+
+
+def _final(answer: str, marker: str) -> str:
+    """Returns what follows the last marker: a text without it has no final answer."""
+    _, found, answer = answer.rpartition(marker)
+    answer = answer.strip() if found else ""
+    return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
+
+
+def _value(row: Row, column: str) -> Any:
+    """Returns what stands in a column; dots reach into records, numbers into lists."""
+    if column in row:  # a name with a dot in it
+        return row[column]
     value: Any = row
     for part in column.split("."):
-        if not isinstance(value, dict) or part not in value:
-            known = ", ".join(value) if isinstance(value, dict) else "none"
-            raise UserError(f"data.columns: {where}: no column {column!r}; found at that place: {known}")
-        value = value[part]
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            raise _NoColumnError(column, value if isinstance(value, dict) else ())
+    return value
+
+
+def _text(value: Any, column: str) -> str:
+    """Returns a value as people write it: text and numbers, and lists of them."""
     parts = value if isinstance(value, list) else [] if value is None else [value]
     for part in parts:
-        if not isinstance(part, str | int | float):
+        if not isinstance(part, str | int | float | Decimal):
             found = type(part).__name__ if part is value else f"a list with a {type(part).__name__}"
-            raise UserError(
-                f"data.columns: {where}, column {column!r}: expected text, a number or a list of them, found {found}; "
-                "name another column"
-            )
+            raise ValueError(f"column {column!r}: expected text, a number or a list of them, found {found}")
     return ", ".join(map(str, parts))
 
 
-# Prompts
+def _messages(value: Any, column: str) -> list[Message]:
+    """Returns a conversation's messages; none where the value is none."""
+    if not (isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)):
+        return []
+    messages = [{"role": str(m["role"]), "content": _content(m.get("content"), column)} for m in value]
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"column {column!r}: the last message is the assistant's, and nothing is asked")
+    return messages
 
 
-def render(template: str, problem: str, tokenizer: Any) -> str:
-    """Returns the prompt's text; the templates are those of the SimpleRL-Zoo recipe, which the paper follows."""
-    if template == "chatml":
-        return (
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            f"<|im_start|>user\n{problem}\n{BOXED}<|im_end|>\n<|im_start|>assistant\n"
-        )
-    if template == "question_answer":
-        return f"Question:\n{problem}\nAnswer:\nLet's think step by step.\n"
-    if template == "chat":
-        from jinja2 import TemplateError  # what transformers writes chat templates with
-
-        messages = [{"role": "user", "content": f"{problem}\n{BOXED}"}]
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime,
-                date_string=TODAY.strftime("%d %b %Y"),
-            )  # fmt: skip
-        except TemplateError as error:
-            raise UserError(
-                f"data.template: the tokenizer's chat template cannot render a problem alone: {error}; use another"
-            ) from None
-    return problem
+def _content(value: Any, column: str) -> str:
+    """Returns a message's text, which may be given in parts."""
+    if not (isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)):
+        return _text(value, column)
+    if other := {str(part["type"]) for part in value} - {"text"}:
+        raise ValueError(f"column {column!r}: a message with {min(other)}, and only text can be read")
+    return "".join(_text(part.get("text"), column) for part in value)
 
 
-def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
-    """Returns the prompts, and how many problems were left out for their length."""
-    if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "data.template: `chat` needs a tokenizer with a chat template, and this one has none; use another"
-        )
-    if config.template == "chatml" and CHATML not in tokenizer.get_vocab():
-        raise UserError(
-            f"data.template: `chatml` needs a tokenizer with {CHATML}, and this one reads it as plain text; use another"
-        )
-    # A chat template writes its special tokens itself; elsewhere the tokenizer adds its own (Llama's begin of text).
-    add_special_tokens = config.template != "chat"
-    prompts = []
-    for problem in problems:
-        text = render(config.template, problem.problem, tokenizer)
-        if not (token_ids := tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]):
-            raise UserError(f"data.train: problem {problem.id} gives an empty prompt with template {config.template}")
-        if len(token_ids) <= config.max_prompt_tokens:
-            prompts.append(Prompt(problem, text, token_ids))
-    if not prompts:
-        raise UserError(
-            f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {config.max_prompt_tokens} tokens; "
-            "raise it"
-        )
-    return prompts, len(problems) - len(prompts)
-
-
-def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[int]:
-    """Returns the ids that end a completion: the tokenizer's, the model's, and end-of-turn tokens that are known."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[name] for name in STOP_TOKENS if name in vocabulary}
-    ids.update(model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos])
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return sorted(ids)
-
-
-def completion_text(tokenizer: Any, token_ids: list[int], stop_token_ids: Collection[int]) -> str:
-    """Returns what a completion says, without its stop token and other special tokens."""
-    ids = token_ids[:-1] if token_ids and token_ids[-1] in stop_token_ids else token_ids
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def token_texts(tokenizer: Any, token_ids: list[int]) -> list[str]:
-    """Returns the text that each token adds, special tokens too; a character cut over several is the last one's."""
-    texts = []
-    start = read = 0  # a token is decoded behind the one before: a tokenizer treats the beginning of a text otherwise
-    for end in range(1, len(token_ids) + 1):
-        before, now = (tokenizer.decode(token_ids[start:stop]) for stop in (read, end))
-        if now.endswith("\ufffd") and end < len(token_ids):  # inside a character
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        start, read = read, end
-    return texts
+def _last_of_user(messages: Sequence[Message]) -> str:
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), messages[-1]["content"])
 
 
 def cursor_after(iterations: int, num_prompts: int, prompts_per_iteration: int) -> Cursor:

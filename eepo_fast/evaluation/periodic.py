@@ -11,18 +11,21 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from eepo_fast.config import Config, RewardConfig
-from eepo_fast.data.problems import make_prompts
+from eepo_fast.data.problems import Found
+from eepo_fast.data.prompts import make_prompts
+from eepo_fast.distributed import World
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, write_results
 from eepo_fast.policy.module import Policy
-from eepo_fast.rewards import check_golds, make_answer_grader
+from eepo_fast.rewards import make_answer_grader, why_unreadable
 from eepo_fast.rollout.engine import OnProgress, RolloutEngine, Sampling
 from eepo_fast.types import Prompt, UserError, WeightsVersion
 
@@ -32,11 +35,24 @@ def load_sets(config: Config) -> list[EvalSet]:
     return [load_set(name, spec, config.data) for name, spec in config.evaluation.data.items()]
 
 
-def check_sets(sets: Sequence[EvalSet], reward: RewardConfig) -> None:
-    """Raises a UserError where an answer of the sets cannot be read."""
-    for eval_set in sets:
-        with closing(make_answer_grader(eval_set.task, reward)) as grader:
-            check_golds(grader, eval_set.problems, f"evaluation data {eval_set.name}")
+def readable_sets(
+    sets: Sequence[EvalSet], reward: RewardConfig, max_bad: float, world: World, say: Callable[[str], None]
+) -> list[EvalSet]:
+    """Returns the sets without problems whose answers cannot be read, on every rank; UserError where they are too many.
+    say: is given lines on what is left out."""
+    found = []
+    with world.agree():
+        if world.is_main:
+            for eval_set in sets:
+                with closing(make_answer_grader(eval_set.task, reward)) as grader:
+                    unreadable = grader.unreadable([p.answer for p in eval_set.problems])
+                read = Found(eval_set.problems, list(eval_set.left_out)).without(unreadable, why_unreadable)
+                for line in read.checked(f"evaluation data {eval_set.name}", max_bad):
+                    say(line)
+                found.append(read.problems)
+    shared = world.gather([[p.id for p in problems] for problems in found])[0]
+    kept = [set(ids) for ids in shared]
+    return [replace(s, problems=[p for p in s.problems if p.id in ids]) for s, ids in zip(sets, kept, strict=True)]
 
 
 def make_eval_prompts(eval_set: EvalSet, config: Config, tokenizer: Any, longest: int | None) -> list[Prompt]:

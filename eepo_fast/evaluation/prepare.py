@@ -8,12 +8,13 @@ Prepared again, the pinned revision must give the same bytes.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data.problems import read_hub
+from eepo_fast.data.problems import read_problems
 from eepo_fast.types import UserError
 
 FOLDER = Path("data")
@@ -23,9 +24,9 @@ FOLDER = Path("data")
 class Manifest:
     name: str
     source: str
-    """The hub name, or a folder."""
+    """The hub name, or a file or folder."""
     revision: str
-    """The hub's commit; `local` for a folder."""
+    """The hub's commit; `local` for a file or a folder."""
     licence: str
     """The licence as the data set's card states it."""
     files: str | None
@@ -39,6 +40,11 @@ class Manifest:
 
 def manifest_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.manifest.json"
+
+
+def is_prepared(path: Path) -> bool:
+    """Returns whether a file is one that `prepare` wrote."""
+    return path.suffix == ".jsonl" and manifest_file(path.parent, path.stem).is_file()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -83,22 +89,26 @@ def check(file: Path, manifest: Manifest) -> None:
         )
 
 
-def prepare(name: str, source: str, config: DataConfig, *, folder: Path, revision: str | None, subset: str | None,
-            split: str) -> Manifest:  # fmt: skip
+def prepare(
+    name: str, source: str, config: DataConfig, *, folder: Path, revision: str | None, subset: str | None, split: str,
+    say: Callable[[str], None] = print,
+) -> Manifest:  # fmt: skip
     """Fetches, writes and pins one data set. config: columns, files and answer marker. revision: a commit; else the
-    pinned one, else the newest. UserError where the hub cannot be reached, or gives other bytes than it gave before."""
-    if revision and Path(source).is_dir():
-        raise UserError(f"--revision: expected none for the folder {source}, found {revision}")
+    pinned one, else the newest. UserError where the hub cannot be reached, or gives other bytes than it gave before.
+    say: is given lines on what is left out."""
+    if revision and Path(source).expanduser().exists():
+        raise UserError(f"--revision: expected none for {source}, which is no hub data set, found {revision}")
     path, file = manifest_file(folder, name), folder / f"{name}.jsonl"
     known = read_manifest(path) if path.is_file() else None
     if known is not None and known.source != source:
         raise UserError(f"{path}: {name} was prepared from {known.source}, not from {source}; choose another name")
     found, licence = describe(source, revision or (known.revision if known else None))
     pin = None if found == "local" else found
-    config = config.model_copy(update={"train": source})
-    problems = read_hub(config, revision=pin, subset=subset, split=split, asked_by="data prepare")
+    read = read_problems(source, config, revision=pin, subset=subset, split=split, asked_by="data prepare")
+    for line in read.checked(f"data prepare: {source}", config.max_bad):
+        say(line)
     rows = [{"id": f"{name}/{i:06d}", "problem": p.problem, "answer": p.answer, "source": f"{source}@{found}"}
-            for i, p in enumerate(problems)]  # fmt: skip
+            for i, p in enumerate(read.problems)]  # fmt: skip
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     manifest = Manifest(
         name, source, found, licence, config.files, subset, split, config.columns.model_dump(), config.answer_marker,
@@ -124,11 +134,11 @@ def _request(manifest: Manifest) -> Manifest:
 
 
 def describe(source: str, revision: str | None) -> tuple[str, str]:
-    """Returns (revision, licence) of a hub data set, or of a folder with a card."""
+    """Returns (revision, licence) of a hub data set, or of a file or folder, which may have a card."""
     from huggingface_hub import DatasetCard, HfApi
 
-    if Path(source).is_dir():
-        card = Path(source) / "README.md"
+    if (path := Path(source).expanduser()).exists():
+        card = path / "README.md"
         return "local", _licence(DatasetCard.load(card).data if card.is_file() else None)
     try:
         info: Any = HfApi().dataset_info(source, revision=revision)

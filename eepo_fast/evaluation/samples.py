@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eepo_fast.data.problems import completion_text
+from eepo_fast.data.prompts import completion_text
 from eepo_fast.distributed import World
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import OnProgress, RolloutEngine, Sampling, make_requests

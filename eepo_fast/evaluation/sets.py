@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from eepo_fast.config import DataConfig
-from eepo_fast.data.problems import read_jsonl
+from eepo_fast.data.problems import Found, read_problems
 from eepo_fast.data.tasks import ARITHMETIC, TASKS, task_problems
-from eepo_fast.evaluation.prepare import find_prepared
+from eepo_fast.evaluation.prepare import find_prepared, is_prepared
 from eepo_fast.types import Problem, Prompt, UserError
 
 HELD_OUT = 200
@@ -22,10 +23,12 @@ class EvalSet:
     problems: list[Problem]
     sha256: str
     """Checksum of its problems and answers, so that an evaluation goes on with the ones it began with."""
+    left_out: tuple[str, ...] = ()
+    """Why each row that is no problem is none."""
 
 
 def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
-    """Loads a set. spec: a JSON Lines file, the hub name of data that `eepo-fast data prepare` has fetched, or
+    """Loads a set. spec: a file or folder of rows, the hub name of data that `eepo-fast data prepare` has fetched, or
     arithmetic[:NUMBERS:MAX_NUMBER[:ROWS]], by default as in `data`, 200 rows, or another procedural task as
     TASK[:SPLIT[:ROWS]], by default its test split, 200 rows or as many as there are."""
     task, _, shape = spec.partition(":")
@@ -34,9 +37,14 @@ def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
     elif task in TASKS:
         problems = _procedural(name, task, shape, data)
     else:
-        task, problems = "math", read_jsonl(_find(name, spec))
-    content = repr([(p.id, p.problem, p.answer) for p in problems])
-    return EvalSet(name, task, problems, hashlib.sha256(content.encode()).hexdigest())
+        problems, left_out, _ = found = _read(name, spec, data)
+        found.checked(f"evaluation data {name}", data.max_bad)
+        return EvalSet(name, "math", problems, _checksum(problems), tuple(left_out))
+    return EvalSet(name, task, problems, _checksum(problems))
+
+
+def _checksum(problems: Sequence[Problem]) -> str:
+    return hashlib.sha256(repr([(p.id, p.problem, p.answer) for p in problems]).encode()).hexdigest()
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
@@ -45,16 +53,29 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _find(name: str, spec: str) -> Path:
+def _read(name: str, spec: str, data: DataConfig) -> Found:
+    """Reads a file or a folder, by the columns that `data` names; what `eepo-fast data prepare` wrote, and a file that
+    lacks those columns, by the ordinary ones."""
     path = Path(spec).expanduser()
-    if path.is_file():
-        return path
-    if (prepared := find_prepared(name, spec)) is None:
+    if not path.is_file() and (prepared := find_prepared(name, spec)) is not None:  # a folder may be prepared, too
+        path = prepared
+    if not path.exists():
         raise UserError(
-            f"evaluation data {name}: no file {spec}, and no prepared data of that name; give a JSON Lines file, or "
-            f"run `eepo-fast data prepare {name}={spec}` for a hub data set"
+            f"evaluation data {name}: no file {spec}, and no prepared data of that name; give a file or folder of "
+            f"problems, or run `eepo-fast data prepare {name}={spec}` for a hub data set"
         )
-    return prepared
+    asked_by, ordinary = f"evaluation data {name}", DataConfig(train="unused")
+    if is_prepared(path):
+        return read_problems(str(path), ordinary, asked_by=asked_by, split="test")
+    data = data.model_copy(update={"files": None})
+    try:
+        return read_problems(str(path), data, asked_by=asked_by, split="test", marked=False)
+    except UserError:
+        if data.columns == ordinary.columns:
+            raise
+        with suppress(UserError):
+            return read_problems(str(path), ordinary, asked_by=asked_by, split="test")
+        raise
 
 
 def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:

@@ -8,9 +8,9 @@ from eepo_fast.rewards.arithmetic import ArithmeticGrader
 from eepo_fast.rewards.function import FunctionGrader
 from eepo_fast.rewards.math import MathGrader
 from eepo_fast.rewards.procedural import PATTERNS, NumberGrader
-from eepo_fast.types import Grade, Problem, UserError
+from eepo_fast.types import Grade, Problem
 
-__all__ = ["ArithmeticGrader", "Grader", "MathGrader", "check_golds", "make_answer_grader", "make_grader"]
+__all__ = ["ArithmeticGrader", "Grader", "MathGrader", "make_answer_grader", "make_grader", "why_unreadable"]
 
 
 class Grader(Protocol):
@@ -46,12 +46,6 @@ def make_answer_grader(task: str, settings: RewardConfig) -> Grader:
     return MathGrader(settings.mode, step_seconds=settings.step_seconds)
 
 
-def check_golds(grader: Grader, problems: Sequence[Problem], where: str) -> None:
-    """Raises a UserError naming the first problem whose answer cannot be read, before anything is sampled."""
-    if found := grader.unreadable([p.answer for p in problems]):
-        first = problems[found[0]]
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise UserError(
-            f"{where}: the answer {first.answer[:80]!r} of {first.id!r} is neither a number nor words nor mathematics"
-            f"{more}; repair it, or leave the row out"
-        )
+def why_unreadable(problem: Problem) -> str:
+    """Returns what to say of a problem whose gold a grader has called unreadable."""
+    return f"{problem.id}: the answer {problem.answer[:80]!r} is neither a number nor words nor mathematics"

@@ -19,16 +19,17 @@ from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
 from eepo_fast.checkpoint.state import changed_inputs
 from eepo_fast.config import Config, dump_config
 from eepo_fast.data.base_model import ensure_base
-from eepo_fast.data.problems import load_problems, make_prompts, stop_token_ids
+from eepo_fast.data.problems import Found, find_problems
+from eepo_fast.data.prompts import check_ids, make_prompts, stop_token_ids
 from eepo_fast.data.tasks import BASES
 from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation import periodic
-from eepo_fast.evaluation.periodic import PeriodicEvaluation, check_sets, load_sets
+from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readable_sets
 from eepo_fast.policy.loading import eos_of, load_model, positions
 from eepo_fast.policy.module import Policy, check_head
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
-from eepo_fast.rewards import Grader, check_golds, make_grader
+from eepo_fast.rewards import Grader, make_grader, why_unreadable
 from eepo_fast.rollout.engine import RolloutEngine, SampleRequest, Sampling
 from eepo_fast.rollout.make import make_engine
 from eepo_fast.rollout.start_vllm import import_vllm
@@ -89,12 +90,12 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
                 raise UserError("rollout.sleep: expected false on a CPU, found true: vLLM sleeps on a GPU only")
         if config.train.engine == "deepspeed":
             import_deepspeed()
-        problems = load_problems(config.data, config.run.seed)
+        found = find_problems(config.data, config.run.seed, for_function=bool(config.reward.function))
         sets = load_sets(config)
-        if world.is_main:
-            check_golds(grader, problems, config.data.train)
-            check_sets(sets, config.reward)
-    data = _check_same_everywhere(config, problems, [p for s in sets for p in s.problems], world)
+    _check_same_everywhere(config, found.problems, [p for s in sets for p in s.problems], world)
+    found = _readable(found, grader, config, world, display)
+    sets = readable_sets(sets, config.reward, config.data.max_bad, world, display.say)
+    problems, data = found.problems, _digest([(p.id, p.problem, p.answer) for p in found.problems])
     if config.model.path in BASES:
         base, task = config.model.path, BASES[config.model.path]
         if config.data.train != task:
@@ -105,16 +106,16 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     display.say(f"loading {config.model.path}")
     with world.agree():
         model, tokenizer = load_model(config.model)
-        prompts, too_long = make_prompts(problems, config.data, tokenizer)
+        prompts, notes = make_prompts(problems, config.data, tokenizer)
+        rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+        check_ids(prompts, rows, f"model.path: {config.model.path}")
         num_iterations(config, len(prompts))
         _check_length(model, prompts, config)
         stops = stop_token_ids(tokenizer, eos_of(model))
         evaluation = PeriodicEvaluation(config, sets, tokenizer, stops, positions(model))
     fingerprint = {"data": data, **_check_same_model(model, tokenizer, prompts, world)}
-    if too_long:
-        display.say(
-            f"{too_long} of {len(problems)} prompts are longer than {config.data.max_prompt_tokens} tokens: left out"
-        )
+    for note in notes:
+        display.say(note)
     # The engine comes first: a sharded model shows no weights. vLLM's engines start together and wait for one another:
     # where one fails, its process ends, and the launcher ends the others.
     with world.agree() if config.rollout.engine == "hf" else nullcontext():
@@ -127,12 +128,23 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
         yield parts
 
 
+def _readable(found: Found, grader: Grader, config: Config, world: World, display: Display) -> Found:
+    """Returns what can be graded, on every rank; says what is left out, or raises a UserError where it is too much."""
+    with world.agree():
+        unreadable = grader.unreadable([p.answer for p in found.problems]) if world.is_main else []
+    found = found.without(world.gather(unreadable)[0], why_unreadable)
+    with world.agree():
+        for line in found.checked(config.data.train, config.data.max_bad):
+            display.say(line)
+    return found
+
+
 def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> str:
-    """Checks that all ranks have the same config and data; returns training data's digest. others: of evaluation."""
+def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> None:
+    """Checks that all ranks have the same config and data. others: of evaluation."""
     data, other_data = (_digest([(p.id, p.problem, p.answer) for p in part]) for part in (problems, others))
     everyone = world.gather((_digest(dump_config(config)), data, other_data))
     for rank, found in enumerate(everyone):
@@ -142,7 +154,6 @@ def _check_same_everywhere(config: Config, problems: list[Problem], others: list
                 f"rank {rank} has another {what} than rank 0; start all ranks with the same files and arguments",
                 shared=True,
             )
-    return data
 
 
 def _check_same_model(model: PreTrainedModel, tokenizer, prompts: list[Prompt], world: World) -> dict[str, str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from eepo_fast import checkpoint
 from eepo_fast.config import Config, ModelConfig, load_config
 from eepo_fast.data.base_model import ensure_base
-from eepo_fast.data.problems import make_prompts, stop_token_ids
+from eepo_fast.data.prompts import make_prompts, stop_token_ids
 from eepo_fast.evaluation.pass_at_k import scores
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import HELD_OUT, load_set

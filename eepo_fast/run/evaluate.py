@@ -22,10 +22,11 @@ from eepo_fast.config import Config, DataConfig, RewardConfig, make_config
 from eepo_fast.config.checks import COLDEST_OF_VLLM
 from eepo_fast.config.files import merge, read_override
 from eepo_fast.config.schema import without_unread
-from eepo_fast.data.problems import CHATML, iter_jsonl, stop_token_ids
+from eepo_fast.data.prompts import CHATML, stop_token_ids
+from eepo_fast.data.rows import iter_jsonl
 from eepo_fast.data.tasks import ARITHMETIC, BASES, TASKS
 from eepo_fast.distributed import World, default_device
-from eepo_fast.evaluation.periodic import check_sets, make_eval_prompts
+from eepo_fast.evaluation.periodic import make_eval_prompts, readable_sets
 from eepo_fast.evaluation.samples import Row, Sampler, append_rows, sample_set
 from eepo_fast.evaluation.sets import EvalSet, digest, load_set
 from eepo_fast.evaluation.tables import make_results, to_markdown, write_results
@@ -135,8 +136,8 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
     with world.agree():
         config, found = resolve_model(path, options.overrides)
         sets = [load_set(name, spec, config.data) for name, spec in specs.items()]
-        if world.is_main:
-            check_sets(sets, config.reward)
+    sets = readable_sets(sets, config.reward, config.data.max_bad, world, display.say)
+    with world.agree():
         # a template that no run and no override gives is the model family's, or the procedural task's
         guessed = config.data.train == "unused" and not any(o.startswith("data.template=") for o in options.overrides)
         model, tokenizer, config, device = load_for_sampling(config, options, display)
@@ -246,10 +247,11 @@ def fingerprint(model) -> str:
 def evaluate_completions(file: Path, options: EvalOptions, mode: Literal["strict", "paper"], display: Display) -> dict:
     """Grades completions made elsewhere: lines of `id` and `response`, each id as often as it was sampled. They are
     reported as samples, also where they were decoded greedily; those of an evaluation of ours as what they were."""
-    sets = [load_set(name, spec, DataConfig(train="unused")) for name, spec in parse_data(options.data).items()]
-    check_sets(sets, RewardConfig(mode=mode))
+    data = DataConfig(train="unused")
+    sets = [load_set(name, spec, data) for name, spec in parse_data(options.data).items()]
     responses = read_responses(file)
     owners = Counter(p.id for s in sets for p in s.problems)
+    sets = readable_sets(sets, RewardConfig(mode=mode), data.max_bad, World(), display.say)
     if (twice := next((i for i, count in owners.items() if count > 1), None)) is not None:
         raise UserError(f"--data: id {twice!r} is in more than one set; with --completions ids must tell them apart")
     if (unknown := next((i for i in responses if i not in owners), None)) is not None:
@@ -291,6 +293,8 @@ def read_responses(file: Path) -> Responses:
         ours = "completion" in row and "response" not in row
         text = "completion" if ours else "response"
         for key in ("id", text):
+            if isinstance(row.get(key), int | float) and not isinstance(row[key], bool):
+                row[key] = str(row[key])
             if not isinstance(row.get(key), str):
                 raise UserError(f"{file}, line {number}: expected a string in `{key}`, found {row.get(key)!r}")
             if any("\ud800" <= character <= "\udfff" for character in row[key]):

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from eepo_fast.data.problems import token_texts
+from eepo_fast.data.prompts import token_texts
 from eepo_fast.types import RolloutBatch
 
 LOGGED_COLUMNS = {  # of the rollout log, with `log.token_details`: fields of a Rollout

@@ -66,8 +66,8 @@ def check_world(config: Config, size: int, neighbours: int) -> None:
 def count_rows(config: Config) -> int:
     """Returns the rows of the training set: counted where they are at hand, else as the config states them."""
     data = config.data
-    if data.train in TASKS or Path(data.train).is_file():
-        return len(load_problems(data, config.run.seed))
+    if data.train in TASKS or Path(data.train).expanduser().exists():
+        return len(load_problems(data, config.run.seed, for_function=bool(config.reward.function)))
     if data.num_rows is None:
         raise UserError(f"data.num_rows: --dry-run does not open the hub; state how many rows {data.train} has")
     return data.num_rows

@@ -14,7 +14,7 @@ from eepo_fast.checkpoint import changed_keys, load_checkpoint
 from eepo_fast.checkpoint.groups import load_groups, save_groups
 from eepo_fast.compare.runs import differing
 from eepo_fast.config import Config, EepoConfig, RolloutConfig, make_config
-from eepo_fast.data.problems import completion_text
+from eepo_fast.data.prompts import completion_text
 from eepo_fast.rollout.exchange import shared_out
 from eepo_fast.run.build import about_carrying
 from eepo_fast.run.log_files import log_rollouts

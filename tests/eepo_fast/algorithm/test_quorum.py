@@ -10,7 +10,7 @@ import torch
 from eepo_fast.algorithm.guards import check_version
 from eepo_fast.algorithm.losses import PolicyTokens
 from eepo_fast.algorithm.overlap import Ahead
-from eepo_fast.data.problems import completion_text
+from eepo_fast.data.prompts import completion_text
 from eepo_fast.rollout.engine import Sampling, continuation, make_requests, num_preemptible
 from eepo_fast.run.log_files import log_rollouts
 from eepo_fast.types import EngineError, Group, Segment, UserError, WeightsVersion

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eepo_fast.config import ModelConfig
-from eepo_fast.data.problems import make_prompts, stop_token_ids
+from eepo_fast.data.prompts import make_prompts, stop_token_ids
 from eepo_fast.policy.loading import check_fit, find_model, load_model
 from eepo_fast.policy.module import check_head
 from eepo_fast.types import Problem, UserError

@@ -237,6 +237,27 @@ def test_completions_made_elsewhere(tmp_path):
     assert len(rows_of(tmp_path / "o" / "completions" / "a.jsonl")) == 4
 
 
+def test_numbers_and_rows_that_cannot_be_graded(tmp_path, capsys):
+    """Ids and answers may be numbers; a row whose gold nobody can read is left out, and said."""
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "response": r}) + "\n" for i, r in ((0, 5), (1, "7"), (2, "x"))))
+    data = tmp_path / "a.jsonl"
+    rows = [
+        {"id": 0, "q": "2+3", "gold": 5},
+        {"id": 1, "q": "3+3", "gold": 6},
+        {"id": 2, "q": "?", "gold": "\\frac{1}{"},
+    ]
+    for names in (("q", "gold"), ("problem", "answer")):
+        named = [{"id": r["id"], names[0]: r["q"], names[1]: r["gold"]} for r in rows]
+        data.write_text("".join(json.dumps(row) + "\n" for row in named))
+        if names[0] == "q":
+            assert grade(file, [f"a={data}"], tmp_path / "o") == 2
+            assert "line 1: no column 'problem'; found at that place: id, q, gold" in complaint(capsys)
+    assert grade(file, [f"a={data}"], tmp_path / "o") == 0
+    assert "evaluation data a: 1 of 3 rows cannot be used: left out; the first: 2: the" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o/results.json").read_text())["sets"]["a"]["metrics"]["pass@1"]["value"] == 0.5
+
+
 @pytest.mark.slow
 def test_completions_of_our_own_are_graded_again(tmp_path, capsys):
     """As what they were: a greedy one is no sample."""
@@ -334,7 +355,7 @@ def test_evaluations_that_cannot_be_compared(tmp_path, capsys, values, settings,
         ([("p0", "1"), ("p1", "2"), ("x", "3")], [], "id 'x' is in none of the sets"),
         ([], [], "found an empty file"),
         ([("p0", "\ud83d"), ("p1", "2")], [], "line 1: `response` holds half of a surrogate pair"),
-        ([("p0", 3), ("p1", "2")], [], "line 1: expected a string in `response`, found 3"),
+        ([("p0", [3]), ("p1", "2")], [], "line 1: expected a string in `response`, found [3]"),
         ([("p0", "1"), ("p1", "2")], ["--k", "0"], "--k: expected whole numbers up to 100000 such as 1,8,32, found"),
         ([("p0", "1"), ("p1", "2")], ["--k", "100000000000"], "such as 1,8,32, found '100000000000'"),
         ([("p0", "1"), ("p1", "2")], ["--n", "1"], "--completions are sampled already: expected no --num-samples"),
@@ -351,10 +372,13 @@ def test_completions_that_do_not_fit(tmp_path, capsys, pairs, more, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "expected problems, found an empty file"),
+        ("", "evaluation data a: expected problems, found none: it is empty"),
         (problems, "id 'same' was already used in line 1"),
         ("id,problem,answer", "line 1: not valid JSON: Expecting value: line 1 column 1 (char 0); expected JSON Lines"),
-        ("\\frac{1}{", "evaluation data a: the answer '\\\\frac{1}{' of 'p0' is neither"),
+        (
+            "\\frac{1}{",
+            "1 of 1 rows cannot be used, and data.max_bad allows 1%; the first: p0: the answer '\\\\frac{1}{'",
+        ),
     ],
 )
 def test_data_that_cannot_be_used(base, tmp_path, capsys, content, message):
@@ -427,7 +451,10 @@ def test_data_is_prepared_pinned_and_found_again(base, tmp_path, capsys, monkeyp
     manifest = json.loads((tmp_path / "data/small.manifest.json").read_text())
     assert manifest["licence"] == "mit" and manifest["rows"] == 3 and manifest["sha256"] in said
     assert main([*command, "data.template=chat"]) == 2
-    assert "expected keys of data.columns, data.files or data.answer_marker, found 'data.temp" in complaint(capsys)
+    assert (
+        "expected keys of data.columns, data.files, data.answer_marker or data.max_bad, found 'data.temp"
+        in complaint(capsys)
+    )
     before = (tmp_path / "data/small.jsonl").read_bytes()
     assert main(command) == 0 and (tmp_path / "data/small.jsonl").read_bytes() == before
 
@@ -477,7 +504,7 @@ def test_which_of_two_prepared_sets_is_meant(tmp_path, capsys, monkeypatch):
     assert grade(file, [f"b={source}"], tmp_path / "o") == 2
     assert "b.manifest.json: not a manifest of `eepo-fast data prepare`" in complaint(capsys)
     assert main(["data", "prepare", f"a={source}", "--split", "none"]) == 2
-    assert f"data prepare: {source} is a folder, and could not be loaded: " in capsys.readouterr().err
+    assert f"data prepare: {source} has no split none, found train, test" in capsys.readouterr().err
     assert main(["data", "prepare", f"a={source}", "--revision", "abc"]) == 2
     assert "--revision: expected none for the folder" in complaint(capsys)
     (tmp_path / "file").write_text("")
