@@ -182,7 +182,7 @@ def where_time_goes(shape, f: float, g_s: float, copy_rate: float) -> dict:
     n, d, v = shape
     logits = n * v
     row_bytes = 8 * logits + f * logits * (4 + 3 * DTYPE.itemsize)
-    options = Options(1.0, default_chunk_bytes(inputs[0].device), "triton" if CUDA else "torch", DTYPE)
+    options = Options(1.0, 0.0, default_chunk_bytes(inputs[0].device), "triton" if CUDA else "torch", DTYPE)
     packed = Head(inputs[0], inputs[1], None, options, with_grad=True).pack_rows
     dw_bytes = 4 * v * d * (2 * math.ceil(f * n / packed) - 1)
     total = sum(kinds.values())

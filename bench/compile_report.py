@@ -80,11 +80,12 @@ COEFFICIENTS = ["a_ptr", "b_ptr", "c_ptr"]
 def triton_variants():
     """Yields (kernel, name of the variant, signature, constants): what the launchers ask for, aligned as they align it.
     A V that 16 divides is a version of its own, as it is when launched."""
-    for has_bias, even_v in itertools.product((False, True), (True, False)):
-        constants = {"HAS_BIAS": has_bias, "BLOCK_V": row_stats.BLOCK_V, "even_v": even_v}
-        name = f"{'bias' if has_bias else 'no bias'}, {'V % 16 = 0' if even_v else 'odd V'}"
+    for before, even_v in itertools.product(("no bias", "bias", "softcap"), (True, False)):
+        flags = {"HAS_BIAS": before == "bias", "HAS_CAP": before == "softcap"}
+        constants = flags | {"BLOCK_V": row_stats.BLOCK_V, "even_v": even_v}
+        name = f"{before}, {'V % 16 = 0' if even_v else 'odd V'}"
         common = dict.fromkeys([*ROW_POINTERS, *STATS], "*fp32") | {"targets_ptr": "*i64", "V": "i32"}
-        common |= {"inverse_temperature": "fp32", "stride_n": "i32"}
+        common |= {"inverse_temperature": "fp32", "softcap": "fp32", "stride_n": "i32"}
         for dtype in ("fp32", "bf16", "fp16"):
             yield row_stats.row_stats_fwd_kernel, f"{dtype}, {name}", common | {"logits_ptr": f"*{dtype}"}, constants
         for dtype in ("fp32", "bf16", "fp16"):

@@ -67,7 +67,12 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = dtype or read_state(folder)["config"]["model"]["dtype"]
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype), use_safetensors=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):
+        raise UserError(f"checkpoint {folder}: lacks {len(absent)} tensors of the model, such as {absent[0]}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:

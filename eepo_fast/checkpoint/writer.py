@@ -24,6 +24,7 @@ from eepo_fast.checkpoint.state import make_state, random_state
 from eepo_fast.config import Config
 from eepo_fast.distributed import deal
 from eepo_fast.policy.module import Policy
+from eepo_fast.rollout.families import persistent_buffers
 from eepo_fast.types import Group, TrainerState, UserError
 
 Outcome = dict[str, str] | str | None
@@ -66,6 +67,8 @@ class CheckpointWriter:
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
         model = {name: copied(tensor) for name, tensor in self.policy.masters() if name in mine}
+        if self.world.is_main:
+            model |= {name: copied(buffer) for name, buffer in persistent_buffers(self.policy.model).items()}
         return model, {k: copied(v) for k, v in self.policy.moments() if k.partition(".")[2] in mine}
 
     def _write(self, final: Path, *parts: Any) -> None:

@@ -10,7 +10,9 @@ Shapes: A query heads, K key and value heads, L packed tokens, E head size.
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from eepo_fast.types import UserError
 
 NAME = "eepo_packed"
+windows: list[int | None] | None = None
+"""Of each call, while `windows_asked_for` listens."""
 
 
 def packed_attention(
@@ -41,6 +45,8 @@ def packed_attention(
     assert attention_mask is None and not dropout and query.shape[0] == 1
     assert not kwargs.get("softcap") and kwargs.get("s_aux") is None, "attention with a cap or sinks"
     longest = max(lengths)
+    if windows is not None:
+        windows.append(sliding_window)
     window = sliding_window if sliding_window and sliding_window < longest else None
     if query.is_cuda:
         query, key, value = _one_dtype(query, key, value)
@@ -107,6 +113,28 @@ def _varlen() -> Callable[..., Tensor]:
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def windows_asked_for() -> Iterator[list[int | None]]:
+    """Lists the sliding windows that the calls inside are given. A layer that says its window in a mask alone, which
+    packed attention is not given, would see all of a sequence once that is longer than the window."""
+    global windows
+    windows = found = []
+    try:
+        yield found
+    finally:
+        windows = None
+
+
+def num_windowed(model: PreTrainedModel) -> int:
+    """Returns how many of the model's layers see a part of a sequence only; AssertionError for chunks."""
+    config: Any = model.config.get_text_config()
+    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
+    assert not any("chunked" in kind for kind in kinds), "attention in chunks"
+    if not getattr(config, "sliding_window", None):
+        return 0
+    return sum("sliding" in kind for kind in kinds) if kinds else config.num_hidden_layers
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from eepo_fast.policy.attention import use_packed_attention
 from eepo_fast.policy.footprint import AUTOCAST, Shape, pass_bytes, score_bytes
 from eepo_fast.policy.micro_batches import Batching, MicroBatch, collate, plan_micro_batches
 from eepo_fast.rollout.engine import RolloutEngine
+from eepo_fast.rollout.families import after_head, decoder_of
 from eepo_fast.types import Rollout, UserError
 
 
@@ -132,6 +133,7 @@ class PolicyModule(nn.Module):
         self.model = model
         self.temperature = temperature
         self.autocast = autocast
+        self.after_head = after_head(model)
 
     def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None) -> TokenStats | tuple[Tensor, TokenStats]:
         """Returns (loss, statistics) with a `loss_fn`, else the statistics alone."""
@@ -148,32 +150,18 @@ class PolicyModule(nn.Module):
     def _head_inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """Returns the fused head's arguments. Autocast rounds an fp32 weight for the products and leaves it fp32: its
         gradient, summed in fp32, reaches the master without another rounding."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if batch.boundaries is not None:
-            inputs |= {"boundaries": batch.boundaries, "lengths": batch.lengths}
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.positions]
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if batch.boundaries is not None:  # a padded row's positions are those that every model takes by itself
+            inputs |= {"position_ids": batch.position_ids, "boundaries": batch.boundaries, "lengths": batch.lengths}
+        hidden = decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.positions]
         head = self.model.get_output_embeddings()
         tensors = {"hidden": hidden, "weight": head.weight, "targets": batch.targets, "bias": head.bias}
-        return tensors | {"temperature": self.temperature}
+        return tensors | {"temperature": self.temperature, **self.after_head._asdict()}
 
 
 @torch.no_grad()
 def norm_of(model: PreTrainedModel) -> float:
     return float(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Raises a UserError where the family scales or caps its logits after the head, which the fused head would miss.
-    It comes before any model of the process is prepared: it runs the model as it was loaded, where it is."""
-    probe = torch.arange(4, device=next(model.parameters()).device)[None]
-    expected = model(probe).logits
-    found = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
-    if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"model.path: {type(model).__name__} changes its logits after the head (scaling or soft-capping), which is "
-            "not supported; use a model whose logits are the head's output"
-        )
 
 
 def prepare_model(
@@ -219,15 +207,21 @@ def _by_device(on_gpu: Callable, on_host: Callable) -> Callable:
     return chosen
 
 
+NOISE = ("drop", "jitter", "noise")  # in names of numbers that make a module random while it trains
+
+
 def _checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Has activations computed again in the backward pass."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers checkpoints in training mode only; dropout, which that turns on, is taken out
+    """Has activations computed again in the backward pass. transformers does so in modules that are in training mode:
+    those alone are put there, what they are made of stays in evaluation mode, and their own dropout is turned off."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"train.gradient_checkpointing: {error}; set train.gradient_checkpointing=false") from None
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[bad-assignment]  # torch's hints know no numbers on a module
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for name, value in vars(module).items():
+            if module.training and isinstance(value, float) and any(part in name for part in NOISE):
+                setattr(module, name, 0.0)
 
 
 def gather_columns(

@@ -24,8 +24,9 @@ class PlainGradient:
     """Is a `Gradient` of whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
     memory is free from there on: from the second micro-batch on there would else be two of the whole model."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, model: PreTrainedModel, loss_scale: float = 1.0):
+        """Makes gradients of losses `loss_scale` times as large, and undoes that: float16 has no room for them else."""
+        self.parameters, self.loss_scale = dict(model.named_parameters()), loss_scale
         self.tensors: dict[str, Tensor] = {}
         self.known_norm: float | None = None
         """The result of the last `norm`: the forget step is held against it, and reads the gradient once."""
@@ -36,11 +37,11 @@ class PlainGradient:
 
         def take(name: str, grad: Tensor) -> None:
             if name in found:
-                found[name].add_(grad)
+                found[name].add_(grad, alpha=1 / self.loss_scale)
             else:
-                found[name] = grad.float()
+                found[name] = grad.float() if self.loss_scale == 1 else grad.float() / self.loss_scale
 
-        give_gradients(loss, self.parameters, take)
+        give_gradients(loss * self.loss_scale, self.parameters, take)
         if not self.tensors:  # in the model's order, whatever order they came in
             for name, parameter in self.parameters.items():
                 given = found.get(name)
@@ -86,6 +87,8 @@ class TorchPolicy(ModulePolicy):
         autocast = None if compute_dtype == weight.dtype else compute_dtype
         self.module = PolicyModule(model, temperature=temperature, autocast=autocast)
         self.batching = Batching(micro_batch_tokens, pad_id, packed, weight.device)
+        # a token's share of a mean over many is below what float16 can hold: the loss is scaled up, the gradient down
+        self.scaler = torch.amp.GradScaler(weight.device.type, enabled=compute_dtype == torch.float16)
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip
             self.optimizer, self.scheduler = make_optimizer(model, optimizer, fused=weight.is_cuda)
@@ -103,6 +106,7 @@ class TorchPolicy(ModulePolicy):
         """Returns a policy of this rank alone around a module that is there, without an optimizer."""
         policy = cls.__new__(cls)
         policy.module, policy.batching, policy.world = module, batching, World()
+        policy.scaler = torch.amp.GradScaler(batching.device.type, enabled=False)
         return policy
 
     def alone(self) -> "TorchPolicy":
@@ -118,12 +122,12 @@ class TorchPolicy(ModulePolicy):
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def gradient(self) -> PlainGradient:
-        return PlainGradient(self.model)
+        return PlainGradient(self.model, self.scaler.get_scale())
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         loss, stats = self.loss(batch, loss_fn)
         with named("micro-batch backward"):
-            loss.backward()
+            self.scaler.scale(loss).backward()
         return loss.detach(), stats
 
     def halve_micro_batches(self) -> bool:
@@ -135,11 +139,14 @@ class TorchPolicy(ModulePolicy):
         return True
 
     def step(self) -> tuple[float, bool]:
+        self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
         if finite := math.isfinite(norm):
             with named("optimizer step"):
                 self.optimizer.step()
             self.scheduler.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()  # smaller after a gradient that was too large, larger after many that were not
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite
 
@@ -160,6 +167,8 @@ class TorchPolicy(ModulePolicy):
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 yield f"{key}.{name}", value.detach()
+            if found := self.scaler.state_dict():
+                yield f"{LOSS_SCALE}.{name}", torch.tensor([found["scale"], found["_growth_tracker"]])
 
     @torch.no_grad()
     def load_state(self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], num_steps: int) -> None:
@@ -170,9 +179,15 @@ class TorchPolicy(ModulePolicy):
                 self.optimizer.state[parameter] = {
                     key: value if key in on_host else value.to(parameter.device) for key, value in found.items()
                 }
+            if f"{LOSS_SCALE}.{name}" in moments and self.scaler.is_enabled():
+                scale, tracker = moments[f"{LOSS_SCALE}.{name}"].tolist()
+                self.scaler.load_state_dict(
+                    self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)}
+                )
         set_scheduler(self.optimizer, self.scheduler, num_steps)
 
 
+LOSS_SCALE = "loss_scale"  # one for all weights, kept with each as the optimizer's state is
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 

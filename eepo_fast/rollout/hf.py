@@ -4,8 +4,10 @@ Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded p
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
+from eepo_fast.rollout.families import Memory, after_head, choose_attention, decoder_of, memory_of
 from eepo_fast.types import EngineError, Rollout, Segment, WeightsVersion
 
 SCORE_TOKENS = 8192  # scored at once
@@ -34,13 +37,14 @@ class HfEngine:
     ):
         """Copies the model to the device: its own where none is given."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.model.set_attn_implementation("sdpa")  # the policy's may be for packed sequences, which these are not
+        choose_attention(self.model)  # the policy's may be for packed sequences, which these are not
         for parameter in self.model.parameters():  # not .to(dtype): buffers such as rotary frequencies stay in fp32
             parameter.data = parameter.data.to(dtype)
             parameter.grad = None
         self.device = device or next(self.model.parameters()).device
         self.model.to(self.device)
         self.weights = dict(self.model.named_parameters())
+        self.memory, self.after_head = memory_of(self.model), after_head(self.model)
         self.max_sequences = max_sequences
         self.pad_id = pad_id
         self.weights_version = WeightsVersion(0, False)
@@ -106,13 +110,23 @@ class HfEngine:
         samples = [(i, k) for i in order for k in range(len(requests[i].seeds))]
         total = len(samples)
         results: dict[tuple[int, int], Rollout] = {}
-        for start in range(0, total, self.max_sequences):  # a batch may divide a request
-            rows = samples[start : start + self.max_sequences]
+        for rows in self._batches(requests, samples):
             tick = partial(progress, len(results), total) if progress else None
             results.update(self._generate_batch(requests, rows, sampling, tick, finished, quorum))
         if progress:
             progress(total, total)
         return [results[i, k] for i, request in enumerate(requests) for k in range(len(request.seeds))]
+
+    def _batches(
+        self, requests: Sequence[SampleRequest], samples: list[tuple[int, int]]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yields samples that run side by side: as many as may, and of one length where padding would be read."""
+        kinds = [None if self.memory.padded else len(requests[i].token_ids) for i, _ in samples]
+        start = 0
+        for end in range(1, len(samples) + 1):  # a batch may divide a request
+            if end == len(samples) or end - start == self.max_sequences or kinds[end] != kinds[start]:
+                yield samples[start:end]
+                start = end
 
     def _generate_batch(
         self,
@@ -162,12 +176,9 @@ class HfEngine:
         length = max(map(len, prompts))
         input_ids = torch.tensor([[self.pad_id] * (length - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[expand, -1]
-        cache.batch_select_indices(expand)
-        mask = torch.nn.functional.pad(mask[expand], (0, limit), value=1)
-        position = positions[expand, -1]
+        reader = Reader(self.model, self.memory, input_ids, mask, limit)
+        logits = reader.logits[expand]
+        reader.keep(expand)
         uniforms = uniforms.to(self.device)
         stops = torch.tensor(sampling.stop_token_ids, device=self.device)
         tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=self.device)
@@ -196,17 +207,9 @@ class HfEngine:
                 break
             if num_running <= len(rows) // 2:  # drop the finished rows; more often, and copying the cache costs more
                 keep = running.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, token, position, mask = rows[keep], token[keep], position[keep], mask[keep]
-                running = running[keep]
-            position = position + 1
-            logits = self.model(
-                token[:, None],
-                attention_mask=mask[:, : length + t + 1],
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+                reader.keep(keep)
+                rows, token, running = rows[keep], token[keep], running[keep]
+            logits = reader.read(token)
         for row in rows[running].tolist():
             take(row, tokens[row, : t + 1].tolist(), logprobs[row, : t + 1].tolist(), False)
 
@@ -219,12 +222,13 @@ class HfEngine:
             rows = [torch.tensor(rollouts[i].prompt.token_ids + rollouts[i].token_ids) for i in chosen]
             # padded on the right, where causal attention never looks from a token that counts
             ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
-            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            hidden = decoder_of(self.model)(ids, use_cache=False).last_hidden_state
             starts = [len(rollouts[i].prompt.token_ids) - 1 for i in chosen]
             spans = [slice(start, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
             states = torch.cat([hidden[k, span] for k, span in enumerate(spans)])
             targets = torch.cat([ids[k, 1:][span] for k, span in enumerate(spans)])
-            found = linear_logprobs(states, head.weight, targets, bias=head.bias, temperature=temperature).logprobs
+            options = {"temperature": temperature, **self.after_head._asdict()}
+            found = linear_logprobs(states, head.weight, targets, bias=head.bias, **options).logprobs
             for i, part in zip(chosen, found.cpu().split([s.stop - s.start for s in spans]), strict=True):
                 results[i] = part.tolist()
         return results
@@ -246,6 +250,47 @@ class HfEngine:
 
     def close(self) -> None:
         del self.model, self.weights
+
+
+class Reader:
+    """Reads sequences token by token, and gives the logits [B, V] of what comes next."""
+
+    def __init__(self, model: PreTrainedModel, memory: Memory, input_ids: Tensor, mask: Tensor, limit: int):
+        """Reads input_ids [B, L], of which mask [B, L] is 0 at the padding on the left; up to `limit` tokens follow."""
+        self.model, self.memory = model, memory
+        self.ids, self.length = input_ids, input_ids.shape[1]
+        self.mask = torch.nn.functional.pad(mask, (0, limit), value=1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        self.position = positions[:, -1]
+        self.named = "position_ids" in inspect.signature(model.forward).parameters
+        self.cache: Any = None
+        self.logits = self._forward(input_ids, positions)
+
+    def _forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        options: dict[str, Any] = {"attention_mask": self.mask[:, : self.length]}
+        if self.named:
+            options["position_ids"] = positions
+        if self.memory.argument is None:
+            return self.model(input_ids, use_cache=False, **options).logits[:, -1]
+        if self.cache is not None:
+            options[self.memory.argument] = self.cache
+        out = self.model(input_ids, use_cache=True, logits_to_keep=1, **options)
+        self.cache = out[self.memory.argument]
+        return out.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows [B'], of which one may be meant several times."""
+        self.ids, self.mask, self.position = self.ids[rows], self.mask[rows], self.position[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
+    def read(self, token: Tensor) -> Tensor:
+        """Reads one token [B] more of each."""
+        self.length, self.position = self.length + 1, self.position + 1
+        if self.memory.argument is not None:
+            return self._forward(token[:, None], self.position[:, None])
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        return self._forward(self.ids, torch.arange(self.length, device=token.device).expand_as(self.ids))
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,11 +95,16 @@ class InPlace:
 class Reload:
     """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
 
-    def __init__(self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None):
-        """Takes the `vllm.LLM` that holds the model and runs on the stream."""
+    def __init__(
+        self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None,
+        buffers: Named | None = None,
+    ):  # fmt: skip
+        """Takes the `vllm.LLM` that holds the model and runs on the stream. buffers: what the policy's model has beside
+        its weights, and never changes."""
         self._llm, self._model, self.stream = llm, model, stream
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        self.buffers = {name: buffer.to(device, copy=True) for name, buffer in (buffers or {}).items()}
         self.num_weights = sum(weight.numel() for weight in self.weights.values())
 
     def find_weights(self) -> None:
@@ -127,13 +132,13 @@ class Reload:
         taken = []
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            for name, weight in self.weights.items():
-                yield name, weight
+            for name, tensor in (*self.weights.items(), *self.buffers.items()):
+                yield name, tensor
                 taken.append(name)
 
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
-        if len(taken) != len(self.weights):
-            raise EngineError(f"vLLM's reload took {len(taken)} of {len(self.weights)} weights")
+        if len(taken) != (num_all := len(self.weights) + len(self.buffers)):
+            raise EngineError(f"vLLM's reload took {len(taken)} of {num_all} weights")
         return checksums([tensor for _, tensor in self.held()])
 
     def held(self) -> list[tuple[str, Tensor]]:

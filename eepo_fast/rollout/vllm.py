@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
+from eepo_fast.rollout.families import persistent_buffers
 from eepo_fast.rollout.start_vllm import (
     capturing_on,
     engine_arguments,
@@ -95,7 +96,7 @@ class VllmEngine:
             """Length that the last forget step was to have, where that is known, and what it did."""
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
-            self._updater = self._choose_updater()
+            self._updater = self._choose_updater(persistent_buffers(model))
             on_failure.pop_all()
 
     @property
@@ -104,14 +105,16 @@ class VllmEngine:
 
     # -- updates
 
-    def _choose_updater(self) -> Updater:
+    def _choose_updater(self, buffers: Named) -> Updater:
         """Weights are updated in place where a plan of them holds; elsewhere a warning says why vLLM reloads them."""
         try:
+            if buffers:
+                raise PlanError(f"the model has {len(buffers)} buffers beside its weights")
             self._refuse_other_layouts()
             return InPlace(self._model, self._shapes, self.dtype, self._group)
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
-            return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream)
+            return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream, buffers)
 
     def _refuse_other_layouts(self) -> None:
         """Raises a PlanError for layers whose kernels read another layout than the loader writes."""

@@ -26,11 +26,13 @@ from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation import periodic
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readable_sets
 from eepo_fast.policy.loading import eos_of, load_model, positions
-from eepo_fast.policy.module import Policy, check_head
+from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.policy.trial import Trial, check_engine, check_policy, make_trial, why_not_packed
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, make_grader, why_unreadable
-from eepo_fast.rollout.engine import RolloutEngine, SampleRequest, Sampling
+from eepo_fast.rollout.engine import RolloutEngine
+from eepo_fast.rollout.families import persistent_buffers, rope_limit
 from eepo_fast.rollout.make import make_engine
 from eepo_fast.rollout.start_vllm import import_vllm
 from eepo_fast.run import log_files
@@ -44,13 +46,13 @@ from eepo_fast.run.trackers import chosen as chosen_trackers
 from eepo_fast.run.watchdog import Watchdog, watching
 from eepo_fast.types import Interrupted, Problem, Prompt, TrainerState, UserError, WeightsVersion
 
-LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what a wrong weight does
-
 
 @dataclass
 class Parts:
     """Holds everything a run is made of, loaded and checked."""
 
+    config: Config
+    """What the run was asked for, but for what its model cannot do."""
     policy: Policy
     reference: Policy | None
     engine: RolloutEngine
@@ -96,6 +98,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     found = _readable(found, grader, config, world, display)
     sets = readable_sets(sets, config.reward, config.data.max_bad, world, display.say)
     problems, data = found.problems, _digest([(p.id, p.problem, p.answer) for p in found.problems])
+    asked = config
     if config.model.path in BASES:
         base, task = config.model.path, BASES[config.model.path]
         if config.data.train != task:
@@ -113,6 +116,8 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
         _check_length(model, prompts, config)
         stops = stop_token_ids(tokenizer, eos_of(model))
         evaluation = PeriodicEvaluation(config, sets, tokenizer, stops, positions(model))
+        trial = make_trial(model, prompts, config.rollout.temperature)  # before any copy of the model is prepared
+        config = _packed_or_padded(config, model, trial, display)
     fingerprint = {"data": data, **_check_same_model(model, tokenizer, prompts, world)}
     for note in notes:
         display.say(note)
@@ -123,9 +128,31 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
         engine = make_engine(config.rollout, model, tokenizer, longest)
     with world.closing(engine):
         policy, reference = make_policies(config, model, tokenizer, world)
-        parts = Parts(policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
-        _check_engine(parts, config.rollout.temperature)
-        yield parts
+        engine.sync(policy.weights(), WeightsVersion(0, False))
+        _try_parts(config, policy, engine, trial, display)
+        found = asked.model_copy(update={"train": config.train})
+        yield Parts(found, policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
+
+
+def _packed_or_padded(config: Config, model: PreTrainedModel, trial: Trial, display: Display) -> Config:
+    """Returns the config without packing where the model cannot be packed, and says why."""
+    if not config.train.packing or (why := why_not_packed(model, trial)) is None:
+        return config
+    display.warn(f"train.packing: {type(model).__name__} is padded instead of packed, which is slower: {why}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
+
+
+def _try_parts(config: Config, policy: Policy, engine: RolloutEngine, trial: Trial, display: Display) -> None:
+    """Checks, on all ranks, that policy and engine compute what the model does, and says how far they are apart."""
+    exact = config.model.dtype == "float32" and not torch.cuda.is_available()  # a GPU may round fp32 products, too
+    found = check_policy(policy, trial, exact=exact)
+    apart, slower = check_engine(
+        engine, lambda rollouts: policy.score(rollouts).logprobs, trial, config.rollout.temperature, policy.world,
+        kind=type(policy.model).__name__, exact=exact and config.rollout.dtype == "float32",
+    )  # fmt: skip
+    if slower:
+        display.warn(f"rollout.engine: {type(policy.model).__name__} is sampled slower: {slower}")
+    display.say(f"trial: {found}, the engine {apart:.1g} from the policy")
 
 
 def _readable(found: Found, grader: Grader, config: Config, world: World, display: Display) -> Found:
@@ -158,7 +185,7 @@ def _check_same_everywhere(config: Config, problems: list[Problem], others: list
 
 def _check_same_model(model: PreTrainedModel, tokenizer, prompts: list[Prompt], world: World) -> dict[str, str]:
     """Checks that weights and prompts, as tokens, are the same on every rank, and returns their digests."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.named_parameters()} | persistent_buffers(model)
     mine = {
         "model": _digest((list(weights), checksums(list(weights.values())).tolist())),
         "tokenizer": _digest((sorted(tokenizer.get_vocab().items()), [p.token_ids for p in prompts])),
@@ -181,8 +208,6 @@ def make_policies(config: Config, model: PreTrainedModel, tokenizer, world: Worl
         micro_batch_tokens=train.micro_batch_tokens, liger=train.liger,
     )  # fmt: skip
     sharded = train.engine == "deepspeed"
-    with world.agree():
-        check_head(model)  # before the policy or its copy, the reference, is prepared
     reference = None
     if config.grpo.kl_coef:
         frozen = frozen_copy(model, device, dtype if sharded else None)
@@ -207,24 +232,6 @@ def frozen_copy(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
     return copy.deepcopy(model, known).to(device)  # type: ignore[bad-argument-type]  # its decorator hides it
 
 
-def _check_engine(parts: Parts, temperature: float) -> None:
-    """Checks once, before training, that every engine and the policy give the same few tokens the same probability."""
-    parts.engine.sync(parts.policy.weights(), WeightsVersion(0, False))
-    prompt = min(parts.prompts, key=lambda p: len(p.token_ids))
-    mine = parts.engine.generate([SampleRequest(prompt, 1, (0,), (0,))], Sampling(temperature, 16, ()))
-    rollouts = [r for share in parts.policy.world.gather(mine) for r in share]
-    scored = parts.policy.score(rollouts).logprobs
-    for rank, (rollout, logprobs) in enumerate(zip(rollouts, scored, strict=True)):
-        gap = sum(abs(a - b) for a, b in zip(logprobs, rollout.rollout_logprobs, strict=True)) / rollout.num_tokens
-        if not gap < LARGEST_GAP:
-            raise UserError(
-                f"rollout.engine: expected the engine's log-probs to be the policy's, found them {gap:.2f} nats apart "
-                f"on average, on rank {rank}: this engine does not run {type(parts.policy.model).__name__} rightly; "
-                "use another one",
-                shared=True,
-            )
-
-
 def _check_length(model, prompts: list[Prompt], config: Config) -> None:
     limit = positions(model)
     longest = max(len(p.token_ids) for p in prompts)
@@ -232,6 +239,13 @@ def _check_length(model, prompts: list[Prompt], config: Config) -> None:
         raise UserError(
             f"rollout.max_new_tokens: the longest prompt has {longest} tokens; with {config.rollout.max_new_tokens} "
             f"more it passes the {limit} positions of {config.model.path}; lower it, or data.max_prompt_tokens"
+        )
+    limit = rope_limit(model)
+    if limit is not None and longest + config.rollout.max_new_tokens > limit:
+        raise UserError(
+            f"rollout.max_new_tokens: the longest prompt has {longest} tokens; with {config.rollout.max_new_tokens} "
+            f"more it passes the {limit} tokens from which on LongRoPE changes all positions of a text that is begun; "
+            "lower it, or data.max_prompt_tokens"
         )
 
 
@@ -281,6 +295,7 @@ def _run(
     run_dir = config.run_dir
     watchdog.enter("loading")
     with loaded_parts(config, grader, world, display) as parts:
+        config = parts.config
         if folder is not None:
             _check_same_inputs(folder, parts.fingerprint, config)
         state = load_checkpoint(folder, parts.policy) if folder else TrainerState()

@@ -48,6 +48,8 @@ class HostRead:
 
 class Options(NamedTuple):
     temperature: float
+    softcap: float
+    """Of the logits before the temperature; 0: none."""
     chunk_bytes: int
     backend: str
     dtype: torch.dtype
@@ -67,7 +69,7 @@ class Head:
         self.addmm: Callable[..., Tensor] = torch.addmm if same else partial(torch.addmm, out_dtype=wide)
         self.weight = self.rounded(weight)
         self.bias = None if bias is None else bias.detach().to(self.stats_dtype).contiguous()
-        self.temperature = options.temperature
+        self.temperature, self.softcap = options.temperature, options.softcap
         if options.backend == "triton":
             from eepo_kernels.row_stats import TritonRows
 
@@ -88,6 +90,7 @@ class Head:
             return _whole_tiles(options.chunk_bytes // (buffers * logits_bytes), num_rows), 0
         half = options.backend == "torch" and self.gemm_dtype != self.stats_dtype
         buffers = CHUNK_BUFFERS["torch half" if half else options.backend]
+        buffers += options.softcap > 0 and options.backend == "torch"  # slopes of the cap
         # a packed row: its dlogits, its hidden state, and dX in fp32 and in the dtype of its place
         pack_bytes = (_padded(width) + depth) * self.gemm_dtype.itemsize + depth * (self.stats_dtype.itemsize + 4)
         step = _whole_tiles(options.chunk_bytes // (buffers * logits_bytes + PACK_RATIO * pack_bytes), num_rows)
@@ -112,7 +115,7 @@ class Head:
         return self.mm(self.rounded(hidden), self.weight.T, out=out)
 
     def rows(self, logits: Tensor, targets: Tensor):
-        return self.rows_class(logits, targets, self.bias, self.temperature)
+        return self.rows_class(logits, targets, self.bias, self.temperature, self.softcap)
 
 
 def _padded(size: int, alignment: int = ROW_ALIGNMENT) -> int:

@@ -95,16 +95,23 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
-def _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend) -> Options:
-    """Checks all that can be checked without looking at values; `auto` is still to be resolved."""
+def _settings(
+    hidden, weight, targets, bias, temperature, chunk_bytes, backend, logit_scale=1.0, softcap=None
+) -> Options:  # fmt: skip
+    """Checks all that can be checked without looking at values; `auto` is still to be resolved. A scale is the
+    temperature's inverse, and the softcap of scaled logits is another one of those that are not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+    for name, value in (("logit_scale", logit_scale), ("softcap", 1.0 if softcap is None else softcap)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}: expected a number above 0, found {value}")
+    temperature, softcap = temperature / logit_scale, 0.0 if softcap is None else softcap / logit_scale
     dtype = _check(hidden, weight, targets, bias, temperature)
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(hidden.device)
     elif chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: expected a number of bytes above 0, found {chunk_bytes}")
-    return Options(float(temperature), chunk_bytes, backend, dtype)
+    return Options(float(temperature), float(softcap), chunk_bytes, backend, dtype)
 
 
 class _TargetCheck:
@@ -146,13 +153,14 @@ def _linear_logprobs(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float,
+    softcap: float,
     chunk_bytes: int,
     backend: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(hidden):
         check = _TargetCheck(targets, len(weight))
-        options = Options(temperature, chunk_bytes, _resolve_backend(backend, hidden), dtype)
+        options = Options(temperature, softcap, chunk_bytes, _resolve_backend(backend, hidden), dtype)
         head = Head(hidden, weight, bias, options, with_grad=False)
         out = _empty_stats(hidden, head.stats_dtype)
         for turn, rows in enumerate(head.slices(len(targets))):
@@ -164,7 +172,7 @@ def _linear_logprobs(
 
 
 @_linear_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, chunk_bytes, backend, dtype):
+def _(hidden, weight, bias, targets, temperature, softcap, chunk_bytes, backend, dtype):
     stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return tuple(hidden.new_empty(hidden.shape[0], dtype=stats_dtype) for _ in range(3))
 
@@ -177,6 +185,7 @@ def _linear_logprobs_backward(
     bias: Tensor | None,
     targets: Tensor,
     temperature: float,
+    softcap: float,
     chunk_bytes: int,
     backend: str,
     dtype: torch.dtype,
@@ -185,7 +194,7 @@ def _linear_logprobs_backward(
     """Recomputes the logits of the rows that have an upstream gradient, and of no others."""
     with _no_autocast(hidden):
         tokens = torch.stack([g != 0 for g in upstream]).any(0).nonzero().squeeze(1)
-        options = Options(temperature, chunk_bytes, _resolve_backend(backend, hidden), dtype)
+        options = Options(temperature, softcap, chunk_bytes, _resolve_backend(backend, hidden), dtype)
         head = Head(hidden, weight, bias, options, with_grad=True)
         pack = GradientPack(head, hidden, weight, bias, needs)
         for turn, part in enumerate(head.slices(len(tokens))):
@@ -198,21 +207,21 @@ def _linear_logprobs_backward(
 
 
 @_linear_logprobs_backward.register_fake
-def _(upstream, hidden, weight, bias, targets, temperature, chunk_bytes, backend, dtype, needs):
+def _(upstream, hidden, weight, bias, targets, temperature, softcap, chunk_bytes, backend, dtype, needs):
     inputs = (hidden, weight, bias)
     return _packed([torch.empty_like(i) if need else None for i, need in zip(inputs, needs, strict=True)])
 
 
 def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.temperature, ctx.chunk_bytes, ctx.backend, ctx.dtype = inputs
+    tensors, ctx.settings = inputs[:4], inputs[4:]
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, *upstream):
     needs = list(ctx.needs_input_grad[:3])
-    settings = (ctx.temperature, ctx.chunk_bytes, ctx.backend, ctx.dtype)
-    grads = _linear_logprobs_backward(list(upstream), *ctx.saved_tensors, *settings, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None
+    grads = _linear_logprobs_backward(list(upstream), *ctx.saved_tensors, *ctx.settings, needs)
+    nothing = [None] * (1 + len(ctx.settings))
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_save_inputs)
@@ -325,10 +334,13 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """Returns log-prob, entropy and log(1 - p) of `targets` under softmax((hidden · weightᵀ + bias) / temperature).
+    """Returns log-prob, entropy and log(1 - p) of `targets` under softmax(z / temperature), where z is
+    logit_scale · (hidden · weightᵀ + bias), and with a softcap c (Gemma 2's) c · tanh(z / c) in its place.
 
     hidden [N, D] and weight [V, D] of one dtype, targets [N] int64, bias [V]. Statistics are fp32 (float64 for float64
     inputs). Differentiable in hidden, weight and bias: the backward pass recomputes the logits, chunk by chunk, of the
@@ -339,11 +351,11 @@ def linear_logprobs(
     half precision on a CPU, which multiplies in fp32) one copy of it that is comes on top.
     A NaN stays in its row. ValueError on shapes, dtypes, devices or targets that do not fit.
     """
-    options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
+    options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend, logit_scale, softcap)
     if options.backend == "reference":
         with _no_autocast(hidden):
             h, w, b = _reference_inputs(hidden, weight, bias, targets, options)
-            return reference.linear_logprobs(h, w, targets, bias=b, temperature=temperature)
+            return reference.linear_logprobs(h, w, targets, bias=b, temperature=options[0], softcap=options[1])
     return TokenStats(*_linear_logprobs(hidden, weight, bias, targets, *options))
 
 
@@ -357,6 +369,8 @@ def fused_linear_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, TokenStats]:
@@ -369,10 +383,11 @@ def fused_linear_loss(
     The backward pass can be run once. torch.compile breaks its graph here, because `loss_fn` is any Python function:
     the model before it and the code behind it are compiled, this call is not, and fullgraph=True is refused.
     """
-    options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend)
+    options = _settings(hidden, weight, targets, bias, temperature, chunk_bytes, backend, logit_scale, softcap)
     if options.backend == "reference":
         with _no_autocast(hidden):
             h, w, b = _reference_inputs(hidden, weight, bias, targets, options)
-            return reference.fused_linear_loss(h, w, targets, loss_fn, bias=b, temperature=temperature)
+            after = {"temperature": options[0], "softcap": options[1]}
+            return reference.fused_linear_loss(h, w, targets, loss_fn, bias=b, **after)
     loss, *stats = _FusedLinearLoss.apply(hidden, weight, bias, targets, loss_fn, options, torch.is_grad_enabled())
     return loss, TokenStats(*stats)

@@ -42,18 +42,28 @@ def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
     return TokenStats(target_log_probs, entropy, log1mp)
 
 
-def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float = 0.0
+) -> Tensor:
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits / temperature
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
 ) -> TokenStats:
-    """Computes `eepo_kernels.linear_logprobs` with all the logits [N, V] in memory."""
-    return token_stats(linear_logits(hidden, weight, bias, temperature), targets)
+    """Computes `eepo_kernels.linear_logprobs` with all the logits [N, V] in memory; a softcap of 0 is none."""
+    return token_stats(linear_logits(hidden, weight, bias, temperature, softcap), targets)
 
 
 def fused_linear_loss(
@@ -64,9 +74,10 @@ def fused_linear_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, TokenStats]:
     """Computes `eepo_kernels.fused_linear_loss` with all the logits [N, V] in memory and autograd's gradients."""
-    stats = linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+    stats = linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap)
     detached = TokenStats(stats.logprobs.detach(), stats.entropy.detach(), stats.log1mp.detach())
     rows = torch.arange(targets.numel(), device=targets.device)
     loss = loss_fn(stats._replace(history=detached), rows).sum()

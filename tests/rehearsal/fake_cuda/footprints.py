@@ -49,7 +49,6 @@ def memory(model: str, engine: str, checkpointing: list[bool], layers: int = 2, 
         config = read_config(model, *settings, *overrides)
         with ExitStack() as changed, playing() as trace:
             trace.explained = Counter() if explain else None
-            changed.enter_context(replaced(build, "check_head", lambda _: None))  # of numbers, of which there are none
             for module in (plain, zero, forget):
                 changed.enter_context(replaced(module, "named", _noting(trace)))
             made = make_model(config, model, layers)
