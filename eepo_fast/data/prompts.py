@@ -95,14 +95,19 @@ def _without_end(token_ids: list[int], stops: Collection[int]) -> list[int]:
     return token_ids[:end]
 
 
-def check_ids(prompts: Sequence[Prompt], rows: int, where: str) -> None:
-    """Raises a UserError for a token that the model's embedding, of so many rows, does not have."""
+def check_ids(prompts: Sequence[Prompt], tokenizer: Any, rows: int, where: str) -> list[str]:
+    """Raises a UserError for a token that the model's embedding, of so many rows, does not have. Returns lines to say
+    where the tokenizer may be another model's."""
     for prompt in prompts:
         if (largest := max(prompt.token_ids)) >= rows:
             raise UserError(
-                f"{where}: problem {prompt.id} holds token {largest}, and the embedding of the model has {rows} rows; "
-                "use the tokenizer the model was trained with, or leave the problem out"
+                f"{where}: tokenizer and model do not fit: problem {prompt.id} holds token {largest}, and the model's "
+                f"embedding has {rows} rows; use the tokenizer the model was trained with, or leave the problem out"
             )
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if rows - size > max(1024, rows // 10):  # they are padded to round numbers, by a few percent at the most
+        return [f"{where}: the tokenizer has {size} tokens, the model's embedding {rows} rows: is it the model's own?"]
+    return []
 
 
 def stop_token_ids(tokenizer: Any, model_eos: int | list[int] | None) -> list[int]:

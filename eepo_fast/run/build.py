@@ -111,7 +111,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
         model, tokenizer = load_model(config.model)
         prompts, notes = make_prompts(problems, config.data, tokenizer)
         rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-        check_ids(prompts, rows, f"model.path: {config.model.path}")
+        notes += check_ids(prompts, tokenizer, rows, f"model.path: {config.model.path}")
         num_iterations(config, len(prompts))
         _check_length(model, prompts, config)
         stops = stop_token_ids(tokenizer, eos_of(model))

@@ -22,7 +22,7 @@ from eepo_fast.config import Config, DataConfig, RewardConfig, make_config
 from eepo_fast.config.checks import COLDEST_OF_VLLM
 from eepo_fast.config.files import merge, read_override
 from eepo_fast.config.schema import without_unread
-from eepo_fast.data.prompts import CHATML, stop_token_ids
+from eepo_fast.data.prompts import CHATML, check_ids, stop_token_ids
 from eepo_fast.data.rows import iter_jsonl
 from eepo_fast.data.tasks import ARITHMETIC, BASES, TASKS
 from eepo_fast.distributed import World, default_device
@@ -149,6 +149,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
                 f"where less is asked for, found {options.temperature}; greedy completions are made without it"
             )
     from eepo_fast.policy.loading import eos_of, positions
+    from eepo_fast.policy.trial import check_engine, make_trial, own_logprobs
     from eepo_fast.rollout.make import make_engine
 
     stops = tuple(stop_token_ids(tokenizer, eos_of(model)))
@@ -167,11 +168,22 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         }  # fmt: skip
         if world.is_main:
             _claim(options.out, settings)
-    longest = max(len(p.token_ids) for part in prompts.values() for p in part)
+        everything = [p for part in prompts.values() for p in part]
+        rows_known = model.get_input_embeddings().get_parameter("weight").shape[0]
+        for line in check_ids(everything, tokenizer, rows_known, f"--model: {path}"):
+            display.warn(line)
+        trial = make_trial(model, everything, 1.0)
+    longest = max(len(p.token_ids) for p in everything)
     engine = make_engine(config.rollout, model.to(device), tokenizer, longest)
     rows: dict[str, list[Row]] = {}
     with world.closing(engine):
         engine.sync([{name: p.detach() for name, p in model.named_parameters()}], WeightsVersion(0, False))
+        _, slower = check_engine(
+            engine, lambda rollouts: own_logprobs(model, rollouts, 1.0), trial, 1.0, world,
+            kind=type(model).__name__, exact=config.rollout.dtype == "float32" and device.type == "cpu",
+        )  # fmt: skip
+        if slower:
+            display.warn(f"rollout.engine: {type(model).__name__} is sampled slower: {slower}")
         sampling = Sampling(options.temperature, config.rollout.max_new_tokens, stops)
         sampler = Sampler(engine, tokenizer, sampling, options.seed, world)
         for eval_set in sets:
@@ -237,8 +249,10 @@ def load_for_sampling(config: Config, options: EvalOptions, display: Display):
 
 def fingerprint(model) -> str:
     """Returns a digest of a sample of every weight: another model under the same path is another evaluation."""
+    from eepo_fast.rollout.families import persistent_buffers
+
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in (*model.named_parameters(), *persistent_buffers(model).items()):
         values = weight.detach().flatten()
         digest.update(name.encode() + values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -133,9 +133,12 @@ def test_what_a_tokenizer_adds_to_a_prompt_is_mended(test_config):
 
 def test_a_token_beyond_the_embedding_is_named(test_config):
     prompts, _ = make_prompts([Problem("a", "1", "1"), Problem("b", "9", "1")], test_config().data, Adding())
-    check_ids(prompts, 20, "model.path: m")
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 19})
+    assert check_ids(prompts, tokenizer, 20, "model.path: m") == check_ids(prompts, tokenizer, 1044, "m") == []
+    (line,) = check_ids(prompts, tokenizer, 1045, "model.path: m")
+    assert line == "model.path: m: the tokenizer has 20 tokens, the model's embedding 1045 rows: is it the model's own?"
     with pytest.raises(UserError, match=r"model.path: m: problem b holds token 19, .* has 19 rows"):
-        check_ids(prompts, 19, "model.path: m")
+        check_ids(prompts, tokenizer, 19, "model.path: m")
 
 
 def test_texts_of_tokens_are_the_completion(tokenizer):

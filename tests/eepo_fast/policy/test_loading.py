@@ -1,7 +1,6 @@
 """Where models come from, and what is refused."""
 
 import importlib.util
-import json
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from eepo_fast.config import ModelConfig
 from eepo_fast.data.prompts import make_prompts, stop_token_ids
-from eepo_fast.policy.loading import check_fit, find_model, load_model
+from eepo_fast.policy.loading import find_model, load_model
 from eepo_fast.rollout.families import check_head
 from eepo_fast.types import Problem, UserError
 
@@ -70,17 +69,14 @@ def test_dimensions_are_checked(folder):
         load_model(ModelConfig(path=str(folder), dimensions={"hidden_size": 64}))
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder, tiny_model, tokenizer):
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"]["new"] = 20
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="do not fit: the tokenizer has 21 tokens, the model's embedding 20 rows"):
-        load_model(ModelConfig(path=str(folder)))
-    tiny_model.resize_token_embeddings(5000)
-    with pytest.raises(UserError, match="do not fit"):
-        check_fit(tiny_model, tokenizer, ModelConfig(path="x"))
-    tiny_model.resize_token_embeddings(128)
-    check_fit(tiny_model, tokenizer, ModelConfig(path="x"))  # padding
+def test_a_padding_token_beyond_the_embedding_is_not_used(folder):
+    """Added to the tokenizer, never trained: rows would be read that are not there."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    model, found = load_model(ModelConfig(path=str(folder)))
+    assert tokenizer.pad_token_id == model.get_input_embeddings().weight.shape[0]
+    assert found.pad_token_id == found.eos_token_id
 
 
 def test_logits_scaled_after_the_head_are_refused(tiny_model, monkeypatch):
