@@ -32,6 +32,9 @@ from eepo_fast.rewards.answers.leaves import Ask, compare_leaves
 from eepo_fast.rewards.answers.numbers import read_number
 
 MATRIX = re.compile(r"(.*?)\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\2\}", re.DOTALL)
+CASES = re.compile(r"\\begin\{cases\}(.*)\\end\{cases\}", re.DOTALL)
+NEW_ROW = re.compile(r"\\\\(?:\[[^\]]*\])?")
+WHERE = re.compile(r"^\\text\{(?:if|when|for|where)\}")
 MAX_MATCHED = 64
 VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
 COORDINATE = re.compile(r"[xyz]|[A-Z]{2,5}")
@@ -48,6 +51,13 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
         return True
     if "\ufffd" in answer:  # what normalise puts for a control character or \not
         return False
+    gold, answer = _system(gold), _system(answer)
+    gold_cases, answer_cases = _cases(gold), _cases(answer)
+    if gold_cases and answer_cases:
+        if max(len(gold_cases), len(answer_cases)) > 1:
+            return _unordered(gold_cases, answer_cases, ask)
+        golds, answers = (CASES.fullmatch(cases[0])[1].split("&") for cases in (gold_cases, answer_cases))
+        return _ordered(golds, answers, ask)
     gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
     if "\\in" not in answer[:4] or "\\in" not in gold[:4]:
         gold, answer = MEMBER.sub("", gold), MEMBER.sub("", answer)
@@ -154,11 +164,30 @@ def _matrix(text: str) -> list[list[str]] | None:
     scalar = match.group(1).strip().removesuffix("\\cdot")
     if relation(scalar) or len(split(scalar, ",", ";")) > 1:
         return None
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match.group(3)) if row.strip()]
+    rows = [row for row in NEW_ROW.split(match.group(3)) if row.strip()]
     cells = [[cell.strip() for cell in row.split("&")] for row in rows]
     if not scalar:
         return cells
     return [[f"-({c})" if scalar == "-" else f"({scalar})\\cdot ({c})" for c in row] for row in cells]
+
+
+def _system(text: str) -> str:
+    r"""Returns x=1,y=2 for equations under each other behind one brace; other texts as they are."""
+    match = CASES.fullmatch(text)
+    if not match or "&" in text or "\\begin" in match.group(1):
+        return text
+    return ",".join(row.strip(" ,;") for row in NEW_ROW.split(match.group(1)) if row.strip())
+
+
+def _cases(text: str) -> list[str]:
+    """Returns the cases of a function by cases, each as one of a single case; none for other texts."""
+    match = CASES.fullmatch(text)
+    if not match or "\\begin" in match.group(1):
+        return []
+    cases = [
+        [WHERE.sub("", cell.strip()).strip(" ,;.") for cell in row.split("&")] for row in NEW_ROW.split(match.group(1))
+    ]
+    return ["\\begin{cases}" + "&".join(cells) + "\\end{cases}" for cells in cases if any(cells)]
 
 
 def _rows(golds: list[list[str]], answers: list[list[str]], ask: Ask) -> bool | None:

@@ -19,10 +19,10 @@ UNICODE = {
     "∈": "\\in ", "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "′": "'", "θ": "\\theta ", "α": "\\alpha ",
     "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
-    "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
+    "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", **dict.fromkeys("€£¥￥₽₹₩₺₫฿₴₪₱", ""),
     "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
     "✓": "", "∼": "\\approx ", "¢": "\\text{cents}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
-    "⌉": "\\rceil ", "∖": "\\setminus ",
+    "⌉": "\\rceil ", "∖": "\\setminus ", "‖": "\\|",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 COMMANDS = {
@@ -37,7 +37,9 @@ COMMANDS = {
     "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ";", "tan": "tan",
     "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
     "gt": ">", "underline": "", "checkmark": "", "blacksquare": "", "square": "", "euro": "", "pounds": "",
-    "dollar": "",
+    "dollar": "", "rightarrow": "to", "lg": "log_{10}", "Vert": "\\|", "lVert": "\\|", "rVert": "\\|",
+    "widehat": "hat", "widetilde": "tilde", "overrightarrow": "vec", "top": "{T}", "intercal": "{T}",
+    "smallsetminus": "setminus",
     **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
 }  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
@@ -103,8 +105,23 @@ OPTION = re.compile(r"(?:\\text\s*\{\s*)?(?:option|choice)\s{0,3}\(?([A-Za-z])\)
 OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)$")
 COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
 DEGREES_ABOVE = re.compile(r"\\frac\s*\{([^{}]*)\^\s*\{?\\circ\s*\}?\s*\}\s*\{([^{}]*)\}")
+SCRIPT = r"\s*(?:\{[^{}]*\}|[0-9A-Za-z])"
+POWER_BEFORE_INDEX = re.compile(rf"\^({SCRIPT})\s*_({SCRIPT})")
+SCRIPTED_FUNCTION = re.compile(
+    rf"(\\(?:log|ln|sin|cos|tan|cot)\s*(?:[_^]{SCRIPT}){{1,2}})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}"
+)
+SCRIPT_BEFORE_NUMBER = re.compile(r"((?<=log)_|[_^])([0-9A-Za-z]|(?<=log_)[0-9]{2,3})\s+(?=[0-9])")
+# \log_28 has the base 2 in LaTeX; where an argument follows, as in \log_10 100, people mean all digits
+GLUED_LOGARITHM = re.compile(
+    r"\\log_([2-9])([0-9]+)(?=$|[-+*/=,;)}\]<>]|\\(?:cdot|pm|mp|text|cup|le|ge|approx)(?![A-Za-z]))"
+)
+SET_ARGUMENT = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}")
 QUOTIENT_BEFORE_FACTOR = re.compile(
     r"(?<![0-9A-Za-z.^_/}\\])([0-9]{1,9}|[a-z])/([0-9]{1,9})\s+(?![msghJNWVKLAC]\s*$)(?=[A-Za-z(]|\\(?:sqrt|sin|cos|pi))"
+)
+SYSTEM = re.compile(
+    r"\\left\s*(?:\\\{|\\lbrace)\s*\\begin\{(array|aligned|matrix)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}\s*\\right\s*\.",
+    re.DOTALL,
 )
 IDLE = re.compile(r"\\(?:begin|end)\{(?:aligned|align|equation|gathered)\*?\}&?|\\phantom\s*(?:\{[^{}]*\}|-)")
 LONE_NUMBER = re.compile(r"(\\text\s*\{[^{}]*\}\s*|[,(]\s*|^)\{\s*(-?[0-9.]+)\s*\}")
@@ -125,6 +142,7 @@ UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?
 def normalise(answer: str, thousands: bool = True) -> str:
     """Returns an answer's common spelling. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(COLOUR.sub("", CONTROL.sub("\ufffd", answer)))
+    text = SYSTEM.sub(r"\\begin{cases}\2\\end{cases}", text)
     text = _phrase(_said(_unwrap(text)))
     text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
@@ -156,7 +174,7 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
     text = re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
-    return _spaces(text).replace(NEW_ROW, "\\\\")
+    return GLUED_LOGARITHM.sub(r"\\log_{\1}\2", _spaces(text)).replace(NEW_ROW, "\\\\")
 
 
 def _small_commands(text: str) -> str:
@@ -346,7 +364,9 @@ def _braces(text: str) -> str:
         r"_\s*\{\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}", lambda m: "_{" + SPOKEN.get(m[1], m[0][2:-1]) + "}", text
     )
     text = re.sub(r"\\binom\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\binom{\1}{\2}", text)
+    text = SCRIPTED_FUNCTION.sub(r"\1(\2)", POWER_BEFORE_INDEX.sub(r"_\2^\1", text))
     text = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}(?!\s*[0-9])", r"\1\2", text)
+    text = SCRIPT_BEFORE_NUMBER.sub(r"\1{\2}", SET_ARGUMENT.sub(r"\\\1(\2)", text))
     return re.sub(r"\\log_e(?![A-Za-z])", r"\\ln ", text)
 
 
