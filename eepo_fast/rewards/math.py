@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 
+from eepo_fast.rewards.answers.choices import chosen
 from eepo_fast.rewards.answers.compare import compare
 from eepo_fast.rewards.answers.extract import extract_answer
 from eepo_fast.rewards.answers.normalise import THOUSANDS, normalise
@@ -94,6 +95,10 @@ class MathGrader:
         return self._settle_paper(gold, answer) if self.mode == "paper" else self._settle_strict(gold, answer)
 
     def _settle_strict(self, gold: str, answer: str) -> tuple[float, str] | Job:
+        if (texts := chosen(gold, answer)) != (gold, answer):
+            if compare(normalise(gold), normalise(answer), lambda *question: None):
+                return 1.0, "ok"
+            gold, answer = texts
         # 1,234 is one number, or a list of two: one reading that fits is enough
         readings = (True, False) if THOUSANDS.search(gold) or THOUSANDS.search(answer) else (True,)
         for thousands in readings:

@@ -80,12 +80,12 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if max(map(len, unions)) > 1:
         return _unordered(*unions, ask)
     gold_matrix, answer_matrix = _matrix(gold), _matrix(answer)
-    if gold_matrix or answer_matrix:
-        return _rows(gold_matrix, answer_matrix, ask) if gold_matrix and answer_matrix else False
-    gold_group, answer_group = group(gold), group(answer)
+    if gold_matrix and answer_matrix:
+        return _rows(gold_matrix, answer_matrix, ask)
+    gold_group, answer_group = group(gold) or _column(gold_matrix), group(answer) or _column(answer_matrix)
     if gold_group and answer_group:
         return gold_group[0] == answer_group[0] and _ordered(gold_group[1], answer_group[1], ask)
-    if gold_group or answer_group:
+    if gold_group or answer_group or gold_matrix or answer_matrix:
         return False
     return compare_leaves(gold, answer, ask)
 
@@ -188,6 +188,12 @@ def _cases(text: str) -> list[str]:
         [WHERE.sub("", cell.strip()).strip(" ,;.") for cell in row.split("&")] for row in NEW_ROW.split(match.group(1))
     ]
     return ["\\begin{cases}" + "&".join(cells) + "\\end{cases}" for cells in cases if any(cells)]
+
+
+def _column(matrix: list[list[str]] | None) -> tuple[tuple[str, str], list[str]] | None:
+    """Returns a column as the tuple of its coordinates."""
+    column = [row[0] for row in matrix or [] if len(row) == 1]
+    return (("(", ")"), column) if matrix and len(column) == len(matrix) > 1 else None
 
 
 def _rows(golds: list[list[str]], answers: list[list[str]], ask: Ask) -> bool | None:

@@ -8,6 +8,8 @@ is no mathematics and equals nothing.
 import re
 import unicodedata
 
+from eepo_fast.rewards.answers.brackets import common_brackets, set_builder
+from eepo_fast.rewards.answers.foreign import mark_foreign
 from eepo_fast.rewards.answers.units import mark_unit, word_set
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
@@ -21,7 +23,7 @@ UNICODE = {
     "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
     "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", **dict.fromkeys("€£¥￥₽₹₩₺₫฿₴₪₱", ""),
     "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
-    "✓": "", "∼": "\\approx ", "¢": "\\text{cents}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
+    "✓": "", "。": ".", "∼": "\\approx ", "¢": "\\text{cents}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
     "⌉": "\\rceil ", "∖": "\\setminus ", "‖": "\\|",
 }  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
@@ -97,11 +99,11 @@ ANSWER_IS = re.compile(r"^(?:the )?(?:final |correct )?answer is:? +(?=[-$\\0-9]
 IN_WORDS = re.compile(r"(?:\\text\s*\{\s*)?([A-Za-z]+(?:[- ][A-Za-z]+)?)\s*\}?")
 TWICE = re.compile(r"([0-9]+)\s*\(([A-Za-z]+(?:[- ][A-Za-z]+)?)\)")
 LABEL = re.compile(
-    r"^(?:\\text\s*\{\s*)?(?:the )?(?:final |correct )?(?:answer|result|total|sum|solution|value):\s*\}?\s*"
-    r"(?=[-$\\0-9(])",
+    r"^(?:\\text\s*\{\s*)?(?:the )?(?:final |correct )?(?:answer|result|total|sum|solution|value|antwort|réponse|"
+    r"respuesta|risposta|resposta|ответ|答案|答え|답) ?:\s*\}?\s*(?=[-$\\0-9(\[\]])",
     re.IGNORECASE,
 )
-OPTION = re.compile(r"(?:\\text\s*\{\s*)?(?:option|choice)\s{0,3}\(?([A-Za-z])\)?\s*\}?", re.IGNORECASE)
+OPTION = re.compile(r"(?:\\text\s*\{\s*)?(?:option|choice|answer)\s{0,3}\(?([A-Za-z])\)?\s*\}?", re.IGNORECASE)
 OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)$")
 COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
 DEGREES_ABOVE = re.compile(r"\\frac\s*\{([^{}]*)\^\s*\{?\\circ\s*\}?\s*\}\s*\{([^{}]*)\}")
@@ -142,7 +144,7 @@ UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?
 def normalise(answer: str, thousands: bool = True) -> str:
     """Returns an answer's common spelling. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(COLOUR.sub("", CONTROL.sub("\ufffd", answer)))
-    text = SYSTEM.sub(r"\\begin{cases}\2\\end{cases}", text)
+    text = set_builder(SYSTEM.sub(r"\\begin{cases}\2\\end{cases}", text))
     text = _phrase(_said(_unwrap(text)))
     text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
@@ -162,7 +164,8 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = _small_commands(text)
     text = re.sub(r"\\not(?![A-Za-z])", "\ufffd", re.sub(r"\\not\s*=", r"\\ne ", text))
     text = NOT_EQUAL.sub(r"\\ne ", text)
-    text = mark_unit(QUOTIENT_BEFORE_FACTOR.sub(r"\\frac{\1}{\2} ", text))
+    text = mark_foreign(QUOTIENT_BEFORE_FACTOR.sub(r"\\frac{\1}{\2} ", common_brackets(text)))
+    text = mark_unit(text)
     text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
     text = _texts(text)
     text = _unwrap(text)
