@@ -20,11 +20,15 @@ BUILDER = re.compile(
     r"(?<![\\A-Za-z0-9}_^])\{(\s*[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\s*(?:\{[A-Z]\}|[A-Z])|[A-Z])\s*)?"
     r"(?:\||:|\\mid(?![a-z]))(?:[^{}]|\{[^{}]*\}){1,200})\}"
 )
+ASSIGNED = re.compile(r"((?:=|\\in(?![A-Za-z]))\s*)\{([^{}]{1,200}[,;][^{}]{1,200})\}(?=\s*\$?$)")
 
 
 def set_builder(text: str) -> str:
-    r"""Returns {x | x>0} as \{x | x>0\}, on a text that still has its outer braces."""
-    return BUILDER.sub(r"\\{\1\\}", text)
+    r"""Returns {x | x>0} as \{x | x>0\}, and S={1,2} as S=\{1,2\}, on a text that still has its outer braces."""
+    if "{" not in text:
+        return text
+    text = ASSIGNED.sub(r"\1\\{\2\\}", text)
+    return BUILDER.sub(r"\\{\1\\}", text) if any(sign in text for sign in ("|", ":", "\\mid")) else text
 
 
 def common_brackets(text: str) -> str:

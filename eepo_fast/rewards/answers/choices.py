@@ -9,11 +9,12 @@ LETTER_IN_FONT = re.compile(rf"^\(\s*{FONT}\{{\s*([A-J])\s*\}}\s*\)")
 BOXED = re.compile(r"^\\(?:boxed|fbox)\s*\{(.*)\}$", re.DOTALL)
 SAID = re.compile(r"^(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:?\s+", re.IGNORECASE)
 LETTER = re.compile(
-    r"^(?:\((?P<round>[A-J])\)[.:]?|(?P<plain>[A-J])\s?[.:)])(?P<space>(?:\*\*|\$|\\[,;: ]|~|\\q?quad(?![a-z])|\s){0,9})"
-    r"(?P<text>\S.*)$",
+    r"^(?:\((?P<round>[A-J])\)[.:]?|(?P<plain>[A-J])\s?[.:)])"
+    r"(?P<space>(?:\*\*|\$|\\[,;: ]|~|\\q?quad(?![a-z])|\s){0,9})(?P<text>\S.*)$",
     re.DOTALL,
 )
 SOLE_LETTER = re.compile(rf"^\W{{0,9}}(?:{FONT}\{{)?\W{{0,3}}([A-J])\W{{0,9}}$")
+MAYBE = re.compile(r"[A-J][\s}]{0,9}[.:)]")
 OPERATOR = re.compile(r"[-+*/^(\[|<]")
 # what makes a product, a relation, a list or a sentence of it, and no choice
 NO_TEXT = re.compile(
@@ -31,6 +32,8 @@ class Choice(NamedTuple):
 
 def read_choice(answer: str) -> Choice | None:
     """Returns the letter and its text; None for a letter alone, and for what may be a product or a sentence."""
+    if not MAYBE.search(answer):
+        return None
     start = answer.strip().strip("*$").strip()
     if boxed := BOXED.match(start):
         start = boxed.group(1).strip().strip("$")

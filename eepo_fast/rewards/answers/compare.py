@@ -42,6 +42,7 @@ WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
 ARITHMETIC = re.compile(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b")
 FOR_ALL = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|\\forall ?)[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
+SET_NAME = re.compile(r"^(?:[A-Z]|\\mathbb\{L\})=(?=\\\{[^=]*\\\}$)")
 MEMBER = re.compile(r"^[A-Za-z]\\in ?(?=\\\{)")
 
 
@@ -61,6 +62,8 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
     if "\\in" not in answer[:4] or "\\in" not in gold[:4]:
         gold, answer = MEMBER.sub("", gold), MEMBER.sub("", answer)
+    if bool(SET_NAME.match(gold)) != bool(SET_NAME.match(answer)):
+        gold, answer = SET_NAME.sub("", gold), SET_NAME.sub("", answer)
     gold, answer = condition(gold), condition(answer)
     named = _assignments(gold), _assignments(answer)
     if named[0] or named[1]:

@@ -18,15 +18,15 @@ TAIL = re.compile(
 TEN_THOUSANDS = {"万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}
 SCALE = re.compile(rf"([{''.join(TEN_THOUSANDS)}])([^\W\d_]*)$")
 # a unit of one letter; another one would be a variable in a foreign alphabet
-SCRIPTS_OF_ONE = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
-SCRIPTS = (*SCRIPTS_OF_ONE, "LATIN", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "THAI")
+SCRIPTS_OF_ONE = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "DEVANAGARI", "THAI")
+SCRIPTS = (*SCRIPTS_OF_ONE, "LATIN", "CYRILLIC", "ARABIC", "HEBREW")
+SYMBOLS = frozenset(("m", "cm", "mm", "km", "kg", "g", "L", "s", "min", "h"))
 CATEGORIES = ("Lu", "Ll", "Lo", "Lm", "Mn", "Mc")
 
 
 def mark_foreign(text: str) -> str:
     r"""Returns 12 Stunden as 12 hours, 12 Stück as 12 \text{Stück}; texts without such a unit as they are."""
-    match = TAIL.search(text)
-    if not match:
+    if (text[-1:].isdigit() and text[-2:-1] != "^") or not (match := TAIL.search(text)):
         return text
     words, power = (match.group(1) or match.group(2)).strip(" ."), match.group(3) or ""
     if scale := SCALE.match(words):
@@ -35,8 +35,10 @@ def mark_foreign(text: str) -> str:
             f"\\text{{{rest}}}" if rest else ""
         )
     found = WORD.findall(words)
-    known = [UNITS.get(word) or UNITS.get(word.casefold()) for word in found]
-    if found and all(known):
+    known = [UNITS.get(word) or UNITS.get(word.casefold()) or (word if word in SYMBOLS else None) for word in found]
+    if len(words) < 4 and words.isascii() and not words.isupper() and text[match.start()].isalpha():
+        return text  # 2ans is a product
+    if all(known) and known != found:
         names = iter(known)
         return f"{text[: match.start()]}\\text{{{WORD.sub(lambda m: next(names) or '', words)}}}{power}"
     if words.casefold() in UNITS:

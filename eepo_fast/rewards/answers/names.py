@@ -13,6 +13,11 @@ m meter metro metros mètre mètres metri м метр метра метров �
 cm zentimeter centímetro centímetros centimètre centimètres centimetri см сантиметр сантиметра сантиметров 厘米 公分
 mm millimètre millimètres milímetros мм 毫米
 km kilometer kilómetro kilómetros kilomètre kilomètres chilometri quilômetros км километр километра километров 千米 公里
+per pro par por
+squared carré carrés cuadrado cuadrados quadrado quadrados quadrati quadrato
+square квадратных квадратный квадратные квадратного кв
+francs CHF
+pounds GBP
 kg kilogramm kilogrammes kilogramos chilogrammi кг килограмм килограмма килограммов 千克 公斤
 g gramm gramme grammes gramos grammi г грамм грамма граммов 克
 L litro litros litri л литр литра литров 升
@@ -29,13 +34,15 @@ rubles RUB rub rubel руб рубль рубля рублей
 yuan CNY RMB 元 块 人民币
 yen JPY 円 日元
 thousand tausend mille mila тысяч тысячи тысяча тыс
-million millionen millones millón milioni milhões milhão миллион миллиона миллионов млн
-billion milliarde milliarden milliard milliards miliardi миллиард миллиарда миллиардов млрд
+million millionen millones millón milioni milhões milhão millions миллион миллиона миллионов млн
+billion milliarde milliarden milliard milliards miliardi billions миллиард миллиарда миллиардов млрд
 pieces stück stk szt шт штук штуки 个 個
 """)
-UNITS |= {"quadratmeter": "square m", "平方米": "square m", "quadratzentimeter": "square cm", "平方厘米": "square cm",
-          "立方米": "cubic m", "立方厘米": "cubic cm", "por ciento": "percent", "pour cent": "percent", "per cento": "percent",
-          "por cento": "percent"}  # fmt: skip
+UNITS |= {
+    "quadratmeter": "square m", "quadratzentimeter": "square cm", "平方米": "square m", "平方厘米": "square cm",
+    "立方米": "cubic m", "立方厘米": "cubic cm",
+    **dict.fromkeys(("por ciento", "por cento", "pour cent", "per cento"), "percent"),
+}  # fmt: skip
 NUMBER_WORDS = re.compile(
     r"(?:mi|bi|tri)l+(?:h(?:ão|ões|oes|ares?)|[oó]n(?:es)?|ar(?:es)?|iers?|iardo|iardi|i[oó]n(?:en|es|i|e|er|y|ów)?|"
     r"iard(?:en?|er|s|y)?|jon(?:er)?|joen(?:en)?|jard(?:en|er)?|y[oa]rd?)|milj(?:on(?:er)?|oen(?:en)?|ard(?:en|er)?)|mil|mille|mila|"
@@ -54,6 +61,6 @@ NUMBER_WORDS = re.compile(
 )
 NOT_NUMBERS = re.compile("千(?=[米克瓦卡焦赫帕伏吨])|成员|多边形|半径|半徑|双曲线")
 NUMBER_CHARACTERS = re.compile(
-    "^(?:个|個)?[零〇一二三四五六七八九十百千两兩半双雙対對倍余餘多几幾]|[万萬亿億兆]|分之|[打成割折半方]$|阶乘|ダース|"
+    "^(?:个|個)?[零〇一二三四五六七八九十百千两兩半双雙对対對倍余餘多几幾]|[万萬亿億兆或]|分之|[打成割折半方]$|阶乘|ダース|"
     "^(?:십|백|천|만|억|조|반|배|쌍|다스)|हज|लाख|करोड|सौ|दर्जन|พัน|หมื่น|แสน|ล้าน|ร้อย|โหล"
 )

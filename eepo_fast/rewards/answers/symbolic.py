@@ -37,12 +37,15 @@ COMMAND = re.compile(r"\\([A-Za-z]+)")
 DOT = re.compile(r"\\(d?)dot\{?(\\?[A-Za-z]+)\}?(?:_\{?([0-9A-Za-z])\}?)?")
 ACCENT = re.compile(r"\\(vec|hat|tilde) ?(?:\{(\\?[A-Za-z]{1,9}) ?\}|(\\[A-Za-z]+|[A-Za-z]))(?:_\{?([0-9A-Za-z])\}?)?")
 DIVISORS = re.compile(r"\\(?:gcd|lcm)(?!\([0-9, ]+\))")
+LOGARITHM = r"\\(?:ln|log(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?)"
 RENAMED = (
     (re.compile(r"\\(angle|triangle) ?\{?([A-Z]{1,4})(?![A-Za-z])\}?"), lambda m: _figure(*m.groups())),
     (re.compile(r"\\cdot(?![A-Za-z])"), r"\\cdot "),
     (re.compile(r"np\.|math\."), ""),
     (re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|sqrt|ln|log|exp)(?=[({])"), r"\\\1"),
     (re.compile(r"\\log(2|10)(?=\()"), r"\\log_{\1}"),
+    (re.compile(rf"({LOGARITHM} ?)([0-9]{{1,9}}|[A-Za-z])(?=/{LOGARITHM})"), r"\1(\2)"),  # \ln 3/\ln 2 is a quotient
+    (re.compile(r"(\\text\{[A-Za-z]{2,9}\})\(([0-9A-Za-z])\)"), r"\1 \2"),  # \text{rank}(A)
     (re.compile(r"\\exp\{([^{}]*)\}"), r"e^{\1}"),
     (re.compile(r"\\(arc[a-z]{3}|sin|cos|tan|ln|log)\{([^{}]*)\}"), r"\\\1(\2)"),
     (re.compile(r"(?<=[A-Za-z)])(?:\^\{?\\prime\}?|')"), r"_{prime}"),

@@ -11,17 +11,17 @@ import re
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 ENVIRONMENT = re.compile(r"\\(begin|end)\{([A-Za-z]{1,12}\*?)\}")
 OPEN_END = re.compile(
-    r"(?:(?<![_^{])[-+*/=<>]|[_^\\]|\\(?:cdot|le|ge|ne|in|cup|cap|setminus|pm|frac|binom|sqrt|vec|hat|tilde|overline|text)"
+    r"(?:(?<![_^{])(?:[-+*/=<>]|\\cdot)|[_^\\]|\\(?:le|ge|ne|in|cup|cap|setminus|pm|frac|binom|sqrt|vec|hat|tilde|overline|text)"
     r"|\\(?:frac|binom)\{[^{}]*\})$"
 )
 FONT = re.compile(r"\\(?:math(?:cal|scr|frak)|operatorname\*?)(?![A-Za-z])")
 WORD = re.compile(r"\\text\{([^{}\\]*)\}")
-NEEDLESS = re.compile(r"(?<!\\)\{(\\?[A-Za-z]+|[^{}\\])\}")
+NEEDLESS = re.compile(r"(?<!\\)\{ *(\\?[A-Za-z]+|[^{}\\]) *\}")
 LONE_ARGUMENT = re.compile(r"(?<=[A-Za-z]{2})\(([0-9A-Za-z])\)")
 SIGNS = {
     "→": "to", "rightarrow": "to", "⇒": "Rightarrow", "implies": "Rightarrow", "⇔": "iff", "Leftrightarrow": "iff",
     "∀": "forall", "∃": "exists", "⊂": "subset", "⊆": "subseteq", "∧": "wedge", "∨": "vee", "¬": "neg", "lnot": "neg",
-    "∂": "partial", "∇": "nabla", "∥": "|", "\\|": "|", "parallel": "|", "⊥": "perp", "∫": "int", "∑": "sum",
+    "∂": "partial", "∇": "nabla", "∥": "‖", "\\|": "‖", "parallel": "‖", "⊥": "perp", "∫": "int", "∑": "sum",
     "∏": "prod", "∤": "nmid",
 }  # fmt: skip
 
@@ -55,8 +55,7 @@ def same_text(gold: str, answer: str) -> bool:
 
 def _key(text: str) -> str:
     text = WORD.sub(r"\1", FONT.sub("", text))
-    text = "".join(text.split())
     for _ in range(3):  # as deep as anybody nests them
         text = NEEDLESS.sub(r"\1", text)
     tokens = (token[1:] if token[:1] == "\\" and token[1:].isalpha() else token for token in TOKEN.findall(text))
-    return LONE_ARGUMENT.sub(r"\1", "".join(SIGNS.get(token, token) for token in tokens))
+    return LONE_ARGUMENT.sub(r"\1", "".join(SIGNS.get(token, token) for token in tokens if not token.isspace()))
