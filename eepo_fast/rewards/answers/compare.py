@@ -13,13 +13,27 @@ Decisions, where careful people could differ:
 - A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong, and so are words
   that make another number (18 dozen, 2 and a half). $5 is 5 dollars, not 5 cents. Nothing is converted. So with bases:
   `1011` is 1011_2, but 1011_2 is not 1011. `6 m` is `6m`, whether that m is a unit or a variable.
+- So with units of other languages: `12 Stück` and `12元` are 12; `12 Dutzend` and `12 mille` are not. A scale counts
+  (`12万` is 120000), the common units are known (`12 Stunden` is 12 hours, not 12 minutes), `12 Prozent` is 12
+  percent. A foreign letter alone is a variable. A currency sign is no unit: `€12` and `¥12` are 12.
 - A percent sign is what it stands for: 50% is 0.5. A gold without it that is above 1 and no fraction may have left it
   out (50% is also 50); a smaller one or a fraction has not (0.5% is not 1/2), nor one that is no number. Without the
   sign nothing is ever taken times or over 100.
 - `0<x<1` is the interval (0,1), `x \ge 2` is [2,\infty); of several inequalities both hold, unless nothing would be
   left out. An equation is another if their sides differ by a factor.
-- `3:2` is a ratio or a time, compared part by part. A choice is its letter, with or without brackets. Words are
-  compared without case, articles and punctuation.
+- `]0,1[` is (0,1), `[0;1]` is [0,1], `(1;2)`, `(1|2)` and `<1,2>` are (1,2), and so is a column of 1 and 2. Whether an
+  end is open still counts. A comma is a decimal one only beside semicolons or bars: `(0,5;1)` is (0.5,1), while `3,14`
+  is a list. Equations behind one brace are `x=1,y=2`; cases match in any order.
+- `3:2` is a ratio or a time, compared part by part. Words are compared without case, articles and punctuation.
+- A choice is its letter, with or without brackets, and whatever its text says: `(B) 12` is B. Of a gold `(B) 12` the
+  letter counts, and an answer without a letter may be the text, so `12` is right and `(C) 12` is not. Of a gold that is
+  no choice the text counts: `(B) 12` is 12, but B alone never is. Two letters are no choice, and B=12, (B)+12 are none.
+- A script without braces is one character: `\log_2 8` is 3, `2^3 5` is 40, `\log_28` is 3. But `2^10` is 1024, and
+  `\log_10 100` is 2, which is what people mean. `C_5^2` is a binomial coefficient, `\lg` has the base 10, `A^T` is
+  not A, and gcd of letters is never worked out.
+- A gold that no grammar reads (`\det A`, `P(A \mid B)`, `p \to q`, words in other scripts) is text: right is the same
+  text, spaces, fonts and needless braces aside (texts.py). A gold that is not even whole, such as one with a brace left
+  open, is an `error` whatever is answered, but for the very same text.
 - Arithmetic left undone (`2+2`, `2^{10}`, `10!`) is its value; an integral, sum, product, limit or determinant is not,
   unless the gold has one too.
 """
@@ -57,7 +71,7 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if gold_cases and answer_cases:
         if max(len(gold_cases), len(answer_cases)) > 1:
             return _unordered(gold_cases, answer_cases, ask)
-        golds, answers = (CASES.fullmatch(cases[0])[1].split("&") for cases in (gold_cases, answer_cases))
+        golds, answers = (CASES.sub(r"\1", cases[0]).split("&") for cases in (gold_cases, answer_cases))
         return _ordered(golds, answers, ask)
     gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
     if "\\in" not in answer[:4] or "\\in" not in gold[:4]:

@@ -12,19 +12,19 @@ NO_SENTENCE = r"(?:(?!\. )[^\n]){0,80}"
 SHORT_WORDS = r"(?:so|is|as|we|it|if|by|to|of|the|not|for|but|was)(?![A-Za-z])"
 NO_WORDS = rf"(?:(?!\. |(?<![\\A-Za-z{{])(?:[A-Za-z]{{4}}|{SHORT_WORDS}))[^\n]){{0,80}}"
 VALUE = r"[-+−–±√π∞∅.$\\0-9]"
-FORMULA = (
+FORMULA_LINE = (
     rf"{VALUE}{NO_WORDS}|"
     rf"[(（\[\]{{⟨<]\s?(?:{VALUE}|[(\[{{]|[A-Za-z]\s?(?:[-,;|)}}:∈=<>≤≥^_+*/]|\\)){NO_WORDS}|"
     rf"[A-Za-z]\s?(?:[=∈<>≤≥≠≈^_+*/(]|-(?=[0-9])|\\(?:in|le|ge|ne|leq|geq|neq|approx|cdot|pm|cup)(?![A-Za-z])){NO_WORDS}"
 )
-CHOICE = rf"\(?[A-J]\)?|(?-i:\([A-J]\)|[A-J][.):]){NO_SENTENCE}"
+CHOICE_LINE = rf"\(?[A-J]\)?|(?-i:\([A-J]\)|[A-J][.):]){NO_SENTENCE}"
 ANSWER_WORD = (
     r"(?:answer|antwort|lösung|r[ée]ponse|respuesta|soluci[óo]n|risposta|resposta|odpowiedź|svar|ответ|"
     r"答案|答え|解答|答|정답|답)"
 )
 SHORT_ANSWER = (
     rf"^answer(?=\s{{0,9}}:[ \t]{{0,9}}[-$\\0-9]{NO_SENTENCE}[ \t]{{0,9}}$)|"
-    rf"^[ \t>#*_]{{0,9}}(?P<short>{ANSWER_WORD})(?=[ \t*_]{{0,9}}[:：][\s*_]{{0,9}}(?:{CHOICE}|{FORMULA})"
+    rf"^[ \t>#*_]{{0,9}}(?P<short>{ANSWER_WORD})(?=[ \t*_]{{0,9}}[:：][\s*_]{{0,9}}(?:{CHOICE_LINE}|{FORMULA_LINE})"
     r"[.。]?[ \t*_]{0,9}$)"
 )
 ANSWER_IS = re.compile(
