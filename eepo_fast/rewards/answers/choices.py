@@ -3,6 +3,8 @@ r"""Reads a choice that is given with its text: \textbf{(B) }12, B. 12, Option B
 import re
 from typing import NamedTuple
 
+from eepo_fast.rewards.answers.normalise import normalise
+
 FONT = r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:bf|rm|it|sf)|boldsymbol|mbox)\s*"
 IN_FONT = re.compile(rf"^{FONT}\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
 LETTER_IN_FONT = re.compile(rf"^\(\s*{FONT}\{{\s*([A-J])\s*\}}\s*\)")
@@ -13,7 +15,7 @@ LETTER = re.compile(
     r"(?P<space>(?:\*\*|\$|\\[,;: ]|~|\\q?quad(?![a-z])|\s){0,9})(?P<text>\S.*)$",
     re.DOTALL,
 )
-SOLE_LETTER = re.compile(rf"^\W{{0,9}}(?:{FONT}\{{)?\W{{0,3}}([A-J])\W{{0,9}}$")
+SOLE_LETTER = re.compile(r"\(?[A-J]\)?")
 MAYBE = re.compile(r"[A-J][\s}]{0,9}[.:)]")
 OPERATOR = re.compile(r"[-+*/^(\[|<]")
 # what makes a product, a relation, a list or a sentence of it, and no choice
@@ -56,10 +58,9 @@ def chosen(gold: str, answer: str) -> tuple[str, str]:
     gold_choice, answer_choice = read_choice(gold), read_choice(answer)
     if not gold_choice and not answer_choice:
         return gold, answer
-    sole = SOLE_LETTER.match(gold), SOLE_LETTER.match(answer)
     if gold_choice and not answer_choice:
-        return gold_choice.letter if sole[1] else gold_choice.text, answer
+        return gold_choice.letter if SOLE_LETTER.fullmatch(normalise(answer)) else gold_choice.text, answer
     assert answer_choice
-    if gold_choice or sole[0]:
+    if gold_choice or SOLE_LETTER.fullmatch(normalise(gold)):
         return gold_choice.letter if gold_choice else gold, answer_choice.letter
     return gold, answer if answer_choice.letter in gold else answer_choice.text

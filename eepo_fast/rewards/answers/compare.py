@@ -82,6 +82,8 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     named = _assignments(gold), _assignments(answer)
     if named[0] or named[1]:
         return _compare_assignments(gold, answer, *named, ask)
+    if "\\cup" in gold and ";" in answer and all(map(group, split(answer, ";"))):  # (-\infty,2) or (3,\infty)
+        answer = answer.replace(";", "\\cup")
     if is_domain(gold) or is_domain(answer) or (group(gold) and has_inequalities(answer)):
         gold, answer = as_union(gold), as_union(answer)
     golds, answers = _alternatives(gold), _alternatives(answer)

@@ -73,7 +73,10 @@ LABEL = re.compile(
     r"respuesta|risposta|resposta|ответ|答案|答え|답) ?:\s*\}?\s*(?=[-$\\0-9(\[\]])",
     re.IGNORECASE,
 )
-OPTION = re.compile(r"(?:\\text\s*\{\s*)?(?:option|choice|answer)\s{0,3}\(?([A-Za-z])\)?\s*\}?", re.IGNORECASE)
+OPTION = re.compile(
+    r"(?:\\text\s*\{\s*)?(?:the )?(?:correct |final )?(?:option|choice|answer)(?: is)?:?\s{0,3}\(?([A-Za-z])\)?\s*\}?",
+    re.IGNORECASE,
+)
 OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)$")
 COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
 DEGREES_ABOVE = re.compile(r"\\frac\s*\{([^{}]*)\^\s*\{?\\circ\s*\}?\s*\}\s*\{([^{}]*)\}")
@@ -163,6 +166,7 @@ def _small_commands(text: str) -> str:
     text = re.sub(r"\\text\s*\{\s*\^\\circ\s*\}|\{\}\s*\^\s*\{?\\circ\s*\}?", r"^\\circ ", text)
     text = re.sub(r"(?<=[0-9])\s*\\deg\s*$", r"^\\circ ", DEGREES_ABOVE.sub(r"\\frac{\1}{\2}^\\circ ", text))
     text = re.sub(r"^\(([0-9A-F]+)\)\s*_", r"\1_", re.sub(r"_\s*\{\s*\(([0-9]{1,2})\)\s*\}", r"_{\1}", text))
+    text = re.sub(r"(?<![\\A-Za-z])log(2|10)(?=\()", r"\\log_{\1}", text)
     text = LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
     text = re.sub(r"\\mathcal\s*(?:\{\s*([A-Z])\s*\}|([A-Z])(?![A-Za-z]))", r"\1\2", text)
     text = re.sub(r"\(\s*(?:\\[bp]?)?mod\s+([0-9A-Za-z]{1,9})\s*\)", r"\\pmod{\1}", text)

@@ -43,7 +43,6 @@ RENAMED = (
     (re.compile(r"\\cdot(?![A-Za-z])"), r"\\cdot "),
     (re.compile(r"np\.|math\."), ""),
     (re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|sqrt|ln|log|exp)(?=[({])"), r"\\\1"),
-    (re.compile(r"\\log(2|10)(?=\()"), r"\\log_{\1}"),
     (re.compile(rf"({LOGARITHM} ?)([0-9]{{1,9}}|[A-Za-z])(?=/{LOGARITHM})"), r"\1(\2)"),  # \ln 3/\ln 2 is a quotient
     (re.compile(r"(\\text\{[A-Za-z]{2,9}\})\(([0-9A-Za-z])\)"), r"\1 \2"),  # \text{rank}(A)
     (re.compile(r"\\exp\{([^{}]*)\}"), r"e^{\1}"),

@@ -93,7 +93,8 @@ def test_statuses(grader):
     ["\\log_2 3", "\\gcd(a,b)", "\\vec{v}", "\\mathcal{O}(n^2)", "\\det A", "\\Re(z)", "\\mathbb{R}^+",
      "\\begin{cases} x & x>0 \\\\ 0 & x\\le 0 \\end{cases}", "\\|v\\|", "P(A \\cap B)", "x \\mid y", "A^\\top",
      "p \\to q",
-     "\\mathbb{R}\\setminus\\mathbb{Q}", "]0,1[", "12元", "三角形", "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."],
+     "\\mathbb{R}\\setminus\\mathbb{Q}",
+     "]0,1[", "12元", "三角形", "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."],
 )  # fmt: skip
 def test_ordinary_golds_are_readable(grader, gold):
     assert grader.unreadable([gold]) == []
