@@ -9,7 +9,7 @@ import re
 
 from eepo_fast.rewards.answers.forms import split
 
-PIECE = re.compile(r"(\\(?:cup|cap|setminus|in)(?![A-Za-z])|=)")
+PIECE = re.compile(r"(\\(?:cup|cap|setminus|in)(?![A-Za-z])|=|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)")
 GROUP = re.compile(
     r"([(\[]|\\langle(?![A-Za-z]))([^()\[\]{}]{0,40}(?:\{[^{}]*\}[^()\[\]{}]{0,40}){0,8})([)\]]|\\rangle(?![A-Za-z]))"
 )

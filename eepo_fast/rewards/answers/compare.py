@@ -52,6 +52,10 @@ WHERE = re.compile(r"^\\text\{(?:if|when|for|where)\}")
 MAX_MATCHED = 64
 VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
 COORDINATE = re.compile(r"[xyz]|[A-Z]{2,5}")
+VALUE_OF = re.compile(  # P(A \cap B), \det A
+    r"(?:[A-Z]|\\text\{[A-Za-z]{2,9}\}|\\(?:det|dim|deg|gcd|lcm|arg|Re|Im)|\\mathbb\{[A-Z]\}) ?"
+    r"(?:\([^()=]{1,40}\)|[A-Za-z])"
+)
 WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
 ARITHMETIC = re.compile(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b")
@@ -271,7 +275,8 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
             return True if True in results else None if None in results else False
         if signs == ["="] and all(map(COORDINATE.fullmatch, sides)):
             return False  # x=y is not y, but F=ma is ma
-        if set(signs) <= {"=", "\\in"} and (NAME.fullmatch(sides[0]) or read_number(sides[0])):
+        named = NAME.fullmatch(sides[0]) or VALUE_OF.fullmatch(sides[0])
+        if set(signs) <= {"=", "\\in"} and (named or read_number(sides[0])):
             return compare(sides[-1], answer, ask)
         interval = as_interval(sides, signs)
         return compare(interval, answer, ask) if interval else False

@@ -342,6 +342,7 @@ def _braces(text: str) -> str:
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\\pi)(?![A-Za-z])", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\\pi)\s*([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\(bar|overline)\s+([0-9A-Za-z])", r"\\\1{\2}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\pmod\s*([0-9A-Za-z])", r"\\pmod{\1}", text)
     text = re.sub(

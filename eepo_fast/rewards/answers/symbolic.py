@@ -35,7 +35,9 @@ UNFINISHED = word_set("int iint oint sum prod lim det nabla partial limsup limin
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 DOT = re.compile(r"\\(d?)dot\{?(\\?[A-Za-z]+)\}?(?:_\{?([0-9A-Za-z])\}?)?")
-ACCENT = re.compile(r"\\(vec|hat|tilde) ?(?:\{(\\?[A-Za-z]{1,9}) ?\}|(\\[A-Za-z]+|[A-Za-z]))(?:_\{?([0-9A-Za-z])\}?)?")
+ACCENT = re.compile(
+    r"\\(vec|hat|tilde) ?(?:\{(\\?[A-Za-z]{1,9}|0) ?\}|(\\[A-Za-z]+|[A-Za-z0]))(?:_\{?([0-9A-Za-z])\}?)?"
+)
 DIVISORS = re.compile(r"\\(?:gcd|lcm)(?!\([0-9, ]+\))")
 LOGARITHM = r"\\(?:ln|log(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?)"
 RENAMED = (
@@ -49,7 +51,7 @@ RENAMED = (
     (re.compile(r"\\(arc[a-z]{3}|sin|cos|tan|ln|log)\{([^{}]*)\}"), r"\\\1(\2)"),
     (re.compile(r"(?<=[A-Za-z)])(?:\^\{?\\prime\}?|')"), r"_{prime}"),
     (re.compile(r"\\odot"), "0"),
-    (re.compile(r"\^(?:T(?![A-Za-z_])|\{T\})"), r"^{1\\cdot T}"),  # the grammar transposes: A^T would be A
+    (re.compile(r"\^(?:T(?!_)|\{T\})"), r"^{1\\cdot T}"),  # the grammar transposes: A^T would be A
     (re.compile(r"(?<![A-Za-z\\])C_(?:\{([0-9]{1,4})\}|([0-9]))\^(?:\{([0-9]{1,4})\}|([0-9]))"), lambda m: _chosen(m)),
     (re.compile(r"\\gamma(?![A-Za-z])"), r"\\xi_{g}"),  # alone it would be Euler's constant
     (re.compile(r"\\pi(?=\()"), r"\\pi \\cdot "),  # a factor, not a function

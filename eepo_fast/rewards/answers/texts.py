@@ -54,7 +54,7 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def _key(text: str) -> str:
-    text = WORD.sub(r"\1", FONT.sub("", text))
+    text = WORD.sub(r"\1", FONT.sub("", re.sub(r"(?<=[0-9]) +(?=[0-9])", "\0", text)))
     for _ in range(3):  # as deep as anybody nests them
         text = NEEDLESS.sub(r"\1", text)
     tokens = (token[1:] if token[:1] == "\\" and token[1:].isalpha() else token for token in TOKEN.findall(text))
