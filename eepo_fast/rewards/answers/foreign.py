@@ -8,7 +8,7 @@ English, so that 12 Stunden is 12 hours and not 12 minutes, and 12 Prozent is 12
 import re
 import unicodedata
 
-from eepo_fast.rewards.answers.names import NOT_NUMBERS, NUMBER_CHARACTERS, NUMBER_WORDS, UNITS
+from eepo_fast.rewards.answers.names import COUNTS, NOT_NUMBERS, NUMBER_CHARACTERS, NUMBER_WORDS, UNITS
 
 WORD = re.compile(r"[^\W\d_]+")
 TAIL = re.compile(
@@ -62,6 +62,8 @@ def _is_unit(words: str, found: list[str]) -> bool:
 def makes_another_number(unit: str) -> bool:
     """Returns whether words behind a number stand for a number, or for an operation: 12 Dutzend is not 12."""
     words = WORD.findall(unit.casefold())
-    return any(map(NUMBER_WORDS.fullmatch, words)) or any(
-        NUMBER_CHARACTERS.search(NOT_NUMBERS.sub("", word)) for word in words if not word.isascii()
+    return (
+        bool(words and words[0] in COUNTS)
+        or any(map(NUMBER_WORDS.fullmatch, words))
+        or any(NUMBER_CHARACTERS.search(NOT_NUMBERS.sub("", word)) for word in words if not word.isascii())
     )

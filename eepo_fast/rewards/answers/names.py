@@ -61,6 +61,17 @@ NUMBER_WORDS = re.compile(
 )
 NOT_NUMBERS = re.compile("千(?=[米克瓦卡焦赫帕伏吨])|成员|多边形|半径|半徑|双曲线")
 NUMBER_CHARACTERS = re.compile(
-    "^(?:个|個)?[零〇一二三四五六七八九十百千两兩半双雙对対對倍余餘多几幾]|[万萬亿億兆或]|分之|[打成割折半方]$|阶乘|ダース|"
+    "^(?:个|個)?[零〇一二三四五六七八九十百千两兩半双雙对対對倍余餘多几幾]|[万萬亿億兆或]|分之|^[的の]|以[上下内]|进制|[二三]乗|[打成割折半方]$|阶乘|ダース|"
     "^(?:십|백|천|만|억|조|반|배|쌍|다스)|हज|लाख|करोड|सौ|दर्जन|พัน|หมื่น|แสน|ล้าน|ร้อย|โหล"
+)
+# directly behind a number; further on they may count something else
+COUNTS = frozenset(
+    re.findall(
+        r"\w+",
+        "zwei drei vier fünf sechs sieben acht neun zehn elf zwölf zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig "
+        "neunzig deux trois quatre cinq sept huit neuf dix onze douze treize quinze seize vingt trente quarante "
+        "cinquante soixante dos tres cuatro cinco siete ocho nueve diez once doce quince veinte treinta cuarenta "
+        "cincuenta sesenta setenta ochenta noventa due quattro cinque sette otto nove dieci undici dodici venti trenta "
+        "quaranta cinquanta два три четыре пять шесть семь восемь девять десять двадцать тридцать сорок пятьдесят",
+    )
 )
