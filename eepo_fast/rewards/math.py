@@ -3,7 +3,7 @@
 `strict` mode decides as compare.py and numbers.py say; `paper` mode as the recipe did (paper.py). Statuses: `ok`,
 graded; `no_answer`, the completion has none; `too_large`, more than 2,000 characters, 50 brackets deep, an expression
 far larger than the gold's, or out of a worker's memory; `timeout`, the answer's seconds or the call's are spent;
-`error`, a gold that cannot be read or a worker that died.
+`error`, a gold that cannot be read, not even as text (empty, broken), or a worker that died.
 """
 
 import re
@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 
+from eepo_fast.rewards.answers.choices import chosen
 from eepo_fast.rewards.answers.compare import compare
 from eepo_fast.rewards.answers.extract import extract_answer
 from eepo_fast.rewards.answers.normalise import THOUSANDS, normalise
@@ -94,6 +95,10 @@ class MathGrader:
         return self._settle_paper(gold, answer) if self.mode == "paper" else self._settle_strict(gold, answer)
 
     def _settle_strict(self, gold: str, answer: str) -> tuple[float, str] | Job:
+        if (texts := chosen(gold, answer)) != (gold, answer):
+            if compare(normalise(gold), normalise(answer), lambda *question: None):
+                return 1.0, "ok"
+            gold, answer = texts
         # 1,234 is one number, or a list of two: one reading that fits is enough
         readings = (True, False) if THOUSANDS.search(gold) or THOUSANDS.search(answer) else (True,)
         for thousands in readings:
@@ -117,8 +122,8 @@ class MathGrader:
         return Job(0, self.mode, gold, cleaned)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
-        """Returns the indices of the golds that are neither numbers nor words nor mathematics: nothing but the same
-        text could ever be right."""
+        """Returns the indices of the golds that are neither numbers nor words nor mathematics nor text of any kind:
+        empty or too long, with control characters, or broken, such as by a brace left open."""
         if self.mode != "strict":  # strict mode reads more golds than the recipe did
             with closing(MathGrader()) as strict:
                 return strict.unreadable(golds)

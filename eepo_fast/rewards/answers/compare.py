@@ -13,13 +13,27 @@ Decisions, where careful people could differ:
 - A unit may be left out, or be added where the gold has none; another unit than the gold's is wrong, and so are words
   that make another number (18 dozen, 2 and a half). $5 is 5 dollars, not 5 cents. Nothing is converted. So with bases:
   `1011` is 1011_2, but 1011_2 is not 1011. `6 m` is `6m`, whether that m is a unit or a variable.
+- So with units of other languages: `12 Stück` and `12元` are 12; `12 Dutzend` and `12 mille` are not. A scale counts
+  (`12万` is 120000), the common units are known (`12 Stunden` is 12 hours, not 12 minutes), `12 Prozent` is 12
+  percent. A foreign letter alone is a variable. A currency sign is no unit: `€12` and `¥12` are 12.
 - A percent sign is what it stands for: 50% is 0.5. A gold without it that is above 1 and no fraction may have left it
   out (50% is also 50); a smaller one or a fraction has not (0.5% is not 1/2), nor one that is no number. Without the
   sign nothing is ever taken times or over 100.
 - `0<x<1` is the interval (0,1), `x \ge 2` is [2,\infty); of several inequalities both hold, unless nothing would be
   left out. An equation is another if their sides differ by a factor.
-- `3:2` is a ratio or a time, compared part by part. A choice is its letter, with or without brackets. Words are
-  compared without case, articles and punctuation.
+- `]0,1[` is (0,1), `[0;1]` is [0,1], `(1;2)`, `(1|2)` and `<1,2>` are (1,2), and so is a column of 1 and 2. Whether an
+  end is open still counts. A comma is a decimal one only beside semicolons or bars: `(0,5;1)` is (0.5,1), while `3,14`
+  is a list. Equations behind one brace are `x=1,y=2`; cases match in any order.
+- `3:2` is a ratio or a time, compared part by part. Words are compared without case, articles and punctuation.
+- A choice is its letter, with or without brackets, and whatever its text says: `(B) 12` is B. Of a gold `(B) 12` the
+  letter counts, and an answer without a letter may be the text, so `12` is right and `(C) 12` is not. Of a gold that is
+  no choice the text counts: `(B) 12` is 12, but B alone never is. Two letters are no choice, and B=12, (B)+12 are none.
+- A script without braces is one character: `\log_2 8` is 3, `2^3 5` is 40, `\log_28` is 3. But `2^10` is 1024, and
+  `\log_10 100` is 2, which is what people mean. `C_5^2` is a binomial coefficient, `\lg` has the base 10, `A^T` is
+  not A, and gcd of letters is never worked out.
+- A gold that no grammar reads (`\det A`, `P(A \mid B)`, `p \to q`, words in other scripts) is text: right is the same
+  text, spaces, fonts and needless braces aside (texts.py). A gold that is not even whole, such as one with a brace left
+  open, is an `error` whatever is answered, but for the very same text.
 - Arithmetic left undone (`2+2`, `2^{10}`, `10!`) is its value; an integral, sum, product, limit or determinant is not,
   unless the gold has one too.
 """
@@ -32,13 +46,21 @@ from eepo_fast.rewards.answers.leaves import Ask, compare_leaves
 from eepo_fast.rewards.answers.numbers import read_number
 
 MATRIX = re.compile(r"(.*?)\\begin\{([pb]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\2\}", re.DOTALL)
+CASES = re.compile(r"\\begin\{cases\}(.*)\\end\{cases\}", re.DOTALL)
+NEW_ROW = re.compile(r"\\\\(?:\[[^\]]*\])?")
+WHERE = re.compile(r"^\\text\{(?:if|when|for|where)\}")
 MAX_MATCHED = 64
 VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[0-9A-Za-z]{1,9}\}|[0-9A-Za-z]))?")
 COORDINATE = re.compile(r"[xyz]|[A-Z]{2,5}")
+VALUE_OF = re.compile(  # P(A \cap B), \det A
+    r"(?:[A-Z]|\\text\{[A-Za-z]{2,9}\}|\\(?:det|dim|deg|gcd|lcm|arg|Re|Im)|\\mathbb\{[A-Z]\}) ?"
+    r"(?:\([^()=]{1,40}\)|[A-Za-z])"
+)
 WORD = re.compile(r"^\\text\{([A-Za-z]+)\}$")
 INDEX = re.compile(r"_(?:\{[^{}]*\}|[0-9A-Za-z])$|\([A-Za-z]\)$")
 ARITHMETIC = re.compile(r"\\(?:frac|cdot|sqrt|pi|left|right|div)\b")
 FOR_ALL = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|\\forall ?)[A-Za-z](?:\\in ?\\mathbb\{[A-Z]\})?$")
+SET_NAME = re.compile(r"^(?:[A-Z]|\\mathbb\{L\})=(?=\\\{[^=]*\\\}$)")
 MEMBER = re.compile(r"^[A-Za-z]\\in ?(?=\\\{)")
 
 
@@ -48,13 +70,24 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
         return True
     if "\ufffd" in answer:  # what normalise puts for a control character or \not
         return False
+    gold, answer = _system(gold), _system(answer)
+    gold_cases, answer_cases = _cases(gold), _cases(answer)
+    if gold_cases and answer_cases:
+        if max(len(gold_cases), len(answer_cases)) > 1:
+            return _unordered(gold_cases, answer_cases, ask)
+        golds, answers = (CASES.sub(r"\1", cases[0]).split("&") for cases in (gold_cases, answer_cases))
+        return _ordered(golds, answers, ask)
     gold, answer = _outer(FOR_ALL.sub("", gold)), _outer(FOR_ALL.sub("", answer))
     if "\\in" not in answer[:4] or "\\in" not in gold[:4]:
         gold, answer = MEMBER.sub("", gold), MEMBER.sub("", answer)
+    if bool(SET_NAME.match(gold)) != bool(SET_NAME.match(answer)):
+        gold, answer = SET_NAME.sub("", gold), SET_NAME.sub("", answer)
     gold, answer = condition(gold), condition(answer)
     named = _assignments(gold), _assignments(answer)
     if named[0] or named[1]:
         return _compare_assignments(gold, answer, *named, ask)
+    if "\\cup" in gold and ";" in answer and all(map(group, split(answer, ";"))):  # (-\infty,2) or (3,\infty)
+        answer = answer.replace(";", "\\cup")
     if is_domain(gold) or is_domain(answer) or (group(gold) and has_inequalities(answer)):
         gold, answer = as_union(gold), as_union(answer)
     golds, answers = _alternatives(gold), _alternatives(answer)
@@ -70,12 +103,12 @@ def compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if max(map(len, unions)) > 1:
         return _unordered(*unions, ask)
     gold_matrix, answer_matrix = _matrix(gold), _matrix(answer)
-    if gold_matrix or answer_matrix:
-        return _rows(gold_matrix, answer_matrix, ask) if gold_matrix and answer_matrix else False
-    gold_group, answer_group = group(gold), group(answer)
+    if gold_matrix and answer_matrix:
+        return _rows(gold_matrix, answer_matrix, ask)
+    gold_group, answer_group = group(gold) or _column(gold_matrix), group(answer) or _column(answer_matrix)
     if gold_group and answer_group:
         return gold_group[0] == answer_group[0] and _ordered(gold_group[1], answer_group[1], ask)
-    if gold_group or answer_group:
+    if gold_group or answer_group or gold_matrix or answer_matrix:
         return False
     return compare_leaves(gold, answer, ask)
 
@@ -154,11 +187,36 @@ def _matrix(text: str) -> list[list[str]] | None:
     scalar = match.group(1).strip().removesuffix("\\cdot")
     if relation(scalar) or len(split(scalar, ",", ";")) > 1:
         return None
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match.group(3)) if row.strip()]
+    rows = [row for row in NEW_ROW.split(match.group(3)) if row.strip()]
     cells = [[cell.strip() for cell in row.split("&")] for row in rows]
     if not scalar:
         return cells
     return [[f"-({c})" if scalar == "-" else f"({scalar})\\cdot ({c})" for c in row] for row in cells]
+
+
+def _system(text: str) -> str:
+    r"""Returns x=1,y=2 for equations under each other behind one brace; other texts as they are."""
+    match = CASES.fullmatch(text)
+    if not match or "&" in text or "\\begin" in match.group(1):
+        return text
+    return ",".join(row.strip(" ,;") for row in NEW_ROW.split(match.group(1)) if row.strip())
+
+
+def _cases(text: str) -> list[str]:
+    """Returns the cases of a function by cases, each as one of a single case; none for other texts."""
+    match = CASES.fullmatch(text)
+    if not match or "\\begin" in match.group(1):
+        return []
+    cases = [
+        [WHERE.sub("", cell.strip()).strip(" ,;.") for cell in row.split("&")] for row in NEW_ROW.split(match.group(1))
+    ]
+    return ["\\begin{cases}" + "&".join(cells) + "\\end{cases}" for cells in cases if any(cells)]
+
+
+def _column(matrix: list[list[str]] | None) -> tuple[tuple[str, str], list[str]] | None:
+    """Returns a column as the tuple of its coordinates."""
+    column = [row[0] for row in matrix or [] if len(row) == 1]
+    return (("(", ")"), column) if matrix and len(column) == len(matrix) > 1 else None
 
 
 def _rows(golds: list[list[str]], answers: list[list[str]], ask: Ask) -> bool | None:
@@ -217,7 +275,8 @@ def _compare_relations(gold: str, answer: str, gold_relation, answer_relation, a
             return True if True in results else None if None in results else False
         if signs == ["="] and all(map(COORDINATE.fullmatch, sides)):
             return False  # x=y is not y, but F=ma is ma
-        if set(signs) <= {"=", "\\in"} and (NAME.fullmatch(sides[0]) or read_number(sides[0])):
+        named = NAME.fullmatch(sides[0]) or VALUE_OF.fullmatch(sides[0])
+        if set(signs) <= {"=", "\\in"} and (named or read_number(sides[0])):
             return compare(sides[-1], answer, ask)
         interval = as_interval(sides, signs)
         return compare(interval, answer, ask) if interval else False

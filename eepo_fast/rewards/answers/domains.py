@@ -12,7 +12,7 @@ from eepo_fast.rewards.answers.numbers import read_number
 
 REALS = "\\mathbb{R}"
 CONSTANTS = (REALS, "\\infty", "\\pi", "e")
-BUILDER = re.compile(r"\\\{[A-Za-z](?:\\in ?\\mathbb\{R\})?[|:](.*)\\\}", re.DOTALL)
+BUILDER = re.compile(r"\\\{[A-Za-z](?:\\in ?(?:\\mathbb\{R\}|R))?[|:](.*)\\\}", re.DOTALL)
 MEMBER = re.compile(r"^[a-z]\\in ?(?=[\\(\[])")
 ALL_BUT = re.compile(r"\\text\{(?:all )?reals?(?: numbers?)?(?: (?:except|but|other than))(?: for)?\}(.+)")
 MAX_PIECES = 64

@@ -8,15 +8,34 @@ import re
 from collections import deque
 
 # `Answer: 18` ends its line; `Answer: She sold 18 in May and` begins to reason
-SHORT_ANSWER = r"^answer(?=\s{0,9}:[ \t]{0,9}(?:\(?[A-J]\)?|[-$\\0-9](?:(?!\. )[^\n]){0,80})\.?[ \t]{0,9}$)"
+NO_SENTENCE = r"(?:(?!\. )[^\n]){0,80}"
+SHORT_WORDS = r"(?:so|is|as|we|it|if|by|to|of|the|not|for|but|was)(?![A-Za-z])"
+NO_WORDS = rf"(?:(?!\. |(?<![\\A-Za-z{{])(?:[A-Za-z]{{4}}|{SHORT_WORDS}))[^\n]){{0,80}}"
+VALUE = r"[-+−–±√π∞∅.$\\0-9]"
+FORMULA_LINE = (
+    rf"{VALUE}{NO_WORDS}|"
+    rf"[(（\[\]{{⟨<]\s?(?:{VALUE}|[(\[{{]|[A-Za-z]\s?(?:[-,;|)}}:∈=<>≤≥^_+*/]|\\)){NO_WORDS}|"
+    rf"[A-Za-z]\s?(?:[=∈<>≤≥≠≈^_+*/(]|-(?=[0-9])|\\(?:in|le|ge|ne|leq|geq|neq|approx|cdot|pm|cup)(?![A-Za-z])){NO_WORDS}"
+)
+CHOICE_LINE = rf"\(?[A-J]\)?|(?-i:\([A-J]\)|[A-J][.):]){NO_SENTENCE}"
+ANSWER_WORD = (
+    r"(?:answer|antwort|lösung|r[ée]ponse|respuesta|soluci[óo]n|risposta|resposta|odpowiedź|svar|ответ|"
+    r"答案|答え|解答|答|정답|답)"
+)
+SHORT_ANSWER = (
+    rf"^answer(?=\s{{0,9}}:[ \t]{{0,9}}[-$\\0-9]{NO_SENTENCE}[ \t]{{0,9}}$)|"
+    rf"^[ \t>#*_]{{0,9}}(?P<short>{ANSWER_WORD})(?=[ \t*_]{{0,9}}[:：][\s*_]{{0,9}}(?:{CHOICE_LINE}|{FORMULA_LINE})"
+    r"[.。]?[ \t*_]{0,9}$)"
+)
 ANSWER_IS = re.compile(
-    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice)|"
+    r"(?:(?:final|correct)\s{1,9}answer|the\s{1,9}answer|correct\s{1,9}(?:option|choice)|答案(?=[是为為])|"
     + SHORT_ANSWER
-    + r")\s{0,9}(?:is|:)(?:\s{1,9}(?:therefore|thus|hence|then))?\s{0,9}[,:]?\s{0,9}",
+    + r")[\s*_]{0,9}(?:is|[:：是为為])(?:\s{1,9}(?:therefore|thus|hence|then))?\s{0,9}[,:]?[\s*]{0,9}",
     re.IGNORECASE | re.MULTILINE,
 )
 BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\[{}]|[{}]")
-SENTENCE_END = re.compile(r"\.(?=\s|$)")
+SENTENCE_END = re.compile(r"\.(?=\s|$)|。")
+LINE_END = re.compile(r"(?<!^[A-J])\.(?=\s|$)|\.$|。")  # B. 12 is one answer
 FRACTION = r"\\[dtc]?frac\s?(?:\{-?[0-9]{1,40}\}|[0-9])\s?(?:\{-?[0-9]{1,40}\}|[0-9])"
 DIGITS = r"[0-9](?:[0-9]|(?:,|\{,\}|\\[,!]|,\\!)(?=[0-9]{3}))*(?:\.[0-9]+)?"
 SPACE = r"(?:\s|\\,)?"
@@ -39,7 +58,7 @@ def extract_answer(completion: str) -> str | None:
     if (boxed := _last_boxed(completion)) is not None:
         return boxed.strip() or None
     announced = _last(ANSWER_IS, completion)
-    if announced and (rest := _announced(completion[announced.end() :])):
+    if announced and (rest := _announced(completion[announced.end() :], announced["short"] is not None)):
         return rest
     if (last := _last(LAST_NUMBER, completion)) is None:
         return None
@@ -65,10 +84,11 @@ def _formula_around(text: str, place: int) -> str | None:
     return None
 
 
-def _announced(rest: str) -> str:
-    """Returns the sentence that announces an answer, or an equation's right side ("9 months * $5 = $45")."""
+def _announced(rest: str, short: bool) -> str:
+    """Returns the sentence that announces an answer, or an equation's right side ("9 months * $5 = $45"). `short`: it
+    is a line with nothing but an answer."""
     rest = rest.split("\n", 1)[0] if rest[:1] != "\n" else ""
-    rest = SENTENCE_END.split(rest[:MAX_LINE], maxsplit=1)[0].strip().strip("*").strip()
+    rest = (LINE_END if short else SENTENCE_END).split(rest[:MAX_LINE], maxsplit=1)[0].strip().strip("*").strip()
     rest = re.split(r"\s(?:because|since)\s", rest, maxsplit=1)[0]
     if rest.count("$") in (2, 4) and "$" not in rest.strip("$") and rest.startswith("$") and rest.endswith("$"):
         rest = rest.strip("$").strip()

@@ -3,7 +3,7 @@
 import re
 
 OPENING, CLOSING = ("(", "[", "\\{", "\\langle", "{"), (")", "]", "\\}", "\\rangle", "}")
-TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+TOKEN = re.compile(r"\\(?:begin|end)\{[A-Za-z]{1,12}\*?\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
 RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx", "\\equiv")
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 NAME = re.compile(
@@ -12,12 +12,18 @@ NAME = re.compile(
 )
 
 
+def _step(token: str) -> int:
+    """Returns 1 for what opens, -1 for what closes; an environment is a bracket, too."""
+    opens = token in OPENING or token.startswith("\\begin{")
+    return opens - (token in CLOSING or token.startswith("\\end{"))
+
+
 def closes_at_end(text: str) -> bool:
     """Returns whether the bracket that opens the text is closed by its last character."""
     depth = 0
     tokens = TOKEN.findall(text)
     for i, token in enumerate(tokens):
-        depth += (token in OPENING) - (token in CLOSING)
+        depth += _step(token)
         if depth == 0:
             return i == len(tokens) - 1
     return False
@@ -29,10 +35,7 @@ def split(text: str, *separators: str) -> list[str]:
         return [text]
     parts, current, depth = [], "", 0
     for token in TOKEN.findall(text):
-        if token in OPENING:
-            depth += 1
-        elif token in CLOSING:
-            depth -= 1
+        depth += _step(token)
         if depth == 0 and token in separators:
             parts.append(current)
             current = ""
@@ -61,7 +64,7 @@ def relation(text: str) -> tuple[list[str], list[str]] | None:
         return None
     signs, depth = [], 0
     for token in TOKEN.findall(text):
-        depth += (token in OPENING) - (token in CLOSING)
+        depth += _step(token)
         if depth == 0 and token in RELATIONS:
             signs.append(token)
     return (split(text, *RELATIONS), signs) if signs else None

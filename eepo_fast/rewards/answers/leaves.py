@@ -60,11 +60,11 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
         if CLOCK.search(gold_unit + answer_unit):  # 9 a.m. is 9:00 a.m.
             golds, answers = (part[:-1] if len(part) == 2 and part[1] == "00" else part for part in (golds, answers))
         return len(golds) == len(answers) and _parts(golds, answers, ask)
-    gold_base, answer_base = BASE.fullmatch(gold), BASE.fullmatch(answer)
+    gold_base, answer_base = _based(gold), _based(answer)
     if gold_base and answer_base:
-        return gold_base.groups() == answer_base.groups()
+        return gold_base == answer_base
     if gold_base or answer_base:
-        return gold_base is not None and gold_base.group(1) == answer
+        return gold_base is not None and gold_base[0] == answer
     number, other = read_number(gold), read_number(answer)
     if gold.replace("+\\infty", "\\infty") == answer.replace("+\\infty", "\\infty") and not (number and percents[1]):
         return True
@@ -84,6 +84,14 @@ def _compare(gold: str, answer: str, ask: Ask) -> bool | None:
     if "\\infty" in (gold.lstrip("-"), answer.lstrip("-")):
         return False
     return ask("equal", gold, answer)
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    """Returns a number's digits and its base; None for other texts, such as 2a_1."""
+    match = BASE.fullmatch(text)
+    if not match or any(int(digit, 16) >= int(match[2]) for digit in match[1] if digit.isalpha()):
+        return None
+    return match[1], match[2]
 
 
 def _letters(unit: str) -> list[str] | str:

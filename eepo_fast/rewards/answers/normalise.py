@@ -8,38 +8,12 @@ is no mathematics and equals nothing.
 import re
 import unicodedata
 
+from eepo_fast.rewards.answers.brackets import common_brackets, set_builder
+from eepo_fast.rewards.answers.foreign import mark_foreign
+from eepo_fast.rewards.answers.spellings import COMMANDS, SUBSCRIPTS, SUPERSCRIPTS, UNICODE
 from eepo_fast.rewards.answers.units import mark_unit, word_set
 
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-UNICODE = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "\\cdot ", "·": "\\cdot ", "⋅": "\\cdot ", "∗": "\\cdot ",
-    "÷": "/", "⁄": "/", "∕": "/", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ",
-    "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ",
-    "∈": "\\in ", "∅": "\\emptyset ", "°": "^\\circ ", "º": "^\\circ ", "′": "'", "θ": "\\theta ", "α": "\\alpha ",
-    "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "ω": "\\omega ", "φ": "\\phi ", "μ": "\\mu ", "σ": "\\sigma ",
-    "τ": "\\tau ", "ρ": "\\rho ", "∠": "\\angle ", "△": "\\triangle ", "⟨": "\\langle ", "⟩": "\\rangle ",
-    "ℝ": "\\mathbb{R}", "“": "", "”": "", "’": "'", "€": "", "£": "", "¥": "",
-    "µ": "\\mu ", "\u03a9": "\\Omega ", "\u2126": "\\Omega ", "\u00c5": "\\AA ", "\u212b": "\\AA ", "⊙": "\\odot ",
-    "✓": "", "∼": "\\approx ", "¢": "\\text{cents}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
-    "⌉": "\\rceil ", "∖": "\\setminus ",
-}  # fmt: skip
 FRACTIONS = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
-COMMANDS = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "times": "cdot", "ast": "cdot", "leq": "le", "leqslant": "le",
-    "geq": "ge", "geqslant": "ge", "neq": "ne", "lbrace": "{", "rbrace": "}", "mathrm": "text", "textrm": "text",
-    "textbf": "text", "textit": "text", "textnormal": "text", "mbox": "text", "operatorname": "text", "mathbf": "text",
-    "mathit": "text", "boldsymbol": "text", "mathsf": "text", "textsf": "text", "texttt": "text", "emph": "text",
-    "bf": "", "rm": "", "left": "", "right": "", "displaystyle": "", "large": "", "Large": "", "small": "", "huge": "",
-    "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom", "bigcup": "cup", "backslash": "setminus",
-    "textdegree": "^\\circ ",
-    "textstyle": "", "limits": "", "quad": " ", "qquad": " ", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
-    "lbrack": "[", "rbrack": "]", "degree": "^\\circ ", "varnothing": "emptyset", "land": ",", "lor": ";", "tan": "tan",
-    "thinspace": " ", "approxeq": "approx", "simeq": "approx", "sim": "approx", "doteq": "=", "colon": ":", "lt": "<",
-    "gt": ">", "underline": "", "checkmark": "", "blacksquare": "", "square": "", "euro": "", "pounds": "",
-    "dollar": "",
-    **{size + side: "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")},
-}  # fmt: skip
 COMMAND = re.compile(r"\\([A-Za-z]+)(\s*)")
 FUNCTIONS = word_set(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt gcd lcm max min mod det deg "
@@ -95,16 +69,39 @@ ANSWER_IS = re.compile(r"^(?:the )?(?:final |correct )?answer is:? +(?=[-$\\0-9]
 IN_WORDS = re.compile(r"(?:\\text\s*\{\s*)?([A-Za-z]+(?:[- ][A-Za-z]+)?)\s*\}?")
 TWICE = re.compile(r"([0-9]+)\s*\(([A-Za-z]+(?:[- ][A-Za-z]+)?)\)")
 LABEL = re.compile(
-    r"^(?:\\text\s*\{\s*)?(?:the )?(?:final |correct )?(?:answer|result|total|sum|solution|value):\s*\}?\s*"
-    r"(?=[-$\\0-9(])",
+    r"^(?:\\text\s*\{\s*)?(?:the )?(?:final |correct )?(?:answer|result|total|sum|solution|value|antwort|réponse|"
+    r"respuesta|risposta|resposta|ответ|答案|答え|답) ?:\s*\}?\s*(?=[-$\\0-9(\[\]])",
     re.IGNORECASE,
 )
-OPTION = re.compile(r"(?:\\text\s*\{\s*)?(?:option|choice)\s{0,3}\(?([A-Za-z])\)?\s*\}?", re.IGNORECASE)
+OPTION = re.compile(
+    r"(?:\\text\s*\{\s*)?(?:the )?(?:correct |final )?(?:option|choice|answer)(?: is)?:?\s{0,3}\(?([A-Za-z])\)?\s*\}?",
+    re.IGNORECASE,
+)
 OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)$")
 COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
 DEGREES_ABOVE = re.compile(r"\\frac\s*\{([^{}]*)\^\s*\{?\\circ\s*\}?\s*\}\s*\{([^{}]*)\}")
+SCRIPT = r"\s*(?:\{[^{}]*\}|[0-9A-Za-z])"
+POWER_BEFORE_INDEX = re.compile(rf"\^({SCRIPT})\s*_({SCRIPT})")
+SCRIPTED_FUNCTION = re.compile(
+    rf"(\\(?:log|ln|sin|cos|tan|cot)\s*(?:[_^]{SCRIPT}){{1,2}})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}"
+)
+SCRIPT_BEFORE_NUMBER = re.compile(r"((?<=log)_|[_^])([0-9A-Za-z]|(?<=log_)[0-9]{2,3})\s+(?=[0-9])")
+# \log_28 has the base 2 in LaTeX; where an argument follows, as in \log_10 100, people mean all digits
+GLUED_LOGARITHM = re.compile(
+    r"\\log_([2-9])([0-9]+)(?=$|[-+*/=,;)}\]<>]|\\(?:cdot|pm|mp|text|cup|le|ge|approx)(?![A-Za-z]))"
+)
+SET_ARGUMENT = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}")
 QUOTIENT_BEFORE_FACTOR = re.compile(
     r"(?<![0-9A-Za-z.^_/}\\])([0-9]{1,9}|[a-z])/([0-9]{1,9})\s+(?![msghJNWVKLAC]\s*$)(?=[A-Za-z(]|\\(?:sqrt|sin|cos|pi))"
+)
+SYSTEM = re.compile(
+    r"\\left\s*(?:\\\{|\\lbrace)\s*\\begin\{(array|aligned|matrix)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}\s*\\right\s*\.",
+    re.DOTALL,
+)
+# of vectors, which no other product is
+CROSS = re.compile(
+    r"(\\(?:nabla|(?:vec|hat|mathbf|boldsymbol|overrightarrow)\s*(?:\{\s*[A-Za-z]{1,3}\s*\}|[A-Za-z]))\s*)"
+    r"\\(?:times|cross)(?![A-Za-z])"
 )
 IDLE = re.compile(r"\\(?:begin|end)\{(?:aligned|align|equation|gathered)\*?\}&?|\\phantom\s*(?:\{[^{}]*\}|-)")
 LONE_NUMBER = re.compile(r"(\\text\s*\{[^{}]*\}\s*|[,(]\s*|^)\{\s*(-?[0-9.]+)\s*\}")
@@ -125,6 +122,7 @@ UNIT_LETTER = re.compile(r"(?<=[0-9])\s+(m|s|g|h|J|N|W|V|K|L|A|C)(\^\{?[23]\}?)?
 def normalise(answer: str, thousands: bool = True) -> str:
     """Returns an answer's common spelling. `thousands`: read 1,234 as one number where it could be a list of two."""
     text = _plain_characters(COLOUR.sub("", CONTROL.sub("\ufffd", answer)))
+    text = set_builder(SYSTEM.sub(r"\\begin{cases}\2\\end{cases}", text) if "\\begin" in text else text)
     text = _phrase(_said(_unwrap(text)))
     text = "\\approx " + text[1:] if text[:1] == "~" else text
     if "\\begin" not in text:
@@ -140,11 +138,12 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("\\$", "").replace("$", "")
     for spacing in ("\\,", "\\;", "\\:", "\\ ", "~"):
         text = text.replace(spacing, " ")
-    text = COMMAND.sub(_command, text)
+    text = COMMAND.sub(_command, CROSS.sub(r"\1\\cross ", text) if "\\times" in text else text)
     text = _small_commands(text)
     text = re.sub(r"\\not(?![A-Za-z])", "\ufffd", re.sub(r"\\not\s*=", r"\\ne ", text))
     text = NOT_EQUAL.sub(r"\\ne ", text)
-    text = mark_unit(QUOTIENT_BEFORE_FACTOR.sub(r"\\frac{\1}{\2} ", text))
+    text = mark_foreign(QUOTIENT_BEFORE_FACTOR.sub(r"\\frac{\1}{\2} ", common_brackets(text)))
+    text = mark_unit(text)
     text = re.sub(r"(?<![\\])\\%|(?<!\\)%", r"\\%", text)
     text = _texts(text)
     text = _unwrap(text)
@@ -156,7 +155,7 @@ def normalise(answer: str, thousands: bool = True) -> str:
     text = text.replace("^\\circ", "\\text{degree}").replace("^{\\circ}", "\\text{degree}")
     text = text.replace("\\%", "\\text{percent}").replace("\\emptyset", "\\{\\}")
     text = re.sub(r"([)\]}])U([(\[]|\\\{)", r"\1\\cup \2", text).replace(",\\ldots", ",...").lstrip("+")
-    return _spaces(text).replace(NEW_ROW, "\\\\")
+    return GLUED_LOGARITHM.sub(r"\\log_{\1}\2", _spaces(text)).replace(NEW_ROW, "\\\\")
 
 
 def _small_commands(text: str) -> str:
@@ -167,7 +166,10 @@ def _small_commands(text: str) -> str:
     text = re.sub(r"\\text\s*\{\s*\^\\circ\s*\}|\{\}\s*\^\s*\{?\\circ\s*\}?", r"^\\circ ", text)
     text = re.sub(r"(?<=[0-9])\s*\\deg\s*$", r"^\\circ ", DEGREES_ABOVE.sub(r"\\frac{\1}{\2}^\\circ ", text))
     text = re.sub(r"^\(([0-9A-F]+)\)\s*_", r"\1_", re.sub(r"_\s*\{\s*\(([0-9]{1,2})\)\s*\}", r"_{\1}", text))
+    text = re.sub(r"(?<![\\A-Za-z])log(2|10)(?=\()", r"\\log_{\1}", text)
     text = LONE_NUMBER.sub(r"\1\2", text.replace("{:}", ":"))
+    text = re.sub(r"\\mathcal\s*(?:\{\s*([A-Z])\s*\}|([A-Z])(?![A-Za-z]))", r"\1\2", text)
+    text = re.sub(r"\(\s*(?:\\[bp]?)?mod\s+([0-9A-Za-z]{1,9})\s*\)", r"\\pmod{\1}", text)
     text = re.sub(r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}", text)
     return text.replace("\\equiv", "=") if "mod" not in text else text
 
@@ -340,13 +342,18 @@ def _braces(text: str) -> str:
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\\pi)(?![A-Za-z])", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\\pi)\s*([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\(bar|overline)\s+([0-9A-Za-z])", r"\\\1{\2}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\pmod\s*([0-9A-Za-z])", r"\\pmod{\1}", text)
     text = re.sub(
         r"_\s*\{\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}", lambda m: "_{" + SPOKEN.get(m[1], m[0][2:-1]) + "}", text
     )
     text = re.sub(r"\\binom\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}(?!\s*[0-9])", r"\1\2", text)
+    text = SET_ARGUMENT.sub(r"\\\1(\2)", text) if "\\{" in text else text
+    if "_" in text or "^" in text:
+        text = SCRIPTED_FUNCTION.sub(r"\1(\2)", POWER_BEFORE_INDEX.sub(r"_\2^\1", text))
+        text = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}(?!\s*[0-9])", r"\1\2", text)
+        text = SCRIPT_BEFORE_NUMBER.sub(r"\1{\2}", text)
     return re.sub(r"\\log_e(?![A-Za-z])", r"\\ln ", text)
 
 

@@ -21,6 +21,7 @@ from sympy.sets import Set
 
 from eepo_fast.rewards.answers.latex import convert, is_broken
 from eepo_fast.rewards.answers.numbers import Number, approximates, read_number, rounds_to
+from eepo_fast.rewards.answers.texts import is_whole, same_text
 from eepo_fast.rewards.answers.units import word_set
 
 CHARACTERS = re.compile(r"[A-Za-z0-9 +\-*/^_={}()\[\]|.,!'\\]*")
@@ -28,21 +29,30 @@ COMMANDS = word_set(
     "frac sqrt cdot pi text theta alpha beta gamma delta epsilon varepsilon zeta eta lambda mu nu xi rho sigma tau phi "
     "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega kappa iota hbar ell sin cos tan cot sec csc "
     "arcsin arccos arctan sinh cosh tanh ln log exp binom lfloor rfloor lceil rceil infty overline bar gcd lcm max min "
-    "mod bmod pmod angle triangle imath prime dot ddot odot div"
+    "mod bmod pmod angle triangle imath prime dot ddot odot div vec hat tilde"
 )
 UNFINISHED = word_set("int iint oint sum prod lim det nabla partial limsup liminf")
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 DOT = re.compile(r"\\(d?)dot\{?(\\?[A-Za-z]+)\}?(?:_\{?([0-9A-Za-z])\}?)?")
+ACCENT = re.compile(
+    r"\\(vec|hat|tilde) ?(?:\{(\\?[A-Za-z]{1,9}|0) ?\}|(\\[A-Za-z]+|[A-Za-z0]))(?:_\{?([0-9A-Za-z])\}?)?"
+)
+DIVISORS = re.compile(r"\\(?:gcd|lcm)(?!\([0-9, ]+\))")
+LOGARITHM = r"\\(?:ln|log(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?)"
 RENAMED = (
     (re.compile(r"\\(angle|triangle) ?\{?([A-Z]{1,4})(?![A-Za-z])\}?"), lambda m: _figure(*m.groups())),
     (re.compile(r"\\cdot(?![A-Za-z])"), r"\\cdot "),
     (re.compile(r"np\.|math\."), ""),
     (re.compile(r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sin|cos|tan|sqrt|ln|log|exp)(?=[({])"), r"\\\1"),
+    (re.compile(rf"({LOGARITHM} ?)([0-9]{{1,9}}|[A-Za-z])(?=/{LOGARITHM})"), r"\1(\2)"),  # \ln 3/\ln 2 is a quotient
+    (re.compile(r"(\\text\{[A-Za-z]{2,9}\})\(([0-9A-Za-z])\)"), r"\1 \2"),  # \text{rank}(A)
     (re.compile(r"\\exp\{([^{}]*)\}"), r"e^{\1}"),
     (re.compile(r"\\(arc[a-z]{3}|sin|cos|tan|ln|log)\{([^{}]*)\}"), r"\\\1(\2)"),
     (re.compile(r"(?<=[A-Za-z)])(?:\^\{?\\prime\}?|')"), r"_{prime}"),
     (re.compile(r"\\odot"), "0"),
+    (re.compile(r"\^(?:T(?!_)|\{T\})"), r"^{1\\cdot T}"),  # the grammar transposes: A^T would be A
+    (re.compile(r"(?<![A-Za-z\\])C_(?:\{([0-9]{1,4})\}|([0-9]))\^(?:\{([0-9]{1,4})\}|([0-9]))"), lambda m: _chosen(m)),
     (re.compile(r"\\gamma(?![A-Za-z])"), r"\\xi_{g}"),  # alone it would be Euler's constant
     (re.compile(r"\\pi(?=\()"), r"\\pi \\cdot "),  # a factor, not a function
     (re.compile(r"(?<![A-Z\\])E(?=_)"), r"\\Xi"),
@@ -63,8 +73,14 @@ class NotMathematicsError(Exception):
 
 
 def ask(question: str, gold: str, answer: str) -> bool:
-    """Answers what `compare` asks of a worker; NotMathematicsError for a gold that cannot be parsed."""
-    gold_expression = parse_latex(gold)
+    """Answers what `compare` asks of a worker. A gold that is no mathematics is compared as text; NotMathematicsError
+    for one that is no text either, such as one with a brace left open."""
+    try:
+        gold_expression = parse_latex(gold)
+    except NotMathematicsError:
+        if not is_whole(gold):
+            raise
+        return same_text(gold, answer)
     try:
         answer_expression = parse_latex(answer)
     except NotMathematicsError:
@@ -83,8 +99,8 @@ def parse_latex(text: str) -> Basic:
         raise NotMathematicsError
     if not COMMANDS.union(UNFINISHED, ("to", "rightarrow", "mathbb")).issuperset(COMMAND.findall(text)):
         raise NotMathematicsError
-    text = DOT.sub(r"\2_{\1dot\3}", text)
-    if is_broken(text):
+    text = ACCENT.sub(_accented, DOT.sub(r"\2_{\1dot\3}", text))
+    if is_broken(text) or DIVISORS.search(text):  # of letters gcd would be 1
         raise NotMathematicsError
     for pattern, replacement in RENAMED:
         text = pattern.sub(replacement, text)
@@ -100,6 +116,18 @@ def parse_latex(text: str) -> Basic:
     if not isinstance(parsed, (Basic, MatrixBase)):
         raise NotMathematicsError
     return parsed
+
+
+def _chosen(match: re.Match) -> str:
+    r"""Returns \binom{5}{2} for C_5^2; a power of a constant, such as C_1^2, stays one."""
+    above, below = match.group(1) or match.group(2), match.group(3) or match.group(4)
+    return f"\\binom{{{above}}}{{{below}}}" if int(above) >= int(below) and int(above) > 2 else match.group()
+
+
+def _accented(match: re.Match) -> str:
+    r"""Returns one symbol for \vec{v} or \hat{x}_1."""
+    accent, braced, plain, index = match.groups()
+    return f"\\xi_{{{accent}{(braced or plain).lstrip(chr(92))}{index or ''}}}"
 
 
 def _figure(kind: str, points: str) -> str:

@@ -6,6 +6,8 @@ r"""Reads a number's unit: where it begins, what it is made of, and which other 
 
 import re
 
+from eepo_fast.rewards.answers.foreign import makes_another_number
+
 
 def word_set(words: str) -> frozenset[str]:
     return frozenset(words.split())
@@ -221,6 +223,7 @@ def same_unit(gold: str, answer: str) -> bool:
         squared = words & {"squared", "cubed"} and not (words - {"squared", "cubed"})
         power = words & {"root", "roots"} and words & {"square", "cube", "cubic"}
         other_number = words & NO_UNIT or power or any(map(ORDINAL.fullmatch, words))
+        other_number = other_number or makes_another_number((gold + answer).replace("\\text", " "))
         return not (squared or other_number or (words and not words - IDLE))
     return unit_words(gold) == unit_words(answer)
 

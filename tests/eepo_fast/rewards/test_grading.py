@@ -12,8 +12,10 @@ import pytest
 from eepo_fast.cli import main
 from eepo_fast.config import RewardConfig
 from eepo_fast.rewards import MathGrader, make_grader
+from eepo_fast.rewards.answers.choices import chosen
 from eepo_fast.rewards.answers.extract import extract_answer
 from eepo_fast.rewards.answers.normalise import normalise
+from eepo_fast.rewards.answers.texts import same_text
 from eepo_fast.rewards.math import MODES
 from eepo_fast.rewards.paper import extract_paper_answer
 from eepo_fast.rewards.pool import Job
@@ -109,6 +111,8 @@ def test_normalising_and_extracting_are_linear():
     pieces = [
         "\\boxed{", "the answer is ", "1,234,", "final    ", "-", "{", "$", "=", "a ", "\\frac{1}{", "1.", "- ",
         "9" * 50, "\\text{and} ", " . ", "the answer is:    ", "\\frac{11", "1e", "1\\times 10^{", "\\boxed{1}",
+        "**Answer:** (", "\nAnswer: A. ", "{x|", "(1;", "]0,", "\\log_{2}{", "\\left\\{\\begin{array}", "1 м ", "={1,",
+        "\\text{元",
     ]  # fmt: skip
     for piece in pieces:
         seconds = []
@@ -120,6 +124,8 @@ def test_normalising_and_extracting_are_linear():
         assert seconds[1] < 40 * max(seconds[0], 0.005), piece
         start = time.process_time()
         normalise(piece * (2000 // len(piece)))
+        chosen("B", "A. " + piece * (1990 // len(piece)))
+        same_text(piece * (2000 // len(piece)), piece)
         assert time.process_time() - start < 0.5, piece
 
 

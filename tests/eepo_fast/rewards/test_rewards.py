@@ -88,6 +88,40 @@ def test_statuses(grader):
     assert grader.grade_answers(["\\sqrt{8}"], ["2\\sqrt{2}"])[0].reward == 1  # and the worker's place is taken
 
 
+@pytest.mark.parametrize(
+    "gold",
+    ["\\log_2 3", "\\gcd(a,b)", "\\vec{v}", "\\mathcal{O}(n^2)", "\\det A", "\\Re(z)", "\\mathbb{R}^+",
+     "\\begin{cases} x & x>0 \\\\ 0 & x\\le 0 \\end{cases}", "\\|v\\|", "P(A \\cap B)", "x \\mid y", "A^\\top",
+     "p \\to q",
+     "\\mathbb{R}\\setminus\\mathbb{Q}",
+     "]0,1[", "12元", "三角形", "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right."],
+)  # fmt: skip
+def test_ordinary_golds_are_readable(grader, gold):
+    assert grader.unreadable([gold]) == []
+    grades = grader.grade_answers([gold] * 3, [f"$ {gold} $", "7919", "\\sqrt{7919}\\zeta"])
+    assert [(g.reward, g.status) for g in grades] == [(1, "ok"), (0, "ok"), (0, "ok")]
+
+
+def test_broken_golds_are_unreadable(grader):
+    broken = [
+        "",
+        " ",
+        "\\frac{",
+        "{1",
+        "1}",
+        "\x01",
+        "\\frac{1}",
+        "2^",
+        "(1,2",
+        "18+",
+        "\\begin{cases} 1",
+        "?",
+        "x" * 2001,
+    ]
+    assert grader.unreadable([*broken, "1"]) == list(range(len(broken)))
+    assert {g.status for g in grader.grade_answers(broken, ["3"] * len(broken))} == {"error"}
+
+
 def test_a_worker_that_died_idle_costs_no_answer(grader):
     assert grader.grade_answers(["\\sqrt{8}"], ["2\\sqrt{2}"])[0].reward == 1
     for worker in [w for w in grader.pool.workers if w.ready]:
