@@ -14,6 +14,7 @@ OF_TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+PLAIN = (".json", ".jinja", ".txt", ".model")
 
 
 def files_beside(model: Any, tokenizer: Any) -> dict[str, bytes]:
@@ -64,8 +65,8 @@ def _originals(source: str, names: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def copy_beside(source: Path, target: Path) -> None:
-    """Copies what a checkpoint's model folder has beside weights and config, as it is."""
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        if path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != CONFIG:
+    """Copies what a checkpoint's model folder has beside weights and config, as it is: text, and nothing that runs."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file() and p.suffix in PLAIN):
+        if not path.name.endswith(".index.json") and path.name != CONFIG:
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / path.relative_to(source))

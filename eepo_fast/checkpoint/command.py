@@ -13,6 +13,7 @@ from rich.table import Table
 from eepo_fast.checkpoint.beside import GENERATION_CONFIG, copy_beside
 from eepo_fast.checkpoint.folder import MANIFEST, checkpoint_root, files, folders, newest_valid, read_state, verify
 from eepo_fast.disk import make_folder, remove_if_empty, writing
+from eepo_fast.policy.loading import refuse_own_code
 from eepo_fast.types import UserError
 
 
@@ -69,10 +70,15 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = dtype or read_state(folder)["config"]["model"]["dtype"]
+    refuse_own_code(folder / "model", f"checkpoint {folder}")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-    )
-    model, loaded.generation_config = loaded, GenerationConfig()  # the checkpoint's own is copied, however it is
+        folder / "model", dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True,
+        trust_remote_code=False,
+    )  # fmt: skip
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):
+        raise UserError(f"checkpoint {folder}: lacks {len(absent)} tensors of the model, such as {absent[0]}")
+    model.generation_config = GenerationConfig()  # the checkpoint's own is copied, however it is
     with writing(f"--out: {out}", "make room, or choose another"):
         made = make_folder(out.parent)
         temporary = None

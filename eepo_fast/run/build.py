@@ -23,7 +23,7 @@ from eepo_fast.data.prompts import check_ids, make_prompts, stop_token_ids
 from eepo_fast.data.tasks import BASES
 from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readable_sets
-from eepo_fast.policy.loading import eos_of, load_model, positions
+from eepo_fast.policy.loading import eos_of, find_model, load_model, positions
 from eepo_fast.policy.module import Policy, check_head
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
@@ -245,6 +245,8 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
             check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
             check_engine_memory(config, device_memory_gib(world.size), on_gpu=torch.cuda.is_available())
             chosen_trackers(config)
+            if config.model.path not in BASES:
+                find_model(config.model.path)  # before anything that takes its time
             prepared = take_folder(config, resume, display, held) if world.is_main else None
         folder, finished = world.gather(prepared)[0]
         if finished:
