@@ -4,10 +4,14 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Collection
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eepo_fast.console import Stream, forgiving
+from eepo_fast.disk import LOCK, disk_error, locked
 from eepo_fast.types import EngineError, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -25,13 +29,13 @@ DEMO_EXAMPLE = "example: eepo-fast demo --seed 1"
 
 
 def _load_config(args: argparse.Namespace) -> "Config":
-    from eepo_fast.config import load_config
+    from eepo_fast.config import is_file, load_config
 
-    if not (files := [a for a in args.config if "=" not in a]):
+    if not (files := [a for a in args.config if is_file(a)]):
         raise UserError(f"{args.command}: expected a YAML config file, found none; see configs/ for examples")
     main_rank = os.environ.get("RANK", "0") == "0"
     say = (lambda line: print(f"eepo-fast: {line}", file=sys.stderr)) if main_rank else None
-    return load_config(files, [a for a in args.config if "=" in a], say)
+    return load_config(files, [a for a in args.config if a not in files], say)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -81,23 +85,36 @@ def _eval(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.completions is None):
         raise UserError("eval: expected one of --model and --completions; see eepo-fast eval --help")
     # --data takes all that follows it: what begins with a section of the config is an override
-    overrides = [text for text in args.data if "=" in text and text.partition(".")[0] in Config.model_fields]
+    overrides = [text for text in args.data if _is_override(text, Config.model_fields)]
     data, overrides = [text for text in args.data if text not in overrides], overrides + args.overrides
     temperature, seed = 1.0 if args.temperature is None else args.temperature, args.seed or 0
-    options = EvalOptions(data, Path(args.out), _ks(args.k), args.n, temperature, seed, overrides)
+    options = EvalOptions(data, Path(args.out).expanduser(), _ks(args.k), args.n, temperature, seed, overrides)
     if args.completions is not None:
         if overrides:
             raise UserError(f"eval: --completions takes no overrides, found {overrides[0]!r}; --mode sets grading")
         of_sampling = {"--num-samples": args.n, "--temperature": args.temperature, "--seed": args.seed}
         if found := next((name for name, value in of_sampling.items() if value is not None), None):
             raise UserError(f"eval: --completions are sampled already: expected no {found}; remove it")
-        evaluate_completions(Path(args.completions), options, args.mode or "strict", Display())
+        with _taken(options.out):
+            evaluate_completions(Path(args.completions), options, args.mode or "strict", Display())
         return 0
     if args.mode is not None:
         options.overrides.append(f"reward.mode={args.mode}")
-    with start_world() as world:
+    with start_world() as world, ExitStack() as held:
+        with world.agree():
+            if world.is_main:
+                held.enter_context(_taken(options.out))
         evaluate_model(args.model, options, world, Display() if world.is_main else Display.silent())
     return 0
+
+
+def _taken(out: Path, name: str = LOCK) -> AbstractContextManager[int]:
+    """Returns a lock on what --out names, for as long as it is written."""
+    return locked(out / name, f"--out: {out}", "wait for its end, or choose another")
+
+
+def _is_override(text: str, sections: Collection[str]) -> bool:
+    return re.match(r"\w+\.[\w.]+=", text) is not None and text.partition(".")[0] in sections
 
 
 def _tables(args: argparse.Namespace) -> int:
@@ -134,9 +151,10 @@ def _prepare(args: argparse.Namespace) -> int:
             )
     config = load_config([], ["model.path=unused", f"data.train={source}", *args.overrides]).data
     folder = Path(args.out)
-    manifest = prepare(
-        name, source, config, folder=folder, revision=args.revision, subset=args.subset, split=args.split
-    )
+    with _taken(folder, f".{name}.lock"):  # other names may be prepared beside it
+        manifest = prepare(
+            name, source, config, folder=folder, revision=args.revision, subset=args.subset, split=args.split
+        )
     print(f"{folder / name}.jsonl: {manifest.rows} rows of {source}, revision {manifest.revision}")
     print(f"licence, as its card states it: {manifest.licence}")
     print(f"sha256: {manifest.sha256}")
@@ -322,13 +340,19 @@ def _left(name: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    args.argv = argv
-    positional = {"train": "config", "profile": "config", "eval": "overrides", "data": "overrides"}.get(args.command)
-    if positional and not any(a.startswith("-") for a in rest):
-        getattr(args, positional).extend(rest)  # argparse ends a positional list at the first option
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with forgiving() as out:
+        args, rest = parser.parse_known_args(argv)
+        args.argv = argv
+        positional = {"train": "config", "profile": "config", "eval": "overrides", "data": "overrides"}
+        if args.command in positional and not any(a.startswith("-") for a in rest):
+            getattr(args, positional[args.command]).extend(rest)  # argparse ends a positional list at the first option
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        code = _run(args)
+        return code if out is None else _printed(args, out, code)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except UserError as error:
@@ -343,6 +367,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("eepo-fast: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (reason := disk_error(error)) is None:
+            raise
+        print(f"eepo-fast: {args.command}: the disk refuses: {' '.join(reason.split())}; mend that", file=sys.stderr)
+        return 2
+
+
+def _printed(args: argparse.Namespace, out: Stream, code: int) -> int:
+    """Returns the exit code of a command that has ended with `code`. What it has printed matters where that is its
+    result: where it could not be written, that is an error; where nobody reads on, not a success."""
+    out.flush()
+    is_result = args.command in ("tables", "checkpoint") or getattr(args, "dry_run", False)
+    if not is_result or out.lost is None:
+        return code
+    if not out.is_gone:
+        print(f"eepo-fast: {args.command}: stdout cannot be written: {out.lost}; mend that", file=sys.stderr)
+        return code or 2
+    return code or 1
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from eepo_fast.policy.module import Policy
 from eepo_fast.rewards import Grader
 from eepo_fast.rollout.engine import OnProgress, RolloutEngine, SampleRequest, Sampling, continuation, make_requests
 from eepo_fast.rollout.exchange import generate_everywhere, score_everywhere
-from eepo_fast.types import Grade, Group, Prompt, Rollout, TrainerState, WeightsVersion
+from eepo_fast.types import Grade, Group, Prompt, Rollout, RolloutBatch, TrainerState, WeightsVersion
 
 MOST = 0.9  # of a stage's completions: what comes after them is waiting for the last
 
@@ -58,6 +58,9 @@ class Setup:
     at_safe_point: Callable[[], None] = lambda: None
     """Is called between phases while the policy is still untouched; may raise Interrupted, which leaves `state` and the
     policy as they were after the last iteration."""
+    on_graded: Callable[[RolloutBatch], None] = lambda batch: None
+    """Is shown what an iteration is about to train on, while the policy is still untouched; all ranks see the same. It
+    may raise a UserError, shared."""
 
     @property
     def world(self) -> World:

@@ -41,6 +41,7 @@ class Trainer(Setup):
             it.put_to_sleep("ref_logprobs")
             everything = [*(r for group in groups for r in group.rollouts), *batch.extra]
             self._grade(it, [r for r in everything if not (r.preempted or r.status)])
+            self.on_graded(batch)
             set_advantages(batch)
             rows = batch.rollouts
             for addition in additions:

@@ -10,7 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from eepo_fast.checkpoint.beside import GENERATION_CONFIG, copy_beside
 from eepo_fast.checkpoint.folder import MANIFEST, checkpoint_root, files, folders, newest_valid, read_state, verify
+from eepo_fast.disk import make_folder, remove_if_empty, writing
+from eepo_fast.policy.loading import refuse_own_code
 from eepo_fast.types import UserError
 
 
@@ -61,31 +64,36 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None, console: Console
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: expected an empty or new folder, found {out}; choose another")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = dtype or read_state(folder)["config"]["model"]["dtype"]
+    refuse_own_code(folder / "model", f"checkpoint {folder}")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-    )
+        folder / "model", dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True,
+        trust_remote_code=False,
+    )  # fmt: skip
     model, info = loaded
     if absent := sorted(info["missing_keys"]):
         raise UserError(f"checkpoint {folder}: lacks {len(absent)} tensors of the model, such as {absent[0]}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp's is for its owner alone
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    model.generation_config = GenerationConfig()  # the checkpoint's own is copied, however it is
+    with writing(f"--out: {out}", "make room, or choose another"):
+        made = make_folder(out.parent)
+        temporary = None
+        try:
+            temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+            model.save_pretrained(temporary)
+            (temporary / GENERATION_CONFIG).unlink(missing_ok=True)
+            copy_beside(folder / "model", temporary)
+            temporary.chmod(0o755)  # mkdtemp's is for its owner alone
+            if out.exists():
+                out.rmdir()
+            temporary.rename(out)
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            remove_if_empty(made)
     megabytes = sum(math.prod(p.shape) * p.element_size() for p in model.parameters()) / 1e6
     console.print(f"{out}: {folder.name} of {path}, {dtype}, {megabytes:.1f} MB", markup=False)

@@ -41,6 +41,18 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_room(run_dir: Path, needed: int) -> None:
+    """Raises a UserError where the disk has no room for one checkpoint of so many bytes. What a killed run has not
+    finished is removed before it is written."""
+    left = sum(path.stat().st_size for folder in checkpoint_root(run_dir).glob(".step_*.tmp") for path in files(folder))
+    place = next(place for place in (run_dir, *run_dir.absolute().parents) if place.is_dir())
+    if (free := shutil.disk_usage(place).free + left) < needed:
+        raise UserError(
+            f"run folder {run_dir}: expected room for a checkpoint, {needed / 1e9:.3g} GB of weights and two moments "
+            f"in fp32, found {free / 1e9:.3g} GB free on its disk; make room, or choose another run.root"
+        )
+
+
 def remove_newer(run_dir: Path, step: int) -> None:
     """Removes checkpoints after `step`: damaged ones, whose iterations a resumed run does again."""
     for folder in folders(run_dir):

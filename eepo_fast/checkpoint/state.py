@@ -23,13 +23,15 @@ from eepo_fast.types import Cursor, TrainerState, UserError
 # Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {
     "checkpoint", "evaluation", "log",
-    "run.root", "run.timeout_s",
+    "run.name", "run.root", "run.timeout_s",
     "rollout.max_sequences", "rollout.gpu_memory_utilization", "rollout.sleep", "rollout.tensor_parallel",
     "rollout.carry",  # what is in flight is finished first
     "reward.step_seconds",
     "train.iterations", "train.epochs", "train.micro_batch_tokens", "train.packing", "train.engine", "train.zero_stage",
     "train.offload_optimizer", "train.offload_parameters", "train.liger", "train.gradient_checkpointing",
 }  # fmt: skip
+
+FROM_CONTENT = {"data.train": "data", "model.path": "model"}  # keys that say where it lies, and what digest it has
 
 
 def changed_keys(saved: dict, config: Config) -> list[str]:

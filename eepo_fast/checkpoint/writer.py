@@ -17,7 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eepo_fast.checkpoint.folder import checkpoint_root, commit, files, folder_of, fsync, prune, sha256, temporary_of
+from eepo_fast.checkpoint.beside import files_beside
+from eepo_fast.checkpoint.folder import (
+    check_room,
+    checkpoint_root,
+    commit,
+    files,
+    folder_of,
+    fsync,
+    prune,
+    sha256,
+    temporary_of,
+)
 from eepo_fast.checkpoint.groups import FILE as GROUPS
 from eepo_fast.checkpoint.groups import save_groups
 from eepo_fast.checkpoint.state import make_state, random_state
@@ -44,6 +55,21 @@ class CheckpointWriter:
         self._final: Path | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome = None
+        self._beside: dict[str, bytes] | None = None
+
+    def check(self) -> None:
+        """Raises a UserError, on the first rank, where a checkpoint could not be written: before any work is done."""
+        if not self.world.is_main:
+            return
+        elements = sum(shape.numel() for shape in self.policy.shapes.values())
+        needed = 3 * 4 * elements + sum(map(len, self.beside().values()))
+        check_room(self.config.run_dir, needed)
+
+    def beside(self) -> dict[str, bytes]:
+        """Returns the files that every checkpoint has beside its weights."""
+        if self._beside is None:
+            self._beside = files_beside(self.policy.model, self.tokenizer)
+        return self._beside
 
     def start(self, state: TrainerState, evaluation: Mapping[str, float] | None = None) -> None:
         """Begins to save the policy as it is now. All ranks call this."""
@@ -94,9 +120,9 @@ class CheckpointWriter:
         if optimizer:
             save_file(optimizer, own / f"optimizer{part}.safetensors")
         if self.world.is_main:
-            for described in (self.policy.model.config, self.policy.model.generation_config, self.tokenizer):
-                if described is not None:
-                    described.save_pretrained(own / "model")
+            for name, content_of in self.beside().items():
+                (own / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+                (own / "model" / name).write_bytes(content_of)
             _write_json(own / "state.json", content)
             _write_json(own / "rng.json", list(generators))
             if groups:

@@ -5,7 +5,6 @@ OUT/runs/METHOD-SEED.log           what it printed
 OUT/results/METHOD-SEED.json       its numbers: with them a run is done, whatever becomes of its folder
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from eepo_fast import disk
 from eepo_fast.checkpoint import changed_keys
 from eepo_fast.compare.numbers import Result, read_result
 from eepo_fast.compare.plan import Plan, run_config
@@ -77,20 +77,17 @@ def command(plan: Plan, out: Path, job: Job) -> list[str]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[IO]:
-    """Holds OUT/.lock; UserError where another process does: two would train in one folder."""
-    with (out / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--out: another comparison, or a run that it has begun, is at work in {out}; wait for it, or give "
-                "another --out (--page shows what is there)"
-            ) from None
-        yield file
+def locked(out: Path) -> Iterator[int]:
+    """Holds OUT/.lock, and yields its descriptor; UserError where another process does: two would train there."""
+    remedy = (
+        "another comparison, or a run that it has begun, is at work there: wait for its end, or give another --out "
+        "(--page shows what is there)"
+    )
+    with disk.locked(out / disk.LOCK, f"--out: {out}", remedy, keep=True) as descriptor:
+        yield descriptor
 
 
-def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Callable[[str], Any], lock: IO) -> None:
+def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Callable[[str], Any], lock: int) -> None:
     """Does runs, `num_jobs` at a time; UserError where some failed, after all others. lock: see `locked`."""
     say(f"{len(todo)} of {len(jobs(plan))} runs to do, {num_jobs} at a time")
     failed: list[Job] = []
@@ -122,7 +119,7 @@ def run_all(plan: Plan, out: Path, todo: Sequence[Job], num_jobs: int, say: Call
         raise UserError(f"{len(failed)} runs failed: {names}; their logs are in {out / 'runs'}; a second call goes on")
 
 
-def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subprocess.Popen], lock: IO) -> str | None:
+def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subprocess.Popen], lock: int) -> str | None:
     """Does a run and keeps its numbers; returns what went wrong. processes: gets the run's."""
     config = run_config(plan, *job, out)[0]
     log = config.run_dir.with_suffix(".log")
@@ -133,9 +130,7 @@ def _run(plan: Plan, out: Path, job: Job, num_jobs: int, processes: list[subproc
     with log.open("a", encoding="utf-8") as file:
         arguments = [sys.executable, "-m", "eepo_fast.cli", *command(plan, out, job)[1:]]
         # the lock is the run's, too: should we be killed, nobody begins it a second time while it lives
-        process = subprocess.Popen(
-            arguments, env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
-        )
+        process = subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock])
         processes.append(process)
         code = process.wait()
     if code:

@@ -1,6 +1,6 @@
 """Holds the configuration. It is a leaf: it imports nothing of ours but `types`."""
 
-from eepo_fast.config.files import dump_config, load_config, make_config, under_new_names
+from eepo_fast.config.files import dump_config, is_file, load_config, make_config, under_new_names
 from eepo_fast.config.schema import (
     AepoConfig,
     CheckpointConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "dump_config",
+    "is_file",
     "load_config",
     "make_config",
     "under_new_names",

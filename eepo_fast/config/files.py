@@ -3,11 +3,13 @@
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from eepo_fast.config.schema import READ_WITH, RENAMED, Config, with_ratio, without_unread
 from eepo_fast.types import UserError
@@ -44,7 +46,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return _Loader(text).get_single_data()
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError) as error:  # of bad tags
         raise UserError(f"{where}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -88,16 +90,56 @@ def under_new_names(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def is_file(argument: str) -> bool:
+    """Returns whether an argument of the command line names a config file, and is no `key.sub=value`: a file that is
+    there is one, whatever its name."""
+    return "=" not in argument or Path(argument).expanduser().is_file()
+
+
 def read_override(text: str) -> dict[str, Any]:
-    """Returns `key.sub=value` as nested sections."""
+    """Returns `key.sub=value` as nested sections. The value of a key that is text is what was typed, without quotes
+    around it; any other is YAML."""
     key, _, raw = text.partition("=")
     parts = key.split(".")
     if len(parts) < 2 or not all(parts):
-        raise UserError(f"override {text!r}: expected key.sub=value, such as train.iterations=10")
-    value = _parse_yaml(raw, f"override {text!r}")
+        raise UserError(
+            f"override {text!r}: expected key.sub=value, such as train.iterations=10, or a config file that is there"
+        )
+    value: Any = _read_text(raw, text) if _is_text(parts, raw) else _parse_yaml(raw, f"override {text!r}")
     for part in reversed(parts):
         value = {part: value}
     return value
+
+
+def _is_text(parts: list[str], raw: str) -> bool:
+    """Returns whether the config declares the value at this place as text, and it is not the null of what may be
+    null."""
+    kind: Any = Config
+    for part in parts:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:
+            kind = get_args(kind)[1] if get_origin(kind) is dict else None
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if type(None) in kinds and raw.strip() in ("", "~", "null", "Null", "NULL"):
+        return False
+    kinds = tuple(k for k in kinds if k is not type(None))
+    return bool(kinds) and all(k is str or (get_origin(k) is Literal and _are_text(get_args(k))) for k in kinds)
+
+
+def _are_text(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _read_text(raw: str, override: str) -> str:
+    """Returns text as it was typed; in quotes, what they quote."""
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(raw):
+        raise UserError(f"override {override!r}: expected text, found the character {found.group()!r}; remove it")
+    if raw.strip()[:1] in ("'", '"'):
+        with suppress(UserError):
+            if isinstance(quoted := _parse_yaml(raw, override), str):
+                return quoted
+    return raw
 
 
 def _describe(error: ValidationError, *place: str) -> str:
@@ -135,9 +177,14 @@ def load_config(files: list[str], overrides: list[str], say: Callable[[str], Any
     """Reads and validates a config; UserError with one line that names the file or key, what was expected and found.
     `say` is told, a line each, what of an earlier file is left out."""
     given: dict[str, Any] = {}
-    for text in overrides:
-        given = merge(given, read_override(text))
-    return make_config(*(read_yaml(path) for path in files), given, say=say)
+    try:
+        for text in overrides:
+            given = merge(given, read_override(text))
+        return make_config(*(read_yaml(path) for path in files), given, say=say)
+    except RecursionError:  # YAML's anchors can make a value that holds itself
+        raise UserError(
+            "config: expected values of a few levels, found one that holds itself, or too many levels; write it out"
+        ) from None
 
 
 def make_config(*sources: dict[str, Any], say: Callable[[str], Any] | None = None) -> Config:

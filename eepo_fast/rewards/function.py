@@ -1,7 +1,12 @@
 """Grades by a function of one's own, `reward.function: module:name`: (problem: Problem, completion: str) -> float.
 
-It is called in the training process, one completion after the other; with several ranks each grades its share. What it
-raises, or returns that is no finite number, is a missing reward, counted; the first of them is shown.
+It is called in the training process, one completion after the other; with several ranks each grades its share. A
+problem has the row it was read from: `problem.columns["tolerance"]` is the field `tolerance` of a data file's line, or
+the value of a data set's column of that name.
+
+What it raises, or returns that is no finite number, is a missing reward, counted; the first of them is shown. Where all
+of an iteration's rewards are missing, that is warned of, and the third time running it ends the run. A function that
+ends the process (`sys.exit`) ends the run at once.
 """
 
 import importlib
@@ -24,7 +29,8 @@ class FunctionGrader:
         """Finds the function that `name` says, module:function; the working directory is searched, too."""
         self.name = name
         self.function = find_function(name)
-        self._complained = False
+        self.complaint = ""
+        """What the function did the first time that it gave no reward."""
 
     def start(self) -> None: ...
 
@@ -40,9 +46,17 @@ class FunctionGrader:
             complaint = "" if math.isfinite(reward) else f"returned {reward}"
         except Exception as error:
             reward, complaint = 0.0, f"{type(error).__name__}: {error}"
-        if complaint and not self._complained:
-            self._complained = True
-            log.warning("reward.function: %s, on %s: %s; counted as a missing reward", self.name, problem.id, complaint)
+            if isinstance(error, AttributeError) and error.obj is problem:
+                complaint += " (the fields of its row are in problem.columns)"
+        except (SystemExit, GeneratorExit) as error:
+            raise UserError(
+                f"reward.function: expected a number of {self.name}, found that it ends the process on problem "
+                f"{problem.id} ({type(error).__name__}: {error}); let it raise an error, or return a number, and go on "
+                "with --resume"
+            ) from None
+        if complaint and not self.complaint:
+            self.complaint = f"reward.function {self.name}, on {problem.id}: {complaint}"
+            log.warning("%s; counted as a missing reward", self.complaint)
         return Grade(0.0 if complaint else reward, "error" if complaint else "ok", time.perf_counter() - started)
 
     def unreadable(self, golds: Sequence[str]) -> list[int]:
@@ -60,7 +74,7 @@ def find_function(name: str) -> Callable[[Problem, str], float]:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module that is imported may raise anything
+    except (Exception, SystemExit) as error:  # a module that is imported may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
             f"reward.function: {name} cannot be imported ({reason}); start in the folder of {module}.py, or put it on "

@@ -134,6 +134,7 @@ def engine_arguments(
         load_format="dummy",
         dtype=str(dtype).removeprefix("torch."),
         skip_tokenizer_init=True,
+        trust_remote_code=False,
         max_model_len=max_model_len,
         max_num_seqs=max_sequences,
         logprobs_mode="processed_logprobs",

@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import os
+import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,16 @@ import torch
 from eepo_kernels import checksums
 from transformers import PreTrainedModel
 
-from eepo_fast import checkpoint
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
-from eepo_fast.checkpoint.state import changed_inputs
 from eepo_fast.config import Config, dump_config
 from eepo_fast.data.base_model import ensure_base
 from eepo_fast.data.problems import Found, find_problems
 from eepo_fast.data.prompts import check_ids, make_prompts, stop_token_ids
 from eepo_fast.data.tasks import BASES
 from eepo_fast.distributed import World, default_device
-from eepo_fast.evaluation import periodic
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readable_sets
-from eepo_fast.policy.loading import eos_of, load_model, positions
+from eepo_fast.policy.loading import eos_of, find_model, load_model, positions
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.trial import Trial, check_engine, check_policy, make_trial, why_not_packed
@@ -35,12 +33,12 @@ from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.rollout.families import persistent_buffers, rope_limit
 from eepo_fast.rollout.make import make_engine
 from eepo_fast.rollout.start_vllm import import_vllm
-from eepo_fast.run import log_files
 from eepo_fast.run.display import Display
 from eepo_fast.run.estimate import check_engine_memory, device_memory_gib
-from eepo_fast.run.loop import ENDING, Loop, Meeting, ending_of, one_line_errors, write_ending
-from eepo_fast.run.plan import check_world, num_iterations
-from eepo_fast.run.signals import listening
+from eepo_fast.run.folder import check_same_inputs, take_folder, write_folder
+from eepo_fast.run.loop import Loop, Meeting, ending_of, one_line_errors, write_ending
+from eepo_fast.run.plan import about_iterations, check_world, num_iterations
+from eepo_fast.run.signals import Stopped, leaving_at_once, listening, say_leaving
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.trackers import chosen as chosen_trackers
 from eepo_fast.run.watchdog import Watchdog, watching
@@ -254,37 +252,30 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
     with the signal's name, where SIGTERM or SIGUSR1 asked it to leave: all it had done is saved."""
     world = world or World()
     display = display or (Display() if world.is_main else Display.silent())
-    with world.agree():
-        check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
-        check_engine_memory(config, device_memory_gib(world.size), on_gpu=torch.cuda.is_available())
-        chosen_trackers(config)
-        prepared = _prepare_folder(config, resume, display) if world.is_main else None
-    folder, finished = world.gather(prepared)[0]
-    if finished:
-        display.say(f"run {config.run_dir} is finished")
-        return config.run_dir
-    with world.agree():
-        grader = make_grader(config.data.train, config.reward)
-    with closing(grader):  # its worker processes must not outlive a refused command
+    with ExitStack() as held:
+        if world.size == 1:
+            held.enter_context(leaving_at_once())
         with world.agree():
-            grader.start()
-        note = partial(write_ending, config.run_dir, "hung")
-        with watching(world.rank, world.size, world.store, config.run.timeout_s, note) as watchdog:
-            world = replace(world, on_micro_batch=watchdog.advance)
-            _run(config, grader, folder, resume, display, world, watchdog)
+            check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+            check_engine_memory(config, device_memory_gib(world.size), on_gpu=torch.cuda.is_available())
+            chosen_trackers(config)
+            if config.model.path not in BASES:
+                find_model(config.model.path)  # before anything that takes its time
+            prepared = take_folder(config, resume, display, held) if world.is_main else None
+        folder, finished = world.gather(prepared)[0]
+        if finished:
+            display.say(f"run {config.run_dir} is finished")
+            return config.run_dir
+        with world.agree():
+            grader = make_grader(config.data.train, config.reward)
+        with closing(grader):  # its worker processes must not outlive a refused command
+            with world.agree():
+                grader.start()
+            note = partial(write_ending, config.run_dir, "hung")
+            with watching(world.rank, world.size, world.store, config.run.timeout_s, note) as watchdog:
+                world = replace(world, on_micro_batch=watchdog.advance)
+                _run(config, grader, folder, resume, display, world, watchdog)
     return config.run_dir
-
-
-def _prepare_folder(config: Config, resume: bool, display: Display) -> tuple[Path | None, bool]:
-    """Returns (checkpoint to go on from, is the run finished); UserError where the run's folder cannot be used."""
-    run_dir = config.run_dir
-    for place in (run_dir, *run_dir.parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"run folder {run_dir}: {place} is a file; choose another run.root")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not resume:
-        raise UserError(f"run folder {run_dir} is not empty; add --resume to go on, or choose another run.name")
-    folder = _checkpoint_to_resume(config, display) if resume else None
-    return folder, folder is not None and _is_finished(checkpoint.read_state(folder), config)
 
 
 def _run(
@@ -297,50 +288,81 @@ def _run(
     with loaded_parts(config, grader, world, display) as parts:
         config = parts.config
         if folder is not None:
-            _check_same_inputs(folder, parts.fingerprint, config)
+            check_same_inputs(folder, parts.fingerprint, config)
         state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
         total = num_iterations(config, len(parts.prompts), state)
         owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
         if state.step >= total and not owed:
             display.say(f"run {run_dir} is finished")
             return
+        writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
+        writer.saved_step = state.step
+        with world.agree():
+            writer.check()
         with world.agree():
             if world.is_main:
                 with one_line_errors(run_dir):
-                    _write_folder(config, state)
+                    write_folder(config, state)
         with world.agree():
             if not (run_dir / "config.yaml").is_file():
                 raise UserError(
                     f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see "
                     f"what rank 0 has written to {run_dir}; give a path on a shared file system"
                 )
-        for line in about_carrying(config, state, total):
+        for line in (*about_iterations(config, len(parts.prompts), total), *about_carrying(config, state, total)):
             display.say(line)
         if resume:
             display.say(
                 f"going on after iteration {state.step} of {total}" if folder else "no checkpoint yet: starting"
             )
-        writer = CheckpointWriter(config, parts.policy, parts.tokenizer, parts.fingerprint, total)
-        writer.saved_step = state.step
-        watched = display.training(config.run.name, state.step, total)
-        logged = Trackers(chosen_trackers(config) if world.is_main else {}, state.step, display.warn)
-        with closing(writer), listening() as request, logged as trackers, watched as show:
+        with closing(writer), recorded(run_dir, state, total, watchdog):
+            _go_through(config, grader, parts, state, total, display, writer, watchdog)
 
-            def on_phase(phase: str) -> None:
-                watchdog.enter(f"{phase} of iteration {state.step + 1}")
-                show.phase(phase)
 
-            meeting = Meeting(world, writer, request, display)
-            trainer = parts.trainer(config, grader, state, total)
-            trainer.on_phase, trainer.at_safe_point = on_phase, meeting
-            try:
-                Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total).run(show)
-            except (Interrupted, KeyboardInterrupt):
-                raise
-            except Exception as error:
-                watchdog.let_it_end()
-                write_ending(run_dir, *ending_of(error), step=state.step, total=total)
-                raise
+@contextmanager
+def recorded(run_dir: Path, state: TrainerState, total: int, watchdog: Watchdog) -> Iterator[None]:
+    """Notes what ends a run, whatever that is; a UserError where something that it has called ends the process."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        watchdog.let_it_end()
+        write_ending(run_dir, *ending_of(error), step=state.step, total=total)
+        if isinstance(error, SystemExit | GeneratorExit) and not isinstance(error, Stopped):
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"the run was ended after iteration {state.step} by {type(error).__name__}({error}) in "
+                f"{where.filename}, line {where.lineno}; mend what does so, and go on with --resume"
+            ) from error
+        raise
+
+
+def _go_through(
+    config: Config, grader: Grader, parts: Parts, state: TrainerState, total: int, display: Display,
+    writer: CheckpointWriter, watchdog: Watchdog,
+) -> None:  # fmt: skip
+    """Trains to the end; Interrupted, with the signal's name, where one asked it to leave."""
+    world = parts.policy.world
+    watched = display.training(config.run.name, state.step, total)
+    logged = Trackers(chosen_trackers(config) if world.is_main else {}, state.step, display.warn)
+    with listening() as request, logged as trackers, watched as show:
+        if world.is_main:
+            request.on_asked = say_leaving
+            at_once = "left at once on a second {}, without saving"
+            request.before_leaving_at_once = lambda name: write_ending(
+                config.run_dir, "error", at_once.format(name), step=state.step, total=total
+            )
+        trainer, meeting = parts.trainer(config, grader, state, total), Meeting(world, writer, request, display)
+        loop = Loop(trainer, parts.evaluation, writer, meeting, watchdog, trackers, total)
+
+        def on_phase(phase: str) -> None:
+            watchdog.enter(f"{phase} of iteration {state.step + 1}")
+            loop.entered(phase)
+            show.phase(phase)
+
+        trainer.on_phase, trainer.at_safe_point, trainer.on_graded = on_phase, meeting, loop.graded
+        loop.run(show)
 
 
 def about_carrying(config: Config, state: TrainerState, total: int) -> Iterator[str]:
@@ -355,48 +377,3 @@ def about_carrying(config: Config, state: TrainerState, total: int) -> Iterator[
             "grpo.ratio=sampler: what other iterations have sampled is clipped around the weights that sampled it; "
             "with rollout.carry the default is decoupled: remove the key for it"
         )
-
-
-def _write_folder(config: Config, state: TrainerState) -> None:
-    """Writes the run's folder as it is after `state.step` iterations."""
-    run_dir = config.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (run_dir / ENDING).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"run folder {run_dir}: cannot be written: {error.strerror}; choose another run.root") from None
-    log_files.cut_back(run_dir, state.step)
-    checkpoint.clean(run_dir)
-    checkpoint.remove_newer(run_dir, state.step)
-    periodic.remove_newer(run_dir, state.step)
-
-
-def _check_same_inputs(folder: Path, fingerprint: dict[str, str], config: Config) -> None:
-    if changed := changed_inputs(folder, fingerprint):
-        where = {"data": config.data.train, "model": config.model.path, "tokenizer": config.model.path}
-        raise UserError(
-            f"--resume: the {changed[0]} of {where[changed[0]]} is not what the run began with; put it back, or start "
-            "another run.name",
-            shared=True,
-        )
-
-
-def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
-    """Returns the newest valid checkpoint, None where there is none yet; UserError where the config is another."""
-    folder, complaints = checkpoint.newest_valid(config.run_dir)
-    for line in complaints:
-        display.warn(line)
-    if folder and (changed := checkpoint.changed_keys(checkpoint.read_state(folder)["config"], config)):
-        raise UserError(
-            f"--resume: the config differs from the run's own in {', '.join(changed)}; set them back as in "
-            f"{config.run_dir / 'config.yaml'}, or start another run.name"
-        )
-    return folder
-
-
-def _is_finished(state: dict, config: Config) -> bool:
-    """Returns, without loading the model, whether the run reached its planned end and the plan is the same."""
-    same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
-    owed = config.evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always
-    return same_plan and state["step"] >= state["total"] and not owed

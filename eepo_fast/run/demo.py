@@ -16,6 +16,7 @@ from eepo_fast import checkpoint
 from eepo_fast.config import Config, ModelConfig, load_config
 from eepo_fast.data.base_model import ensure_base
 from eepo_fast.data.prompts import make_prompts, stop_token_ids
+from eepo_fast.disk import LOCK, locked
 from eepo_fast.evaluation.pass_at_k import scores
 from eepo_fast.evaluation.samples import Sampler, sample_set
 from eepo_fast.evaluation.sets import HELD_OUT, load_set
@@ -61,8 +62,10 @@ def run_method(method: str, seed: int, root: str, display: Display) -> tuple[Pat
     """Trains one method and evaluates its last checkpoint. An earlier run of the demo in the same place is replaced."""
     config = demo_config(method, seed, root)
     if (config.run_dir / "config.yaml").is_file():
-        display.say(f"replacing {config.run_dir}, left by an earlier demo")
-        shutil.rmtree(config.run_dir)
+        what = f"run folder {config.run_dir}"
+        with locked(config.run_dir / LOCK, what, "wait for that demo's end, or choose another --root"):
+            display.say(f"replacing {config.run_dir}, left by an earlier demo")
+            shutil.rmtree(config.run_dir)
     run_dir = train(config, display=display)
     folder, _ = checkpoint.newest_valid(run_dir)
     assert folder is not None  # a run that ends has saved

@@ -5,7 +5,6 @@ Everything is counted from the model's dimensions, by the formulas beside each f
 prompts and at `MEAN_LENGTH` of the longest answer.
 """
 
-import json
 import os
 import re
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from eepo_fast.config import Config
 from eepo_fast.policy.footprint import AUTOCAST, BUCKET_ELEMENTS, KEYS, Shape, kept_bytes, pass_bytes, score_bytes
+from eepo_fast.policy.loading import read_model_config
 from eepo_fast.types import UserError
 
 GIB = 1 << 30
@@ -109,7 +109,7 @@ def find_shape(config: Config) -> Shape:
     known: dict[str, Any] = dict(config.model.dimensions)
     path = Path(config.model.path).expanduser() / "config.json"
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8")) | known
+        known = read_model_config(path) | known
     known.setdefault("model_type", Path(config.model.path).name.lower())
     shape = Shape.of(known)
     if shape is None:

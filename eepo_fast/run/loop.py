@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from eepo_fast.run.plan import num_iterations
 from eepo_fast.run.signals import LeaveRequest
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.watchdog import Watchdog
-from eepo_fast.types import Interrupted, UserError
+from eepo_fast.types import Interrupted, RolloutBatch, UserError
 
 ENDING = "ended.json"
 RUNNING = 3  # iterations in a row in which a forget step does nothing, or sampling waits, before it is said
@@ -76,10 +77,59 @@ class Loop:
     """How many forget steps in a row were not taken, or taken back."""
     waiting: int = field(default=0, init=False)
     """How many iterations in a row waited long for their last answers; beyond RUNNING once it is said."""
+    unrewarded: int = field(default=0, init=False)
+    """How many iterations in a row no completion could be graded in."""
+    was_rewarded: bool = field(default=False, init=False)
+    """Whether some iteration had a reward."""
+    whole: bool = field(default=True, init=False)
+    """Whether the policy is as `state` says, and all of that is logged: whether it could be saved now."""
+
+    def __post_init__(self) -> None:
+        self.was_rewarded = self.trainer.state.step > 0  # before it was resumed
+
+    def entered(self, phase: str) -> None:
+        """Hears that a phase of an iteration begins."""
+        self.whole = self.whole and phase != "update"
+
+    def graded(self, batch: RolloutBatch) -> None:
+        """Looks at an iteration's rewards before the policy is updated. UserError where no completion could be graded,
+        the third time running or in all of the run; what the run had learned is saved then."""
+        if any(r.reward is not None or r.status not in ("timeout", "error") for r in batch.rollouts):
+            self.unrewarded, self.was_rewarded = 0, True
+            return
+        self.unrewarded += 1
+        step, meeting = self.trainer.state.step, self.meeting
+        why = self._why_not_graded(batch)
+        if self.unrewarded == 1:
+            meeting.display.warn(
+                f"iteration {step + 1}: no completion could be graded: {why}; {RUNNING} such iterations running end "
+                "the run"
+            )
+            if self.was_rewarded and self.writer.saved_step != step:  # as far as it was good
+                self._entering("checkpoint")
+                meeting.report(self.writer.finish())
+                self.writer.start(self.trainer.state)
+        if self.unrewarded == RUNNING or (step + 1 == self.total and not self.was_rewarded):
+            which = f"iteration {step + 1}"
+            if self.unrewarded > 1:
+                which = f"iterations {step + 2 - self.unrewarded} to {step + 1}"
+            function = self.trainer.config.reward.function
+            what = f"{function}, or the data it needs" if function else "the data, or raise reward.step_seconds"
+            raise UserError(
+                f"reward: expected rewards, found that no completion of {which} could be graded: {why}; mend {what}, "
+                "and give the same command with --resume",
+                shared=True,
+            )
+
+    def _why_not_graded(self, batch: RolloutBatch) -> str:
+        """Returns what a grader has said, on some rank, or else the status that most completions have."""
+        said = self.trainer.world.gather(getattr(self.trainer.grader, "complaint", ""))
+        status, count = Counter(r.status for r in batch.rollouts).most_common(1)[0]
+        return next(filter(None, said), f"{count} of {len(batch.rollouts)} have status {status}")
 
     def run(self, show: Training) -> None:
         """Runs until `total` iterations are done. Raises Interrupted(signal's name) where it was told to leave; the
-        state it had is saved then."""
+        state it had is saved then, and, where that can be, when an error ends it."""
         state, run_dir = self.trainer.state, self.trainer.config.run_dir
         try:
             self._evaluate_late(show)
@@ -88,9 +138,8 @@ class Loop:
                 self.meeting()
         except Interrupted:
             self._save_and_leave()
-        except UserError as error:
-            if error.shared:  # what is being written becomes a checkpoint first
-                self.meeting.report(self.writer.finish())
+        except BaseException as error:
+            self._keep(isinstance(error, UserError) and error.shared)
             raise
         if self.trainer.world.is_main:
             write_ending(run_dir, "finished", step=state.step, total=self.total)
@@ -99,18 +148,17 @@ class Loop:
         trainer, config = self.trainer, self.trainer.config
         batch, row = trainer.iteration(lambda done, asked: self._progress(show, done, asked))
         step, left = trainer.state.step, False
+        self.whole = False  # until it is logged
         row["checkpoint/failures"] = self.meeting.failures
         if self.evaluation.due(step, self.total):
             try:
                 row |= self._evaluate(show)
             except Interrupted:  # the resumed run will evaluate
                 left = True
-        if trainer.world.is_main:
-            with one_line_errors(config.run_dir):
-                if config.log.rollouts:
-                    log_files.log_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
-                log_files.append_metrics(config.run_dir, row)
-                self.trackers.log(row, step)
+            except BaseException:  # and here, too
+                self._log(batch, row)
+                raise
+        self._log(batch, row)
         show.iteration(row)
         self._warn_of_untaken_steps(row)
         self._advise_of_waiting(row)
@@ -118,11 +166,37 @@ class Loop:
             raise Interrupted
         if step == self.total:
             self._entering("checkpoint")
+            self.whole = False  # what cannot be saved now is not tried again
             self.writer.save(trainer.state, row)
-        elif config.checkpoint.every and step % config.checkpoint.every == 0:
+            self.whole = True
+        elif config.checkpoint.every and step % config.checkpoint.every == 0 and not self.unrewarded:
             self._entering("checkpoint")
             self.meeting.report(self.writer.finish())
             self.writer.start(trainer.state, row)
+
+    def _log(self, batch: RolloutBatch, row: dict[str, float]) -> None:
+        trainer, config, step = self.trainer, self.trainer.config, self.trainer.state.step
+        if trainer.world.is_main:
+            with one_line_errors(config.run_dir):
+                if config.log.rollouts:
+                    log_files.log_rollouts(config.run_dir, step, batch, config.log.token_details, trainer.tokenizer)
+                log_files.append_metrics(config.run_dir, row)
+                self.trackers.log(row, step)
+        self.whole = True
+
+    def _keep(self, shared: bool) -> None:
+        """Saves what an error would lose, where all ranks meet it and the policy is whole. That it cannot be saved is
+        said beside the error, and not in its place. shared: all ranks raise the error."""
+        state = self.trainer.state
+        if not (shared or self.trainer.world.size == 1):
+            return
+        try:
+            self._entering("checkpoint")
+            self.meeting.report(self.writer.finish())  # what is being written becomes a checkpoint first
+            if self.whole and not self.unrewarded and state.step and self.writer.saved_step != state.step:
+                self.writer.save(state)
+        except Exception as error:
+            self.meeting.display.warn(f"what the run had done since its last checkpoint is lost: {error}")
 
     def _warn_of_untaken_steps(self, row: dict[str, float]) -> None:
         """Says, the third time running, that forgetting does nothing, and what to do."""

@@ -1,6 +1,8 @@
 """Counts what a config asks for: its iterations, and the batch plan that `--dry-run` prints without opening a hub."""
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
 
 from eepo_fast.algorithm.in_flight import num_ahead
@@ -29,6 +31,24 @@ def num_iterations(config: Config, num_prompts: int, state: TrainerState | None 
     state = state or TrainerState()
     total = state.step + _iterations_left(config, num_prompts, state)
     return max(min(total, config.train.iterations or total), state.step + math.ceil(len(state.groups) / size))
+
+
+def about_iterations(config: Config, num_prompts: int, total: int) -> Iterator[str]:
+    """Yields what a user should know where the epochs end before train.iterations. total: iterations of the run."""
+    asked, epochs = config.train.iterations, config.train.epochs
+    if asked is None or total >= asked:
+        return
+
+    def allowed(epochs: int) -> int:
+        train = config.train.model_copy(update={"epochs": epochs})
+        return num_iterations(config.model_copy(update={"train": train}), num_prompts)
+
+    choices = range(epochs + 1, asked + 1)  # an epoch has an iteration, at least
+    needed = choices[bisect_left(choices, asked, key=allowed)]
+    yield (
+        f"train.iterations={asked}: {num_prompts} prompts of {config.data.train} allow {total} iterations in "
+        f"train.epochs={epochs}, and the run ends after them; set train.epochs={needed} for all {asked}"
+    )
 
 
 def _iterations_left(config: Config, num_prompts: int, state: TrainerState) -> int:

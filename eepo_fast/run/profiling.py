@@ -18,6 +18,7 @@ from eepo_kernels import ranges
 from rich.table import Table
 
 from eepo_fast.config import Config
+from eepo_fast.disk import make_folder, writing
 from eepo_fast.distributed import World
 from eepo_fast.rewards import make_grader
 from eepo_fast.run.build import loaded_parts
@@ -75,10 +76,8 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
     with world.agree():
         check_world(config, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
         if world.is_main:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--out: {out} cannot be written: {error.strerror}; choose another") from None
+            with writing(f"--out: {out}", "choose another"):
+                make_folder(out)
     peaks, rows = Peaks(), []
     ranges.enable(True)
     with world.agree():
@@ -101,7 +100,8 @@ def profile(config: Config, capture: Capture, world: World, display: Display) ->
             peaks.enter("")
     if trace is not None:
         path = out / f"trace-rank{world.rank}.json.gz"
-        trace.export_chrome_trace(str(path))
+        with writing(f"--out: {out}", "make room, or choose another"):
+            trace.export_chrome_trace(str(path))
         display.say(f"trace: {path} (open it with ui.perfetto.dev or chrome://tracing)")
     show(rows, peaks, trace, display)
     if not nsys:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from eepo_fast.checkpoint import newest_valid
-from eepo_fast.config import load_config
+from eepo_fast.config import dump_config, load_config
 from eepo_fast.run.build import train
 from eepo_fast.run.display import Display
 
+HERE = Path(__file__).parent
 ROOT = Path(__file__).parents[2]
 TINY = (
     "data.train=arithmetic", "data.numbers=3", "data.num_rows=16", "data.max_prompt_tokens=32", "rollout.group_size=4",
@@ -77,3 +81,54 @@ def fingerprint(folder):
 def outcome():
     """(metrics of every iteration, bits of the last checkpoint)."""
     return lambda run_dir: (rows(run_dir), fingerprint(newest_valid(run_dir)[0]))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """fork_server.py: asked with a JSON object, it answers with one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "fork_server.py")], env=environment, text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+
+        def ask(**request):
+            process.stdin.write(json.dumps(request) + "\n")
+            return json.loads(process.stdout.readline())
+
+        for line in process.stdout:  # what its imports print comes first
+            if line.startswith('{"ready"'):
+                break
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """`eepo-fast train` in a process of its own, misbehaving as told; (its pid, the file of its stderr)."""
+
+    def run(config, patch="nothing", **options):
+        path, errors = tmp_path / "config.yaml", tmp_path / "stderr"
+        path.write_text(dump_config(config))
+        request = dict(train=[str(path), "--resume"], patch=patch, options=options, stderr=str(errors))
+        return server(**request)["pid"], errors
+
+    return run
+
+
+@pytest.fixture
+def complete(start, code_of):
+    """Start, or go on, to the end, in a process like those that are killed: what else this one has imported, such as
+    vLLM, may change the last bits. The run's folder."""
+
+    def run(config):
+        pid, errors = start(config)
+        assert code_of(pid) == 0, errors.read_text()
+        return config.run_dir
+
+    return run
+
+
+@pytest.fixture
+def code_of(server):
+    return lambda pid: server(wait=pid)["code"]

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +30,21 @@ def nothing():
     pass
 
 
+def without_a_terminal():
+    """Started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def at_a_terminal():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def at_a_terminal_never_written():
+    at_a_terminal()
+    writer.CheckpointWriter._write_files = lambda *args: time.sleep(60)
+
+
 def deaf():
     """No signal is listened to."""
 
@@ -37,7 +52,7 @@ def deaf():
     def listening():
         yield signals.LeaveRequest()
 
-    build.listening = listening
+    build.listening, build.leaving_at_once = listening, nullcontext
 
 
 def never_written():

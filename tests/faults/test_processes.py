@@ -24,57 +24,6 @@ from eepo_fast.run import watchdog
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def server():
-    """fork_server.py: asked with a JSON object, it answers with one."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "fork_server.py")], env=environment, text=True, bufsize=1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
-
-        def ask(**request):
-            process.stdin.write(json.dumps(request) + "\n")
-            return json.loads(process.stdout.readline())
-
-        for line in process.stdout:  # what its imports print comes first
-            if line.startswith('{"ready"'):
-                break
-        yield ask
-        process.stdin.close()
-
-
-@pytest.fixture
-def start(server, tmp_path):
-    """`eepo-fast train` in a process of its own, misbehaving as told; (its pid, the file of its stderr)."""
-
-    def run(config, patch="nothing", **options):
-        path, errors = tmp_path / "config.yaml", tmp_path / "stderr"
-        path.write_text(dump_config(config))
-        request = dict(train=[str(path), "--resume"], patch=patch, options=options, stderr=str(errors))
-        return server(**request)["pid"], errors
-
-    return run
-
-
-@pytest.fixture
-def complete(start, code_of):
-    """Start, or go on, to the end, in a process like those that are killed: what else this one has imported, such as
-    vLLM, may change the last bits. The run's folder."""
-
-    def run(config):
-        pid, errors = start(config)
-        assert code_of(pid) == 0, errors.read_text()
-        return config.run_dir
-
-    return run
-
-
-@pytest.fixture
-def code_of(server):
-    return lambda pid: server(wait=pid)["code"]
-
-
 def wait_for_rows(run_dir, count):
     path = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -129,7 +78,8 @@ def test_a_second_signal_leaves_at_once(start, code_of, long_run):
     started = time.monotonic()
     os.kill(pid, signal.SIGTERM)
     assert code_of(pid) == 128 + signal.SIGTERM and time.monotonic() - started < 20, "writing takes 60 s"
-    assert not (long_run.run_dir / "ended.json").exists()
+    ending = json.loads((long_run.run_dir / "ended.json").read_text())
+    assert ending["reason"] == "error" and "second SIGTERM, without saving" in ending["message"]
 
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(start, code_of, make_run, complete, outcome, tmp_path):

@@ -132,6 +132,14 @@ def test_another_micro_batch_goes_on_with_the_same_samples(make_run, go, overrid
     assert sorted(set(epoch)) == sorted(epoch[::4]) and len(set(epoch)) == 16, "each prompt once an epoch"
 
 
+def reversed_problems(original):
+    def find(*args, **options):
+        found = original(*args, **options)
+        return found._replace(problems=found.problems[::-1])
+
+    return find
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [("config", r"eepo\.alpha"), ("data", "the data of arithmetic"), ("model", "the model of"),
@@ -147,8 +155,7 @@ def test_other_inputs_are_refused_by_name(make_run, go, model_folder, monkeypatc
     elif what == "data":
         from eepo_fast.run import build
 
-        original = build.load_problems
-        monkeypatch.setattr(build, "load_problems", lambda *args: original(*args)[::-1])
+        monkeypatch.setattr(build, "find_problems", reversed_problems(build.find_problems))
     elif what == "model":
         from transformers import LlamaForCausalLM
 
@@ -164,14 +171,13 @@ def test_other_inputs_are_refused_by_name(make_run, go, model_folder, monkeypatc
 
 def test_without_the_fingerprint_other_data_would_pass(make_run, go, monkeypatch):
     """Negative control."""
-    from eepo_fast.run import build
+    from eepo_fast.run import build, folder
 
     config = make_run("train.iterations=2")
     go(config)
     cut(config.run_dir, 1, "cut")
-    original = build.load_problems
-    monkeypatch.setattr(build, "load_problems", lambda *args: original(*args)[::-1])
-    monkeypatch.setattr(build, "changed_inputs", lambda *args: [])
+    monkeypatch.setattr(build, "find_problems", reversed_problems(build.find_problems))
+    monkeypatch.setattr(folder, "changed_inputs", lambda *args: [])
     go(make_run("train.iterations=2", root="cut"), resume=True)
 
 

@@ -322,7 +322,7 @@ def test_a_second_comparison_in_one_folder_is_refused(write_plan, tmp_path, caps
     out.mkdir()
     with runs_module.locked(out) as lock:
         assert "another comparison, or a run that it has begun, is at work" in complaint(capsys, path, "--out", out)
-        child = subprocess.Popen(["sleep", "30"], pass_fds=[lock.fileno()])
+        child = subprocess.Popen(["sleep", "30"], pass_fds=[lock])
     try:  # the one that held it is gone, its run is not
         assert "is at work" in complaint(capsys, path, "--out", out)
     finally:

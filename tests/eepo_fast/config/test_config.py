@@ -56,7 +56,7 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
         ("eepo.learning_rate=.nan", "finite"),
         ("nonsense", "expected key.sub=value"),
         ("data.columns={questoin: x}", "data.columns.questoin: unknown"),
-        ("run.name=2024-13-45", "not valid YAML"),
+        ("run.seed=2024-13-45", "not valid YAML"),
         ("data.max_number=1000000", "less than or equal to 100"),
         ("rollout.group_size=1e30", "less than or equal to 4096"),
         (f"run.seed={'9' * 5000}", "not valid YAML"),

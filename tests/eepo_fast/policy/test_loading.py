@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eepo_fast.config import ModelConfig
 from eepo_fast.data.prompts import make_prompts, stop_token_ids
