@@ -227,7 +227,7 @@ class HfEngine:
             spans = [slice(start, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
             states = torch.cat([hidden[k, span] for k, span in enumerate(spans)])
             targets = torch.cat([ids[k, 1:][span] for k, span in enumerate(spans)])
-            options = {"temperature": temperature, **self.after_head._asdict()}
+            options: Any = {"temperature": temperature, **self.after_head._asdict()}
             found = linear_logprobs(states, head.weight, targets, bias=head.bias, **options).logprobs
             for i, part in zip(chosen, found.cpu().split([s.stop - s.start for s in spans]), strict=True):
                 results[i] = part.tolist()

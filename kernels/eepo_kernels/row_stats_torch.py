@@ -66,7 +66,8 @@ class TorchRows:
         self.total = self.exp.sum(1, keepdim=True)
         self.log_total = self.total.log()
         weighted = _sum_of_products(self.exp, self.shifted)
-        self.shift, self.target_logits = shift, target_logits
+        self.shift: Tensor | None = shift  # until the slopes of the cap are made
+        self.target_logits = target_logits
         lead = (target_logits - shift) / temperature - self.log_total
         self.logp, self.log1mp = -softplus(-lead), -softplus(lead)
         self.p, self.q = self.logp.exp(), self.log1mp.exp()

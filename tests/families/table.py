@@ -40,13 +40,13 @@ trial before each run says it of yours.
 
 def find(family: str) -> dict[str, str]:
     """Returns what `check_family` says, found in another process."""
+    import check
+    import tiny
+
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         signal.alarm(SECONDS)
         try:
-            import check
-            import tiny
-
             found = check.check_family(tiny.tiny_model(family))
         except BaseException as error:
             found = {"broken": f"{type(error).__name__}: {error}".splitlines()[0]}
