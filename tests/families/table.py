@@ -5,6 +5,7 @@ It takes a few minutes: each family has a process of its own, which a crash or a
 
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -64,6 +65,7 @@ def row(family: str, found: dict[str, str]) -> str:
     if "refused" in found:
         cells = [f"refused: {found['refused'].partition(': ')[2]}", "", "", ""]
     cells = [c.partition(": ")[2] if c.startswith(("train.", "rollout.", "model.")) else c for c in cells]
+    cells = [re.sub(r"\b[\d.]+(e-?\d+)? nats", "some nats", cell) for cell in cells]  # the same on every machine
     return f"| {family} | " + " | ".join(cell.replace("|", "/").partition("; ")[0] for cell in cells) + " |"
 
 
