@@ -69,8 +69,8 @@ COUNTS = frozenset(
     re.findall(
         r"\w+",
         "zwei drei vier fünf sechs sieben acht neun zehn elf zwölf zwanzig dreißig vierzig fünfzig sechzig "
-        "siebzig achtzig neunzig deux trois quatre cinq sept huit neuf dix onze douze treize quinze seize vingt trente quarante "
-        "cinquante soixante dos tres cuatro cinco siete ocho nueve diez once doce quince veinte treinta cuarenta "
+        "siebzig achtzig neunzig deux trois quatre cinq sept huit neuf dix onze douze treize quinze seize vingt "
+        "trente quarante cinquante soixante dos tres cuatro cinco siete ocho nueve diez once doce quince veinte treinta cuarenta "
         "cincuenta sesenta setenta ochenta noventa due quattro cinque sette otto nove dieci undici dodici venti trenta "
         "quaranta cinquanta два три четыре пять шесть семь восемь девять десять двадцать тридцать сорок пятьдесят",
     )
