@@ -15,7 +15,8 @@ VALUE = r"[-+−–±√π∞∅.$\\0-9]"
 FORMULA_LINE = (
     rf"{VALUE}{NO_WORDS}|"
     rf"[(（\[\]{{⟨<]\s?(?:{VALUE}|[(\[{{]|[A-Za-z]\s?(?:[-,;|)}}:∈=<>≤≥^_+*/]|\\)){NO_WORDS}|"
-    rf"[A-Za-z]\s?(?:[=∈<>≤≥≠≈^_+*/(]|-(?=[0-9])|\\(?:in|le|ge|ne|leq|geq|neq|approx|cdot|pm|cup)(?![A-Za-z])){NO_WORDS}"
+    rf"[A-Za-z]\s?(?:[=∈<>≤≥≠≈^_+*/(]|"
+    rf"-(?=[0-9])|\\(?:in|le|ge|ne|leq|geq|neq|approx|cdot|pm|cup)(?![A-Za-z])){NO_WORDS}"
 )
 CHOICE_LINE = rf"\(?[A-J]\)?|(?-i:\([A-J]\)|[A-J][.):]){NO_SENTENCE}"
 ANSWER_WORD = (

@@ -12,7 +12,8 @@ from eepo_fast.rewards.answers.names import COUNTS, NOT_NUMBERS, NUMBER_CHARACTE
 
 WORD = re.compile(r"[^\W\d_]+")
 TAIL = re.compile(
-    r"(?<=[0-9}])(?:\s|\\text\s*\{\s*\}){0,3}(?:\\text\s*\{\s*([^{}\\]{1,80})\}|([^\W\d_][^\d\\{}=<>+*()\[\],;:|$^]{0,60}))"
+    r"(?<=[0-9}])(?:\s|\\text\s*\{\s*\}){0,3}(?:\\text\s*\{\s*([^{}\\]{1,80})\}|"
+    r"([^\W\d_][^\d\\{}=<>+*()\[\],;:|$^]{0,60}))"
     r"(\^\{?[23]\}?)?$"
 )
 TEN_THOUSANDS = {"万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}

@@ -44,20 +44,22 @@ UNITS |= {
     **dict.fromkeys(("por ciento", "por cento", "pour cent", "per cento"), "percent"),
 }  # fmt: skip
 NUMBER_WORDS = re.compile(
-    r"(?:mi|bi|tri)l+(?:h(?:ão|ões|oes|ares?)|[oó]n(?:es)?|ar(?:es)?|iers?|iardo|iardi|i[oó]n(?:en|es|i|e|er|y|ów)?|"
-    r"iard(?:en?|er|s|y)?|jon(?:er)?|joen(?:en)?|jard(?:en|er)?|y[oa]rd?)|milj(?:on(?:er)?|oen(?:en)?|ard(?:en|er)?)|mil|mille|mila|"
-    r"(?:zehn|hundert|ein|zwei|drei)?tausend\w{0,4}|(?:ein|zwei|drei)?hundert(?:e|en|stel)?|dutzend\w{0,2}|paar\w{0,2}|"
-    r"halb\w{0,2}|einhalb|anderthalb|hälften?|(?:drit|vier|fünf|sechs|sieb|ach|neun|zehn|zwölf|zwanzigs)tel|"
-    r"mal|weniger|mehr|nicht|kein\w{0,2}|oder|fakultät|quadrat|"
-    r"douzaines?|dizaines?|quinzaines?|vingtaines?|centaines?|milliers?|paires?|demi\w{0,2}|moitiés?|tiers|\w{3,9}ièmes?|"
-    r"fois|moins|factorielle|carrés?|"
-    r"doce(?:na)s?|decenas?|centenas?|centenares?|cientos?|cien|pares|mitad(?:es)?|medi[oa]s?|tercios?|cuartos?|quintos?|"
-    r"veces|menos|más|cuadrado|dúzias?|duzias?|dezenas?|metades?|mei[oa]s?|terços?|vezes|"
-    r"dozzin[ae]|decin[ae]|centinai[oa]|migliai[oa]|mezz[oaie]|metà|terz[io]|quart[oi]|coppi[ae]|pai[oa]|cento|volte|meno|più|"
-    r"тысяч\w{0,3}|тыс|миллион\w{0,3}|млн|миллиард\w{0,3}|млрд|триллион\w{0,3}|сот(?:ен|ни|ня|ых)?|сто|десят(?:ок|ка|ков|ки|ых)|"
-    r"дюжин\w{0,2}|пар[аы]?|половин\w{0,2}|полтор\w{1,3}|трет(?:ь|и|ей|ьих)|четверт(?:ь|и|ей|ых)|раза?|меньше|больше|не|нет|или|"
-    r"минус|плюс|tysi[aąęe]c\w{0,2}|tuzin\w{0,2}|pół|duizend\w{0,2}|honderd\w{0,2}|dozijn\w{0,2}|helft|tusen|hundra|dussin|"
-    r"yüz|bin|milyon|milyar|düzine|juta|ribu|ratus|lusin|nghìn|ngàn|triệu|tỷ|trăm|ألف|آلاف|مليون|مليار|مئة|مائة"
+    r""
+    r"(?:mi|bi|tri)l+(?:h(?:ão|ões|oes|ares?)|[oó]n(?:es)?|ar(?:es)?|iers?|iardo|iardi|"
+    r"i[oó]n(?:en|es|i|e|er|y|ów)?|iard(?:en?|er|s|y)?|jon(?:er)?|joen(?:en)?|jard(?:en|er)?|y[oa]rd?)|"
+    r"milj(?:on(?:er)?|oen(?:en)?|ard(?:en|er)?)|mil|mille|mila|(?:zehn|hundert|ein|zwei|drei)?tausend\w{0,4}|"
+    r"(?:ein|zwei|drei)?hundert(?:e|en|stel)?|dutzend\w{0,2}|paar\w{0,2}|halb\w{0,2}|einhalb|anderthalb|hälften?|"
+    r"(?:drit|vier|fünf|sechs|sieb|ach|neun|zehn|zwölf|zwanzigs)tel|mal|weniger|mehr|nicht|kein\w{0,2}|oder|"
+    r"fakultät|quadrat|douzaines?|dizaines?|quinzaines?|vingtaines?|centaines?|milliers?|paires?|demi\w{0,2}|"
+    r"moitiés?|tiers|\w{3,9}ièmes?|fois|moins|factorielle|carrés?|doce(?:na)s?|decenas?|centenas?|centenares?|"
+    r"cientos?|cien|pares|mitad(?:es)?|medi[oa]s?|tercios?|cuartos?|quintos?|veces|menos|más|cuadrado|dúzias?|"
+    r"duzias?|dezenas?|metades?|mei[oa]s?|terços?|vezes|dozzin[ae]|decin[ae]|centinai[oa]|migliai[oa]|mezz[oaie]|"
+    r"metà|terz[io]|quart[oi]|coppi[ae]|pai[oa]|cento|volte|meno|più|тысяч\w{0,3}|тыс|миллион\w{0,3}|млн|"
+    r"миллиард\w{0,3}|млрд|триллион\w{0,3}|сот(?:ен|ни|ня|ых)?|сто|десят(?:ок|ка|ков|ки|ых)|дюжин\w{0,2}|пар[аы]?|"
+    r"половин\w{0,2}|полтор\w{1,3}|трет(?:ь|и|ей|ьих)|четверт(?:ь|и|ей|ых)|раза?|меньше|больше|не|нет|или|минус|"
+    r"плюс|tysi[aąęe]c\w{0,2}|tuzin\w{0,2}|pół|duizend\w{0,2}|honderd\w{0,2}|dozijn\w{0,2}|helft|tusen|hundra|"
+    r"dussin|yüz|bin|milyon|milyar|düzine|juta|ribu|ratus|lusin|nghìn|ngàn|triệu|tỷ|trăm|ألف|آلاف|مليون|مليار|مئة|"
+    r"مائة"
 )
 NOT_NUMBERS = re.compile("千(?=[米克瓦卡焦赫帕伏吨])|成员|多边形|半径|半徑|双曲线")
 NUMBER_CHARACTERS = re.compile(
@@ -68,10 +70,11 @@ NUMBER_CHARACTERS = re.compile(
 COUNTS = frozenset(
     re.findall(
         r"\w+",
-        "zwei drei vier fünf sechs sieben acht neun zehn elf zwölf zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig "
-        "neunzig deux trois quatre cinq sept huit neuf dix onze douze treize quinze seize vingt trente quarante "
-        "cinquante soixante dos tres cuatro cinco siete ocho nueve diez once doce quince veinte treinta cuarenta "
-        "cincuenta sesenta setenta ochenta noventa due quattro cinque sette otto nove dieci undici dodici venti trenta "
-        "quaranta cinquanta два три четыре пять шесть семь восемь девять десять двадцать тридцать сорок пятьдесят",
+        "zwei drei vier fünf sechs sieben acht neun zehn elf zwölf zwanzig dreißig vierzig fünfzig sechzig siebzig "
+        "achtzig neunzig deux trois quatre cinq sept huit neuf dix onze douze treize quinze seize vingt trente "
+        "quarante cinquante soixante dos tres cuatro cinco siete ocho nueve diez once doce quince veinte treinta "
+        "cuarenta cincuenta sesenta setenta ochenta noventa due quattro cinque sette otto nove dieci undici dodici "
+        "venti trenta quaranta cinquanta два три четыре пять шесть семь восемь девять десять двадцать тридцать "
+        "сорок пятьдесят ",
     )
 )

@@ -11,7 +11,8 @@ import re
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
 ENVIRONMENT = re.compile(r"\\(begin|end)\{([A-Za-z]{1,12}\*?)\}")
 OPEN_END = re.compile(
-    r"(?:(?<![_^{])(?:[-+*/=<>]|\\cdot)|[_^\\]|\\(?:le|ge|ne|in|cup|cap|setminus|pm|frac|binom|sqrt|vec|hat|tilde|overline|text)"
+    r"(?:(?<![_^{])(?:[-+*/=<>]|\\cdot)|[_^\\]|\\(?:le|ge|ne|in|cup|cap|setminus"
+    r"|pm|frac|binom|sqrt|vec|hat|tilde|overline|text)"
     r"|\\(?:frac|binom)\{[^{}]*\})$"
 )
 FONT = re.compile(r"\\(?:math(?:cal|scr|frak)|operatorname\*?)(?![A-Za-z])")
