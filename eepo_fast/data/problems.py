@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eepo_fast.config import DataConfig
+from eepo_fast.config import ColumnsConfig, DataConfig
 from eepo_fast.data.rows import SUFFIXES, Place, Row, read_file, read_folder, read_hub, suffix_of
 from eepo_fast.data.tasks import TASKS, task_problems
 from eepo_fast.types import Cursor, Message, Problem, UserError
@@ -27,17 +27,23 @@ class Found(NamedTuple):
     """Why each row that is no problem is none, beginning with where it stands."""
     numbered: int = 0
     """How many had no id of their own."""
+    note: str = ""
+    """What else there is to say of how they were read."""
 
     def without(self, indices: Iterable[int], why: Callable[[Problem], str]) -> "Found":
         """Returns the same without some of the problems."""
         out = set(indices)
         kept = [p for i, p in enumerate(self.problems) if i not in out]
-        return Found(kept, self.left_out + [why(self.problems[i]) for i in sorted(out)], self.numbered)
+        return self._replace(problems=kept, left_out=self.left_out + [why(self.problems[i]) for i in sorted(out)])
 
     def checked(self, where: str, max_bad: float) -> list[str]:
         """Returns lines to say; UserError where more is left out than `data.max_bad` allows, or nothing is left. One
         row is always allowed, unless none is."""
-        lines, bad, total = [], len(self.left_out), len(self.problems) + len(self.left_out)
+        lines, bad, total = (
+            [self.note] if self.note else [],
+            len(self.left_out),
+            len(self.problems) + len(self.left_out),
+        )
         if not total:
             raise UserError(f"{where}: expected problems, found none: it is empty")
         if bad > max(math.floor(max_bad * total), bool(max_bad)) or not self.problems:
@@ -91,17 +97,41 @@ def read_problems(
     for_function: bool = False,
     marked: bool = True,
 ) -> Found:
-    """Returns the problems of a file, a folder or a hub data set. config: its columns, file and answer marker.
-    asked_by: what errors begin with. marked: an answer without the marker is none; else it is one as it stands."""
+    """Returns the problems of a file, a folder or a hub data set. config: its columns, file and answer marker; a file
+    that has none of these columns, but a problem and an answer, is read by them. asked_by: what errors begin with.
+    marked: an answer without the marker is none; else it is one as it stands."""
+    options: dict[str, Any] = {"asked_by": asked_by, "revision": revision, "subset": subset, "split": split}
+    more = {"for_function": for_function, "marked": marked}
+    ordinary = config.model_copy(update={"columns": ColumnsConfig(), "answer_marker": ""})
+    try:
+        return _read_problems(source, config, options, more)
+    except NoColumnError as error:
+        if config.columns == ordinary.columns or not Path(source).expanduser().exists():
+            raise
+        try:
+            found = _read_problems(source, ordinary, options, more)
+        except NoColumnError:
+            raise error from None
+        return found._replace(note=f"{source}: {error.reason}: read by its columns problem and answer instead")
+
+
+def _read_problems(source: str, config: DataConfig, options: dict[str, Any], more: dict[str, bool]) -> Found:
     path = Path(source).expanduser()
     if path.is_file():
         rows, stem = read_file(path), path.name.partition(".")[0] or path.name
-    elif path.is_dir() and subset is None and not (path / "README.md").is_file():
-        rows, stem = read_folder(path, config.files, split, asked_by), path.resolve().name
+    elif path.is_dir() and options["subset"] is None and not (path / "README.md").is_file():
+        rows, stem = read_folder(path, config.files, options["split"], options["asked_by"]), path.resolve().name
     else:
-        options = {"revision": revision, "subset": subset, "split": split, "asked_by": asked_by}
         rows, stem = read_hub(str(path) if path.is_dir() else source, config.files, **options), source
-    return make_problems(rows, config, stem, own_ids=path.is_file(), for_function=for_function, marked=marked)
+    return make_problems(rows, config, stem, own_ids=path.is_file(), **more)
+
+
+class NoColumnError(UserError):
+    """No row has a column that was asked for."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class _NoColumnError(Exception):
@@ -148,7 +178,8 @@ def make_problems(
         problems.append(problem)
     for complaints in lacking.values():
         if len(complaints) == num_rows:
-            raise UserError(f"data.columns: {complaints[0]}")
+            column = next(name for name, found in lacking.items() if found is complaints)
+            raise NoColumnError(f"data.columns: {complaints[0]}", f"no row has a column {column!r}")
     return Found(problems, left_out, numbered)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +36,9 @@ def load_set(name: str, spec: str, data: DataConfig) -> EvalSet:
     elif task in TASKS:
         problems = _procedural(name, task, shape, data)
     else:
-        problems, left_out, _ = found = _read(name, spec, data)
+        found = _read(name, spec, data)
         found.checked(f"evaluation data {name}", data.max_bad)
-        return EvalSet(name, "math", problems, _checksum(problems), tuple(left_out))
+        return EvalSet(name, "math", found.problems, _checksum(found.problems), tuple(found.left_out))
     return EvalSet(name, task, problems, _checksum(problems))
 
 
@@ -54,8 +53,8 @@ def digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _read(name: str, spec: str, data: DataConfig) -> Found:
-    """Reads a file or a folder, by the columns that `data` names; what `eepo-fast data prepare` wrote, and a file that
-    lacks those columns, by the ordinary ones."""
+    """Reads a file or a folder, by the columns that `data` names; what `eepo-fast data prepare` wrote by the ordinary
+    ones."""
     path = Path(spec).expanduser()
     if not path.is_file() and (prepared := find_prepared(name, spec)) is not None:  # a folder may be prepared, too
         path = prepared
@@ -64,18 +63,10 @@ def _read(name: str, spec: str, data: DataConfig) -> Found:
             f"evaluation data {name}: no file {spec}, and no prepared data of that name; give a file or folder of "
             f"problems, or run `eepo-fast data prepare {name}={spec}` for a hub data set"
         )
-    asked_by, ordinary = f"evaluation data {name}", DataConfig(train="unused")
     if is_prepared(path):
-        return read_problems(str(path), ordinary, asked_by=asked_by, split="test")
+        data = DataConfig(train="unused")
     data = data.model_copy(update={"files": None})
-    try:
-        return read_problems(str(path), data, asked_by=asked_by, split="test", marked=False)
-    except UserError:
-        if data.columns == ordinary.columns:
-            raise
-        with suppress(UserError):
-            return read_problems(str(path), ordinary, asked_by=asked_by, split="test")
-        raise
+    return read_problems(str(path), data, asked_by=f"evaluation data {name}", split="test", marked=False)
 
 
 def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:

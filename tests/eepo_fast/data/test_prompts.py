@@ -137,7 +137,7 @@ def test_a_token_beyond_the_embedding_is_named(test_config):
     assert check_ids(prompts, tokenizer, 20, "model.path: m") == check_ids(prompts, tokenizer, 1044, "m") == []
     (line,) = check_ids(prompts, tokenizer, 1045, "model.path: m")
     assert line == "model.path: m: the tokenizer has 20 tokens, the model's embedding 1045 rows: is it the model's own?"
-    with pytest.raises(UserError, match=r"model.path: m: problem b holds token 19, .* has 19 rows"):
+    with pytest.raises(UserError, match=r"m: tokenizer and model do not fit: problem b holds token 19, .* has 19 rows"):
         check_ids(prompts, tokenizer, 19, "model.path: m")
 
 

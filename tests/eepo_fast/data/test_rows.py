@@ -171,6 +171,15 @@ def test_columns_and_marker_of_a_file(tmp_path):
         found(path, {**columns, "problem": "extra.q"})
 
 
+def test_a_file_without_the_columns_is_read_by_the_ordinary(tmp_path):
+    """As a config for a hub data set is used with a file of one's own."""
+    path = write(tmp_path / "d.jsonl", GOOD)
+    read = found(path, {"problem": "question"}, answer_marker="####")
+    assert [(p.problem, p.answer) for p in read.problems] == [("1+1?", "2")]
+    (line,) = read.checked("d", 0.01)
+    assert line == f"{path}: no row has a column 'question': read by its columns problem and answer instead"
+
+
 TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"}]
 
 

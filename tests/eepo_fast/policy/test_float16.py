@@ -26,14 +26,16 @@ def loss_of(batch, share):
 
 
 def gradients(policy, rollouts, share):
-    """(of the update, of a forget step), each as one vector, as if the share were 1."""
+    """(of the update, of a forget step), each of the layers as one vector, as if the share were 1: the head, which has
+    a scale of its own, would hide them."""
     beside = policy.gradient()
     for batch in policy.micro_batches(rollouts):
         policy.backward(batch, loss_of(batch, share))
         beside.add(policy.loss(batch, loss_of(batch, share))[0])
     policy.scaler.unscale_(policy.optimizer)
-    update = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    return [g / share for g in (update, torch.cat([g.flatten() for g in beside.tensors.values()]))]
+    update = {name: p.grad for name, p in policy.model.named_parameters()}
+    chosen = [[g.flatten() for name, g in found.items() if "layers" in name] for found in (update, beside.tensors)]
+    return [torch.cat(parts) / share for parts in chosen]
 
 
 def test_a_small_gradient_is_the_gradient(tiny_model, make_rollouts):
