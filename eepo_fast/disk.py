@@ -52,6 +52,8 @@ def writing(what: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = disk_error(error)
+        if reason is None and isinstance(error, OSError):
+            reason = str(error.strerror or error)
         if reason is None:
             raise
         raise UserError(f"{what}: cannot be written: {reason}; {remedy}") from None

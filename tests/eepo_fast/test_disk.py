@@ -109,11 +109,8 @@ def test_what_the_disk_refuses_is_one_line_and_all_else_raised(tmp_path):
     SafetensorError = type("SafetensorError", (Exception,), {})
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert disk_error(error) == "No space left on device (os error 28)"
-    for other in (
-        ValueError("no"),
-        ConnectionResetError(errno.ECONNRESET, "reset"),
-        SafetensorError("header too large"),
-    ):
+    assert disk_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
+    for other in (ValueError("no"), SafetensorError("header too large")):
         assert disk_error(other) is None
         with pytest.raises(type(other)), writing("out", "go"):
             raise other
