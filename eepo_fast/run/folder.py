@@ -89,9 +89,8 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
 
 def _is_finished(state: dict, config: Config) -> bool:
     """Returns, without loading the model, whether the run reached its planned end and the plan is the same."""
-    if {*checkpoint.changed_keys(state["config"], config)} - {
-        NAME
-    }:  # data or model lie elsewhere: they are compared first
+    changed = {*checkpoint.changed_keys(state["config"], config)} - {NAME}
+    if changed:  # data or model lie elsewhere: they are compared first
         return False
     same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
     owed = config.evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always
