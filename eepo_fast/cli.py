@@ -329,12 +329,13 @@ def _add_checkpoint(commands) -> None:
     kind.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the run computed in")
 
 
-def _left(name: str) -> int:
+def _left(name: str, command: str) -> int:
     """Says that a run which was told to leave has saved, and returns its exit code."""
     from eepo_fast.run.signals import exit_code
 
     if os.environ.get("RANK", "0") == "0":
-        print(f"eepo-fast: left on {name}, everything saved; go on with --resume", file=sys.stderr)
+        more = "go on with --resume" if command == "train" else "give the same command again"
+        print(f"eepo-fast: left on {name}, everything saved; {more}", file=sys.stderr)
     return exit_code(name)
 
 
@@ -363,7 +364,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"eepo-fast: rollout engine: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except Interrupted as found:
-        return _left(str(found))
+        return _left(str(found), args.command)
     except KeyboardInterrupt:
         print("eepo-fast: interrupted", file=sys.stderr)
         return 130

@@ -52,9 +52,11 @@ def writing(what: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = disk_error(error)
+        if reason is None and isinstance(error, OSError):
+            reason = str(error.strerror or error)
         if reason is None:
             raise
-        raise UserError(f"{what}: cannot be written: {reason}; {remedy}") from None
+        raise UserError(f"{what} cannot be written: {reason}; {remedy}") from None
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -121,14 +123,23 @@ def _take(file: Path, what: str, remedy: str, made: list[Path]) -> int:
             _lock(descriptor, file, what, remedy)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), file.stat()):
-                    me = {"process": os.getpid(), "host": socket.gethostname(), "time": time.time()}
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(me).encode(), 0)
+                    _sign(descriptor, file)
                     return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder was ending, and has removed it
+
+
+def _sign(descriptor: int, file: Path) -> None:
+    me = {"process": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+    except OSError:  # a full disk: then nothing can be written here at all
+        with suppress(OSError):
+            file.unlink()
+        raise
 
 
 def _lock(descriptor: int, file: Path, what: str, remedy: str) -> None:

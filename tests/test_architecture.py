@@ -168,6 +168,8 @@ from torch import load; load(p)
 import torch as t; t.load(p, weights_only=0)
 x.load(path, allow_pickle=True)
 AutoModel.from_pretrained(p, trust_remote_code=True)
+transformers.AutoConfig.from_pretrained(p)
+from transformers import AutoModel as A; A.from_config(c, **more)
 f(trust_remote_code=flag)
 f(weights_only=False)
 yaml.load(text)
@@ -185,7 +187,9 @@ def test_unsafe_calls_are_found(line, tmp_path):
     (tmp_path / "x.py").write_text(line + "\n")
     done = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and "x.py:1" in done.stdout
-    (tmp_path / "x.py").write_text("model.eval()\nyaml.safe_load(x)\nf(trust_remote_code=False)\n")
+    (tmp_path / "x.py").write_text(
+        "model.eval()\nyaml.safe_load(x)\nAutoConfig.from_pretrained(p, trust_remote_code=False)\n"
+    )
     assert subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True).returncode == 0
 
 

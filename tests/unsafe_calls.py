@@ -49,6 +49,9 @@ def complaints(source: str, path: str):
             options = {k.arg: k.value for k in node.keywords}
             if "trust_remote_code" in options and not is_false(options["trust_remote_code"]):
                 yield f"{where}: trust_remote_code"
+            loads = ".Auto" in f".{name}" and name.endswith((".from_pretrained", ".from_config"))
+            if loads and "trust_remote_code" not in options:  # then it asks on stdin
+                yield f"{where}: {name} without trust_remote_code=False"
             if "weights_only" in options and not is_true(options["weights_only"]):
                 yield f"{where}: weights_only=False"
             if name == "torch.load" or (name.endswith(".load") and "allow_pickle" in options):

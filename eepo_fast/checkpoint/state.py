@@ -23,7 +23,7 @@ from eepo_fast.types import Cursor, TrainerState, UserError
 # Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {
     "checkpoint", "evaluation", "log",
-    "run.name", "run.root", "run.timeout_s",
+    "run.root", "run.timeout_s",
     "rollout.max_sequences", "rollout.gpu_memory_utilization", "rollout.sleep", "rollout.tensor_parallel",
     "rollout.carry",  # what is in flight is finished first
     "reward.step_seconds",
@@ -32,6 +32,7 @@ SAFE_TO_CHANGE = {
 }  # fmt: skip
 
 FROM_CONTENT = {"data.train": "data", "model.path": "model"}  # keys that say where it lies, and what digest it has
+NAME = "run.name"  # a run whose folder was renamed is the same one; a comparison tells runs apart by it
 
 
 def changed_keys(saved: dict, config: Config) -> list[str]:

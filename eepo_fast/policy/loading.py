@@ -122,11 +122,9 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = {
-        "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False,
-    }  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False).eval()
     config = AutoConfig.for_model(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     model.load_state_dict(source.state_dict())

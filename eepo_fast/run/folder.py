@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from eepo_fast import checkpoint
-from eepo_fast.checkpoint.state import FROM_CONTENT, changed_inputs
+from eepo_fast.checkpoint.state import FROM_CONTENT, NAME, changed_inputs
 from eepo_fast.config import Config, dump_config
 from eepo_fast.disk import LOCK, InUse, locked
 from eepo_fast.evaluation import periodic
@@ -78,7 +78,7 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
     if folder is None:
         return None
     state = checkpoint.read_state(folder)
-    known = {key for key, name in FROM_CONTENT.items() if name in state.get("fingerprint", {})}
+    known = {NAME} | {key for key, name in FROM_CONTENT.items() if name in state.get("fingerprint", {})}
     if changed := [key for key in checkpoint.changed_keys(state["config"], config) if key not in known]:
         raise UserError(
             f"--resume: the config differs from the run's own in {', '.join(changed)}; set them back as in "
@@ -89,7 +89,8 @@ def _checkpoint_to_resume(config: Config, display: Display) -> Path | None:
 
 def _is_finished(state: dict, config: Config) -> bool:
     """Returns, without loading the model, whether the run reached its planned end and the plan is the same."""
-    if checkpoint.changed_keys(state["config"], config):  # data or model lie elsewhere: they are compared first
+    changed = {*checkpoint.changed_keys(state["config"], config)} - {NAME}
+    if changed:  # data or model lie elsewhere: they are compared first
         return False
     same_plan = all(state["config"]["train"][key] == getattr(config.train, key) for key in ("iterations", "epochs"))
     owed = config.evaluation.every and not periodic.is_done(config.run_dir, state["step"])  # due after the last, always

@@ -84,9 +84,6 @@ class Loop:
     whole: bool = field(default=True, init=False)
     """Whether the policy is as `state` says, and all of that is logged: whether it could be saved now."""
 
-    def __post_init__(self) -> None:
-        self.was_rewarded = self.trainer.state.step > 0  # before it was resumed
-
     def entered(self, phase: str) -> None:
         """Hears that a phase of an iteration begins."""
         self.whole = self.whole and phase != "update"
@@ -131,6 +128,7 @@ class Loop:
         """Runs until `total` iterations are done. Raises Interrupted(signal's name) where it was told to leave; the
         state it had is saved then, and, where that can be, when an error ends it."""
         state, run_dir = self.trainer.state, self.trainer.config.run_dir
+        self.was_rewarded = state.step > 0  # before it was resumed
         try:
             self._evaluate_late(show)
             while state.step < self.total:

@@ -1,6 +1,7 @@
 """The command line: a run's folder, resuming, and one line for every mistake. One run is a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,55 @@ def test_a_tokenizer_that_does_not_fit_leaves_no_run(run, base, tmp_path):
 def test_help_has_an_example_for_every_command():
     for command in ("train", "grade", "demo"):
         assert "example: eepo-fast" in run_as_process(command, "--help").stdout
+
+
+def test_iterations_beyond_the_epochs_are_said(run, base, tmp_path):
+    """And the epochs that are named are those it takes."""
+    done = run(*arguments(base, tmp_path, "train.iterations=35", "train.epochs=1"))
+    assert done.returncode == 0 and "allow 16 iterations in train.epochs=1, and the run ends" in done.stdout
+    assert "set train.epochs=3 for all 35" in done.stdout
+    enough = run(*arguments(base, tmp_path, "train.iterations=18", "train.epochs=3", "--resume"))
+    assert enough.returncode == 0 and "allow" not in enough.stdout, "negative control"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "grade", "data"])
+@pytest.mark.parametrize("place", ["/proc", "/sys"])  # where nobody makes a folder
+def test_a_folder_that_is_read_only_is_one_line(run, base, tmp_path, command, place):
+    check_refused(run, base, tmp_path, Path(place), command)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "grade", "data"])
+def test_a_file_in_the_way_of_a_folder_is_one_line(run, base, tmp_path, command):
+    """Also where the user may write everything, as root."""
+    (tmp_path / "ro").write_text("")
+    check_refused(run, base, tmp_path, tmp_path / "ro", command)
+
+
+def check_refused(run, base, tmp_path, place, command):
+    (tmp_path / "d.jsonl").write_text(GOOD)
+    (tmp_path / "g.jsonl").write_text('{"id": "a", "gold": "1", "answer": "1"}')
+    arguments_of = {
+        "train": arguments(base, place),
+        "eval": ["eval", "--model", base, "--data", "t=arithmetic:3:9:4", "--out", place / "x"],
+        "grade": ["grade", "--in", tmp_path / "g.jsonl", "--out", place / "x.jsonl"],
+        "data": ["data", "prepare", f"t={tmp_path / 'd.jsonl'}", "--out", place / "x"],
+    }
+    done = run(*arguments_of[command])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", ["eval", "data"])
+def test_a_folder_that_is_written_is_refused(run, base, tmp_path, command):
+    from eepo_fast.disk import locked
+
+    (tmp_path / "d.jsonl").write_text(GOOD)
+    out = tmp_path / "out"
+    given, name = {
+        "eval": (["eval", "--model", base, "--data", "t=arithmetic:3:9:4", "--out", out], ".lock"),
+        "data": (["data", "prepare", f"t={tmp_path / 'd.jsonl'}", "--out", out], ".t.lock"),
+    }[command]
+    with locked(out / name, "x", "y"):
+        done = run(*given)
+        assert done.returncode == 2 and f"--out: {out}: in use by process {os.getpid()} on host" in done.stderr
+        assert os.listdir(out) == [name]
+    assert not out.exists()

@@ -102,18 +102,28 @@ def test_without_locks_the_named_process_counts(tmp_path, monkeypatch):
 
 def test_what_the_disk_refuses_is_one_line_and_all_else_raised(tmp_path):
     with (
-        pytest.raises(UserError, match=r"^out: cannot be written: p: No space left on device; go$"),
+        pytest.raises(UserError, match=r"^out cannot be written: p: No space left on device; go$"),
         writing("out", "go"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device", "p")
     SafetensorError = type("SafetensorError", (Exception,), {})
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert disk_error(error) == "No space left on device (os error 28)"
-    for other in (
-        ValueError("no"),
-        ConnectionResetError(errno.ECONNRESET, "reset"),
-        SafetensorError("header too large"),
-    ):
+    assert disk_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
+    for other in (ValueError("no"), SafetensorError("header too large")):
         assert disk_error(other) is None
         with pytest.raises(type(other)), writing("out", "go"):
             raise other
+
+
+def test_a_full_disk_leaves_no_lock_and_no_folder(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk.os, "pwrite", refuse)
+    with (
+        pytest.raises(UserError, match="x cannot be written: No space left"),
+        locked(tmp_path / "a/b/.lock", "x", "y"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -185,3 +185,50 @@ def test_a_reader_that_goes_away_ends_nothing(make_run, tmp_path):
     errors = process.stderr.read()
     assert process.wait() == 0 and "Error" not in errors and "Exception" not in errors
     assert ending(config.run_dir)["reason"] == "finished" and newest(config.run_dir) == 3
+
+
+def test_what_a_save_needs_is_tried_before(make_run, go, model_folder, monkeypatch):
+    """Generation settings that transformers does not save stop no weights, and are kept as they were."""
+    content = '{"eos_token_id": 1, "do_sample": false, "temperature": 0.9, "top_p": 0.6}'
+    (model_folder / "generation_config.json").write_text(content)
+    run_dir = go(make_run("train.iterations=1"))
+    assert (checkpoint.newest_valid(run_dir)[0] / "model/generation_config.json").read_text() == content
+    assert go(make_run("train.iterations=2"), resume=True) and newest(run_dir) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("PretrainedConfig", ["config.json"]), ("PreTrainedTokenizerBase", ["tokenizer.json", "tokenizer_config.json"])],
+)
+def test_what_cannot_be_saved_is_as_the_model_has_it(make_run, go, model_folder, monkeypatch, kind, names):
+    import transformers
+
+    def refuse(*args, **options):
+        raise ValueError("some check of transformers'")
+
+    monkeypatch.setattr(getattr(transformers, kind), "save_pretrained", refuse)
+    folder = checkpoint.newest_valid(go(make_run("train.iterations=1")))[0] / "model"
+    for name in names:
+        assert (folder / name).read_bytes() == (model_folder / name).read_bytes()
+
+
+def test_what_cannot_be_saved_at_all_is_said_before(tiny_model, tokenizer, monkeypatch):
+    from eepo_fast.checkpoint.beside import files_beside
+
+    monkeypatch.setattr(type(tiny_model.config), "save_pretrained", lambda *args: 1 / 0)
+    with pytest.raises(UserError, match=r"the config of the model could not be saved.*division by zero; mend its file"):
+        files_beside(tiny_model, tokenizer)
+
+
+def test_a_disk_without_room_is_said_before(make_run, go, monkeypatch):
+    from types import SimpleNamespace
+
+    from eepo_fast.checkpoint import folder as folders
+
+    config, usage = make_run("train.iterations=1"), SimpleNamespace(free=0)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"expected room for a checkpoint, .* GB .* found 0 GB free"):
+        go(config)
+    assert not config.run_dir.parent.exists()
+    usage.free = 10**9  # negative control
+    assert go(config) == config.run_dir

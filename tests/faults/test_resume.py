@@ -204,3 +204,56 @@ def test_the_state_is_what_the_trainer_has():
     kept = {"step", "policy_version", "entropy_window", "entropy", "bad_updates", "forget_steps", "cursor", "groups"}
     assert set(TrainerState.__dataclass_fields__) == kept
     assert {"python", "numpy", "torch", "cuda"} == set(states.random_state())
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    def write(path, answer="1+2+3"):
+        path.parent.mkdir(exist_ok=True)
+        rows = [{"id": str(i), "problem": "1,2,3=6:", "answer": answer} for i in range(16)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"data.train={path}"
+
+    return write
+
+
+@pytest.mark.parametrize("what", ["copies", "links", "a renamed folder"])
+def test_the_same_files_elsewhere_are_the_same(make_run, go, model_folder, rows_file, tmp_path, monkeypatch, what):
+    train, length = rows_file(tmp_path / "d.jsonl"), ("train.iterations=2", "evaluation.every=1")
+    held = rows_file(tmp_path / "held.jsonl").replace("data.train", "evaluation.data.held")
+    run_dir = go(make_run(train, held, "train.iterations=1", "evaluation.every=1"))
+    other = tmp_path / "other"
+    other.mkdir()
+    if what == "copies":
+        shutil.copytree(model_folder, other / "model"), shutil.copy(tmp_path / "d.jsonl", other / "d.jsonl")
+        shutil.copy(tmp_path / "held.jsonl", other)
+    else:
+        (other / "model").symlink_to(model_folder), (other / "d.jsonl").symlink_to(tmp_path / "d.jsonl")
+        (other / "held.jsonl").symlink_to(tmp_path / "held.jsonl")
+    name = "tiny"
+    if what == "a renamed folder":
+        name = "renamed"
+        run_dir.rename(run_dir.with_name(name))
+    monkeypatch.chdir(other)
+    spelt = ["data.train=./d.jsonl", "model.path=../other/model", "evaluation.data.held=held.jsonl", f"run.name={name}"]
+    again = go(make_run(*spelt, *length), resume=True)
+    assert checkpoint.newest_valid(again)[0].name == "step_000002"
+    assert len((again / "metrics.jsonl").read_text().splitlines()) == 2
+    assert go(make_run(train, held, f"run.name={name}", *length), resume=True) == again, "it is finished"
+
+
+def test_other_files_elsewhere_are_refused(make_run, go, model_folder, rows_file, tmp_path):
+    """Negative control; of a run that is finished, too, and without the digests of an old checkpoint."""
+    train = rows_file(tmp_path / "d.jsonl")
+    run_dir = go(make_run(train, "train.iterations=1"))
+    other = rows_file(tmp_path / "other" / "d.jsonl", "1*2*3")
+    for length in ("train.iterations=1", "train.iterations=2"):
+        with pytest.raises(UserError, match=r"--resume: the data of .*other/d.jsonl is not what the run began with"):
+            go(make_run(other, length), resume=True)
+    folder = checkpoint.newest_valid(run_dir)[0]
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"fingerprint": {}}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"state.json": folders.sha256(folder / "state.json")}))
+    with pytest.raises(UserError, match=r"the config differs from the run's own in data\.train"):
+        go(make_run(other, "train.iterations=2"), resume=True)

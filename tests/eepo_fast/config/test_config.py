@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eepo_fast.config import Config, dump_config, load_config, make_config
+from eepo_fast.config import Config, dump_config, is_file, load_config, make_config
 from eepo_fast.config.files import merge, read_override
 from eepo_fast.config.schema import READ_WITH, RENAMED, without_unread
 from eepo_fast.types import UserError
@@ -224,3 +224,59 @@ def test_paper_settings(name):
     assert (config.grpo.kl_coef, config.grpo.entropy_coef, config.grpo.clip_low) == (1e-4, 1e-5, 0.2)
     assert config.optimizer.learning_rate == 5e-7
     assert config.rollout.max_new_tokens == (4096 if name == "qwen2.5-3b" else 6144)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.answer_marker=####", "####"),
+        ("data.answer_marker=#", "#"),
+        ("data.answer_marker='####'", "####"),
+        ('data.answer_marker="a\\tb"', "a\tb"),
+        ("data.answer_marker='it''s'", "it's"),
+        ("data.answer_marker='a' and 'b'", "'a' and 'b'"),
+        ("data.answer_marker=[x]: {y", "[x]: {y"),
+        ("data.answer_marker= x ", " x "),
+        ("data.answer_marker=", ""),
+        ("run.name=007", "007"),
+        ("run.name=1e3", "1e3"),
+        ("run.name=2024-01-01", "2024-01-01"),
+        ("run.name=2024-13-45", "2024-13-45"),
+        ("model.path=on", "on"),
+        ("model.path=a b: c #d", "a b: c #d"),
+        ("data.columns.problem=null", "null"),
+        ("data.files=null", None),
+        ("data.files=a #1.jsonl", "a #1.jsonl"),
+        ("evaluation.data.t=007", "007"),
+        ("eepo.step=kl", "kl"),
+        ("run.seed=007", 7),
+        ("train.iterations=null", None),
+        ("optimizer.betas=[0.9, 0.99]", [0.9, 0.99]),
+        ("data.chat_template_kwargs.thinking=no", False),
+        ("model.dimensions.hidden_size=8", 8),
+    ],
+)
+def test_a_text_is_what_was_typed_all_else_yaml(override, value):
+    found = read_override(override)
+    for part in override.partition("=")[0].split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.seed=!!int ''", "run.seed=!!timestamp x", "run.seed=!!float ''", "run.seed=!!bool x", "run.seed={[a]: b}",
+     "run.seed=&a {b: *a}", "model.path=a\0b", "model.path=\udcff", "run=&a [*a]", "run.seed=" + "[" * 3000,
+     "run.seed=@"],
+)  # fmt: skip
+def test_no_override_is_more_than_a_mistake(override):
+    assert complaint(override)
+
+
+def test_a_file_is_one_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.yaml", "train.epochs=2", "a #1: x.yaml"):
+        (tmp_path / name).write_text("run: {seed: 3}")
+        assert is_file(name)
+        assert load_config([name], ["model.path=m", "data.train=d=1.jsonl"]).run.seed == 3
+    assert is_file("nowhere.yaml") and not is_file("train.epochs=3") and not is_file("nowhere=.yaml")

@@ -50,7 +50,7 @@ def test_a_name_under_a_folder_that_is_there_is_a_path(tmp_path, monkeypatch):
         find_model("runs/nothere")
     assert find_model("Qwen/Qwen2.5-3B") == "Qwen/Qwen2.5-3B"
 
-    def unknown(path):
+    def unknown(path, **options):
         raise OSError(f"{path} is not a model identifier")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unknown)
@@ -112,3 +112,53 @@ def test_smollm2_trains_and_saves_like_any_other(test_config, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def changed(folder, name, **values):
+    """Changes what a JSON file says; Ellipsis takes a value out."""
+    content = json.loads((folder / name).read_text()) | values
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_map"),
+    [("config.json", {"AutoModelForCausalLM": "x.X"}), ("tokenizer_config.json", {"AutoTokenizer": ["x.T", None]})],
+)
+def test_code_of_a_model_is_never_run(folder, name, auto_map, monkeypatch):
+    """No question is asked, and the remedy that is named works for a model_type that transformers knows."""
+    (folder / "x.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a question"))
+    changed(folder, name, auto_map=auto_map)
+    with pytest.raises(UserError, match=rf"brings code of its own \(auto_map in {name}\), which is never run; give"):
+        find_model(str(folder))
+    changed(folder, name, auto_map=...)
+    assert load_model(ModelConfig(path=str(folder)))
+
+
+def test_code_of_a_hub_model_is_never_run(folder, monkeypatch):
+    """Its files are not here before: transformers finds it."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a question"))
+    changed(folder, "config.json", model_type="x", auto_map={"AutoConfig": "x.XC"})
+    monkeypatch.setattr("eepo_fast.policy.loading.refuse_own_code", lambda *args: None)
+    with pytest.raises(UserError, match=r"brings code of its own \(its files\), which is never run"):
+        load_model(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"{", b"", b"[1]", b"\xff\xfe", b"{}"])
+def test_a_broken_file_is_one_line(folder, name, content):
+    (folder / name).write_bytes(content)
+    if (name, content) == ("tokenizer_config.json", b"{}"):
+        return
+    with pytest.raises(UserError, match=r"model\.path") as error:
+        load_model(ModelConfig(path=str(folder)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(folder, tiny_model, value):
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    tiny_model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"expected finite weights, found NaN or infinity in .*down_proj\.weight"):
+        load_model(ModelConfig(path=str(folder)))
