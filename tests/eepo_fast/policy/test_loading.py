@@ -1,6 +1,7 @@
 """Where models come from, and what is refused."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
