@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,20 @@ def save_groups(groups: Sequence[Group], path: Path) -> None:
         **{name: _column(getattr(r, name) or [] for r in rollouts) for name in FOUND_OUT},
     }
     described = [
-        {"prompt": asdict(g.prompt), "begun": g.begun, "rollouts": [_describe(r) for r in g.rollouts]} for g in groups
+        {"prompt": _plain(g.prompt), "begun": g.begun, "rollouts": [_describe(r) for r in g.rollouts]} for g in groups
     ]
     columns["groups"] = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
     save_file(columns, path)
 
 
-def load_groups(path: Path) -> list[Group]:
-    """Returns what `save_groups` was given; none where there is no such file."""
+def _plain(prompt: Prompt) -> dict[str, Any]:
+    """Returns a prompt without the columns of its row, which may be of any type: the run that goes on has them."""
+    return asdict(replace(prompt, problem=replace(prompt.problem, columns={})))
+
+
+def load_groups(path: Path, prompts: Sequence[Prompt] = ()) -> list[Group]:
+    """Returns what `save_groups` was given; none where there is no such file. prompts: of the run, which are taken for
+    those of the groups."""
     if not path.is_file():
         return []
     columns = load_file(path)
@@ -54,10 +60,13 @@ def load_groups(path: Path) -> list[Group]:
         row |= {name: next_of(name, num_tokens) for name in row.pop("found_out")}
         return Rollout(prompt, segments=segments, **row)
 
+    known = {prompt.id: prompt for prompt in prompts}
     groups = []
     for group in described:
         of = group["prompt"]
         prompt = Prompt(Problem(**of["problem"]), of["text"], of["token_ids"])
+        if (mine := known.get(prompt.id)) and mine.token_ids == prompt.token_ids:
+            prompt = mine
         groups.append(Group(prompt, group["begun"], [rollout(prompt, row) for row in group["rollouts"]]))
     return groups
 

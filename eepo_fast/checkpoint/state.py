@@ -18,7 +18,7 @@ from eepo_fast.checkpoint.groups import FILE as GROUPS
 from eepo_fast.checkpoint.groups import load_groups
 from eepo_fast.config import Config, under_new_names
 from eepo_fast.policy.module import Policy
-from eepo_fast.types import Cursor, TrainerState, UserError
+from eepo_fast.types import Cursor, Prompt, TrainerState, UserError
 
 # Sections and keys that may differ when a run is resumed: how long, how often, and by which means the same is computed.
 SAFE_TO_CHANGE = {
@@ -131,8 +131,9 @@ class Tensors(Mapping[str, Tensor]):
         return torch.Size(self._places[name].get_slice(name).get_shape())
 
 
-def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
-    """Loads a verified checkpoint into the policy and the random generators, and returns the trainer's state."""
+def load_checkpoint(folder: Path, policy: Policy, prompts: Sequence[Prompt] = ()) -> TrainerState:
+    """Loads a verified checkpoint into the policy and the random generators, and returns the trainer's state. prompts:
+    of the run, among which those of the groups in flight are."""
     content = read_state(folder)
     weights = Tensors(sorted((folder / "model").glob("*.safetensors")))
     for name, shape in policy.shapes.items():
@@ -150,5 +151,5 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainerState:
     if state.cursor is not None:
         epoch, position, postponed = state.cursor
         state.cursor = Cursor(epoch, position, tuple(postponed))
-    state.groups = load_groups(folder / GROUPS)
+    state.groups = load_groups(folder / GROUPS, prompts)
     return state

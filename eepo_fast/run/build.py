@@ -289,7 +289,7 @@ def _run(
         config = parts.config
         if folder is not None:
             check_same_inputs(folder, parts.fingerprint, config)
-        state = load_checkpoint(folder, parts.policy) if folder else TrainerState()
+        state = load_checkpoint(folder, parts.policy, parts.prompts) if folder else TrainerState()
         total = num_iterations(config, len(parts.prompts), state)
         owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
         if state.step >= total and not owed:

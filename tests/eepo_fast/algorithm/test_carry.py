@@ -2,8 +2,10 @@
 
 import collections
 import copy
+import datetime
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -309,6 +311,16 @@ def test_the_file_of_what_is_in_flight(prompts, tmp_path):
     assert [(g.prompt, g.begun) for g in found] == [(g.prompt, g.begun) for g in groups]
     assert [vars(r) for g in found for r in g.rollouts] == [vars(r) for g in groups for r in g.rollouts]
     assert load_groups(tmp_path / "none") == []
+
+
+def test_held_prompts_keep_their_rows_columns(tmp_path, prompts):
+    """Of any type, dates too; a reward function of the resumed run sees them again."""
+    problem = replace(prompts[0].problem, columns={"when": datetime.date(2026, 1, 2)})
+    prompt = replace(prompts[0], problem=problem)
+    save_groups([Group(prompt, 0, [])], tmp_path / "g")
+    (plain,), (mine,) = load_groups(tmp_path / "g"), load_groups(tmp_path / "g", [prompt])
+    assert plain.prompt == prompt and not plain.prompt.problem.columns
+    assert mine.prompt.problem.columns == problem.columns
 
 
 @pytest.mark.parametrize("carry, updates", [(1, 1), (3, 2)])
