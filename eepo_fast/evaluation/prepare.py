@@ -18,6 +18,7 @@ from eepo_fast.data.problems import read_problems
 from eepo_fast.types import UserError
 
 FOLDER = Path("data")
+LOCAL = "local"  # the revision of a file or a folder
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,12 @@ def prepare(
         raise UserError(f"--revision: expected none for {source}, which is no hub data set, found {revision}")
     path, file = manifest_file(folder, name), folder / f"{name}.jsonl"
     known = read_manifest(path) if path.is_file() else None
-    if known is not None and known.source != source:
-        raise UserError(f"{path}: {name} was prepared from {known.source}, not from {source}; choose another name")
     found, licence = describe(source, revision or (known.revision if known else None))
-    pin = None if found == "local" else found
+    if known is not None and known.source != source:
+        if {known.revision, found} != {LOCAL}:
+            raise UserError(f"{path}: {name} was prepared from {known.source}, not from {source}; choose another name")
+        say(f"{path}: prepared anew, from {source} instead of {known.source}")  # one's own files, which nothing pins
+    pin = None if found == LOCAL else found
     read = read_problems(source, config, revision=pin, subset=subset, split=split, asked_by="data prepare")
     for line in read.checked(f"data prepare: {source}", config.max_bad):
         say(line)
@@ -139,7 +142,7 @@ def describe(source: str, revision: str | None) -> tuple[str, str]:
 
     if (path := Path(source).expanduser()).exists():
         card = path / "README.md"
-        return "local", _licence(DatasetCard.load(card).data if card.is_file() else None)
+        return LOCAL, _licence(DatasetCard.load(card).data if card.is_file() else None)
     try:
         info: Any = HfApi().dataset_info(source, revision=revision)
     except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason

@@ -480,6 +480,21 @@ def test_a_folder_of_other_things_is_refused(base, tmp_path, capsys):
         assert "is not the settings of an evaluation" in complaint(capsys)
 
 
+def test_a_name_is_prepared_anew_from_ones_own_files(tmp_path, capsys):
+    """Of whatever kind they are; what came from the hub is not replaced."""
+    row, out = {"problem": "1+1", "answer": "2"}, tmp_path / "data"
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "b.csv").write_text("problem,answer\n1+1,2\n")
+    for name in ("a.jsonl", "b.csv"):
+        assert main(["data", "prepare", f"x={tmp_path / name}", "--out", str(out)]) == 0
+    assert "prepared anew, from " in capsys.readouterr().out
+    assert json.loads((out / "x.jsonl").read_text())["source"].endswith("b.csv@local")
+    manifest = json.loads((out / "x.manifest.json").read_text())
+    (out / "x.manifest.json").write_text(json.dumps({**manifest, "source": "org/name", "revision": "abc"}))
+    assert main(["data", "prepare", f"x={tmp_path / 'b.csv'}", "--out", str(out)]) == 2
+    assert "x was prepared from org/name, not from" in complaint(capsys)
+
+
 def test_which_of_two_prepared_sets_is_meant(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "source"
