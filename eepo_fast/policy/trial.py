@@ -29,7 +29,6 @@ LENGTHS = (9, 39, 16)  # 64 tokens; the longest not last, so that something stan
 PROMPT = 3  # tokens of each that are the prompt
 SAMPLED = 16  # tokens that the engine samples after a part of each
 EXACT = 2e-3  # nats a token between two ways to compute the same in fp32
-HALF = 0.05  # the same in 16 bits, beside what rounding does to one way alone
 LARGEST_GAP = 0.5  # nats: far above what 16-bit arithmetic does, far below what a wrong weight does
 
 
@@ -38,6 +37,7 @@ class Trial(NamedTuple):
 
     rollouts: list[Rollout]
     logprobs: list[list[float]]
+    temperature: float
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def make_trial(model: PreTrainedModel, prompts: Sequence[Prompt], temperature: f
             ids, tokens = tokens[:length], tokens[length:]
             segment = Segment(ids[PROMPT:], [0.0] * (length - PROMPT), WeightsVersion(0, False))
             rollouts.append(Rollout(_prompt(ids[:PROMPT]), 1, 0, [segment], finished=True))
-        return Trial(rollouts, own_logprobs(model, rollouts, temperature))
+        return Trial(rollouts, own_logprobs(model, rollouts, temperature), temperature)
 
 
 def _prompt(token_ids: list[int]) -> Prompt:
@@ -94,20 +94,21 @@ def gap(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> flo
 
 
 @torch.no_grad()
+def _score(model: PreTrainedModel, trial: Trial, rollouts: list[Rollout], *, packed: bool) -> list[list[float]]:
+    batch = collate(rollouts, 0, model.device, packed=packed)
+    module: Any = PolicyModule(model, temperature=trial.temperature, autocast=None)
+    return [part.tolist() for part in batch.split(module(batch).logprobs)]
+
+
 def why_not_packed(model: PreTrainedModel, trial: Trial) -> str | None:
     """Returns why the model cannot compute packed sequences, tried as it was loaded; None where it can. The model is
-    left with the attention that it had."""
+    left with the attention of padded ones."""
     try:
         use_packed_attention(model)
-        batch = collate(list(trial.rollouts), 0, model.device, packed=True)
-        module: Any = PolicyModule(model, temperature=1.0, autocast=None)
         with windows_asked_for() as windows:
-            together = [part.tolist() for part in batch.split(module(batch).logprobs)]
+            together = _score(model, trial, trial.rollouts, packed=True)
         if sum(window is not None for window in windows) < num_windowed(model):
             return "its layers do not say how far back they look"
-        alone = [module(collate([r], 0, model.device, packed=True)).logprobs.tolist() for r in trial.rollouts]
-        choose_attention(model)
-        padded = [module(collate([r], 0, model.device, packed=False)).logprobs.tolist() for r in trial.rollouts]
     except UserError as error:
         return str(error).partition(": ")[2].partition(";")[0]
     except Exception as error:  # a model's own code does not foresee attention of ours: whatever it raises then
@@ -115,9 +116,27 @@ def why_not_packed(model: PreTrainedModel, trial: Trial) -> str | None:
         return f"its forward pass fails: {type(error).__name__}{reason}"
     finally:
         choose_attention(model)
-    if (apart := max(gap(together, alone), gap(alone, padded))) > EXACT:
+    if (apart := gap(together, trial.logprobs)) > EXACT:
         return f"its log-probs are {apart:.2g} nats apart from those of each sequence alone"
     return None
+
+
+def check_padded(model: PreTrainedModel, trial: Trial) -> None:
+    """Raises a UserError where a sequence is computed otherwise beside longer ones, tried as the model was loaded."""
+    kind = type(model).__name__
+    with one_line_errors(kind, "model.path", "use a model of another family"):
+        apart = gap(_score(model, trial, trial.rollouts, packed=False), trial.logprobs)
+        alone = [_score(model, trial, [r], packed=False)[0] for r in trial.rollouts] if not apart <= EXACT else []
+    if alone and not gap(alone, trial.logprobs) <= EXACT:
+        raise UserError(
+            f"model.path: {kind}: expected its hidden states and head to give the model's own log-probs, found them "
+            f"{gap(alone, trial.logprobs):.2g} nats a token apart; use a model of another family"
+        )
+    if alone:
+        raise UserError(
+            f"train.micro_batch_tokens: {kind} computes a sequence otherwise beside longer ones, {apart:.2g} nats a "
+            "token apart; set train.micro_batch_tokens=1, which gives each sequence a pass of its own"
+        )
 
 
 def check_policy(policy: Policy, trial: Trial, *, exact: bool) -> str:
@@ -135,10 +154,10 @@ def check_policy(policy: Policy, trial: Trial, *, exact: bool) -> str:
             f"{own:.2g} nats a token apart{tried or '; use model.dtype=float32, or a model of another family'}",
             shared=True,
         )
-    if not beside <= (EXACT if exact else max(HALF, 2 * own)):
+    if not beside <= (EXACT if exact else LARGEST_GAP):
         raise UserError(
-            f"train.micro_batch_tokens: {kind} computes a sequence otherwise beside longer ones, {beside:.2g} nats a "
-            "token apart; set train.micro_batch_tokens=1, which gives each sequence a pass of its own",
+            f"train.packing: {kind}: expected the policy's log-probs of sequences together to be those of each alone, "
+            f"found them {beside:.2g} nats a token apart; set train.packing=false, or train.micro_batch_tokens=1",
             shared=True,
         )
     return f"the policy {own:.1g} nats a token from the model's own logits, together {beside:.1g} from alone"

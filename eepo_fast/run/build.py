@@ -26,7 +26,7 @@ from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readabl
 from eepo_fast.policy.loading import eos_of, find_model, load_model, positions
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.policy.trial import Trial, check_engine, check_policy, make_trial, why_not_packed
+from eepo_fast.policy.trial import Trial, check_engine, check_padded, check_policy, make_trial, why_not_packed
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, make_grader, why_unreadable
 from eepo_fast.rollout.engine import RolloutEngine
@@ -133,10 +133,14 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
 
 
 def _packed_or_padded(config: Config, model: PreTrainedModel, trial: Trial, display: Display) -> Config:
-    """Returns the config without packing where the model cannot be packed, and says why."""
-    if not config.train.packing or (why := why_not_packed(model, trial)) is None:
-        return config
-    display.warn(f"train.packing: {type(model).__name__} is padded instead of packed, which is slower: {why}")
+    """Returns the config without packing where the model cannot be packed, and says why; UserError where it cannot be
+    padded, either."""
+    if config.train.packing:
+        if (why := why_not_packed(model, trial)) is None:
+            return config
+        display.warn(f"train.packing: {type(model).__name__} is padded instead of packed, which is slower: {why}")
+    if config.train.micro_batch_tokens > 1:  # else each sequence has a pass of its own
+        check_padded(model, trial)
     return config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
 
 

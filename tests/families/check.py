@@ -8,7 +8,7 @@ from eepo_kernels.reference import TokenStats
 from eepo_fast.config import OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.plain import TorchPolicy
-from eepo_fast.policy.trial import check_engine, check_policy, make_trial, why_not_packed
+from eepo_fast.policy.trial import check_engine, check_padded, check_policy, make_trial, why_not_packed
 from eepo_fast.rollout.families import after_head
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import Problem, Prompt, UserError, WeightsVersion
@@ -39,6 +39,8 @@ def check_family(model) -> dict[str, str]:
     try:
         trial = make_trial(model, PROMPTS, 1.0)
         why = why_not_packed(model, trial)
+        if why is not None:
+            check_padded(model, trial)
         policy = make_policy(model, why is None)
         check_policy(policy, trial, exact=True)
     except UserError as error:

@@ -15,7 +15,7 @@ from torch import nn
 
 from eepo_fast.distributed import World
 from eepo_fast.policy import attention, module
-from eepo_fast.policy.trial import check_engine, check_policy, make_trial, why_not_packed
+from eepo_fast.policy.trial import check_engine, check_padded, check_policy, make_trial, why_not_packed
 from eepo_fast.rollout import families
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import UserError, WeightsVersion
@@ -47,7 +47,7 @@ SOME = {  # what each stands for, and what is expected of it beside `yes`
     "qwen3_next": {"packing": "padded: expected a model whose", "engine": "slower: prompts of one length at a time"},
     "lfm2": {"packing": "padded: its log-probs are", "engine": "slower: prompts of one length at a time"},
     "mamba": {"packing": "padded: expected a model whose", "engine": "slower: "},
-    "cpmant": {"refused": "model.path: CpmAntForCausalLM: expected the policy's log-probs to be those"},
+    "cpmant": {"refused": "model.path: CpmAntForCausalLM: expected its hidden states and head"},
 }
 
 
@@ -155,13 +155,17 @@ def test_a_window_in_a_mask_alone_is_not_packed(monkeypatch):
 
 
 def test_what_depends_on_the_batch_is_refused_where_padded():
-    """As dynamic rope is: a policy that computes a sequence otherwise beside longer ones."""
+    """As dynamic rope is: a model, or a policy alone, that computes a sequence otherwise beside longer ones."""
     model = tiny.tiny_model("llama")
     trial = trial_of(model)
+    check_padded(model, trial)
     policy = check.make_policy(model, False)
     check_policy(policy, trial, exact=True)
-    policy.model.model.register_forward_hook(lambda module, inputs, output: add_rows(output))
+    for part in (model, policy.model):
+        part.model.register_forward_hook(lambda module, inputs, output: add_rows(output))
     with pytest.raises(UserError, match=r"a sequence otherwise beside longer ones, .* set train.micro_batch_tokens=1"):
+        check_padded(model, trial)
+    with pytest.raises(UserError, match=r"log-probs of sequences together to be those of each alone"):
         check_policy(policy, trial, exact=True)
 
 
