@@ -141,7 +141,7 @@ def _prepare(args: argparse.Namespace) -> int:
     name, _, source = args.source.partition("=")
     if not re.fullmatch(r"[\w-]{1,100}", name) or not source:
         raise UserError(
-            "data prepare: expected NAME=SOURCE, such as math500=HuggingFaceH4/MATH-500, found  {args.source!r}"
+            f"data prepare: expected NAME=SOURCE, such as math500=HuggingFaceH4/MATH-500, found {args.source!r}"
         )
     for text in args.overrides:
         if not re.match(r"data\.(columns[.=]|files=|answer_marker=|max_bad=)", text):
@@ -150,7 +150,7 @@ def _prepare(args: argparse.Namespace) -> int:
                 f"{text!r}; see eepo-fast data prepare --help"
             )
     config = load_config([], ["model.path=unused", f"data.train={source}", *args.overrides]).data
-    folder = Path(args.out)
+    folder = Path(args.out).expanduser()
     with _taken(folder, f".{name}.lock"):  # other names may be prepared beside it
         manifest = prepare(
             name, source, config, folder=folder, revision=args.revision, subset=args.subset, split=args.split

@@ -280,7 +280,8 @@ class GradedAhead:
         known = {key: grade for part in world.gather(self.known) for key, grade in part.items()}
         mine = [r for r in rollouts if _key(r) not in known][world.rank :: world.size]
         self.known = {}
-        self._grade(mine)
+        with world.agree():  # a reward of the user's may end the run, on one rank alone
+            self._grade(mine)
         known |= {key: grade for part in world.gather(self.known) for key, grade in part.items()}
         return [known[_key(r)] for r in rollouts]
 

@@ -91,6 +91,7 @@ def read_problems(
     config: DataConfig,
     *,
     asked_by: str,
+    stem: str = "row",
     revision: str | None = None,
     subset: str | None = None,
     split: str = "train",
@@ -99,17 +100,18 @@ def read_problems(
 ) -> Found:
     """Returns the problems of a file, a folder or a hub data set. config: its columns, file and answer marker; a file
     that has none of these columns, but a problem and an answer, is read by them. asked_by: what errors begin with.
+    stem: what ids that are made begin with, whatever the file is called; of a hub data set, its name.
     marked: an answer without the marker is none; else it is one as it stands."""
-    options: dict[str, Any] = {"asked_by": asked_by, "revision": revision, "subset": subset, "split": split}
+    options = {"asked_by": asked_by, "stem": stem, "revision": revision, "subset": subset, "split": split}
     more = {"for_function": for_function, "marked": marked}
-    ordinary = config.model_copy(update={"columns": ColumnsConfig(), "answer_marker": ""})
+    ordinary = config.model_copy(update={"columns": ColumnsConfig()})
     try:
-        return _read_problems(source, config, options, more)
+        return _read_problems(source, config, dict(options), more)
     except NoColumnError as error:
         if config.columns == ordinary.columns or not Path(source).expanduser().exists():
             raise
         try:
-            found = _read_problems(source, ordinary, options, more)
+            found = _read_problems(source, ordinary, dict(options), more | {"marked": False})
         except NoColumnError:
             raise error from None
         return found._replace(note=f"{source}: {error.reason}: read by its columns problem and answer instead")
@@ -117,13 +119,22 @@ def read_problems(
 
 def _read_problems(source: str, config: DataConfig, options: dict[str, Any], more: dict[str, bool]) -> Found:
     path = Path(source).expanduser()
+    stem = options.pop("stem")
     if path.is_file():
-        rows, stem = read_file(path), path.name.partition(".")[0] or path.name
-    elif path.is_dir() and options["subset"] is None and not (path / "README.md").is_file():
-        rows, stem = read_folder(path, config.files, options["split"], options["asked_by"]), path.resolve().name
+        rows = read_file(path)
+    elif path.is_dir() and options["subset"] is None and not _describes_itself(path):
+        rows = read_folder(path, config.files, options["split"], options["asked_by"])
     else:
         rows, stem = read_hub(str(path) if path.is_dir() else source, config.files, **options), source
     return make_problems(rows, config, stem, own_ids=path.is_file(), **more)
+
+
+def _describes_itself(folder: Path) -> bool:
+    """Returns whether a folder's card says which of its files are what."""
+    try:
+        return "configs:" in (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:100_000]
+    except OSError:
+        return False
 
 
 class NoColumnError(UserError):
@@ -240,6 +251,8 @@ def _text(value: Any, column: str) -> str:
         if not isinstance(part, str | int | float | Decimal):
             found = type(part).__name__ if part is value else f"a list with a {type(part).__name__}"
             raise ValueError(f"column {column!r}: expected text, a number or a list of them, found {found}")
+        if isinstance(part, float) and not math.isfinite(part):
+            raise ValueError(f"column {column!r}: {part} is no number")
     return ", ".join(map(str, parts))
 
 

@@ -28,8 +28,6 @@ def render(problem: Problem, config: DataConfig, tokenizer: Any) -> str:
     if config.template == "question_answer":
         return f"Question:\n{text}\nAnswer:\nLet's think step by step.\n"
     if config.template == "chat":
-        from jinja2 import TemplateError  # what transformers writes chat templates with
-
         messages = problem.messages or [{"role": "user", "content": f"{text}\n{BOXED}"}]
         if config.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
@@ -37,7 +35,7 @@ def render(problem: Problem, config: DataConfig, tokenizer: Any) -> str:
         values |= config.chat_template_kwargs
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **values)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of its own
             raise UserError(
                 f"data.template: the tokenizer's chat template cannot render problem {problem.id}: {error}; use "
                 "another, or other data.chat_template_kwargs"

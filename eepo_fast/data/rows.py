@@ -7,6 +7,9 @@ import csv
 import gzip
 import io
 import json
+import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +66,8 @@ def read_folder(folder: Path, files: str | None, split: str, asked_by: str) -> I
     base = str(folder.resolve())
     try:
         patterns = {split: [files]} if files else get_data_patterns(base)
+        if split not in patterns and patterns == {"train": ["**"]}:  # no name says so, and all files are meant
+            split = "train"
         if split not in patterns:
             raise UserError(f"{asked_by}: {folder} has no split {split}, found {', '.join(map(str, patterns))}")
         found = {Path(name) for name in DataFilesList.from_patterns(patterns[split], base_path=base)}
@@ -83,13 +88,14 @@ def read_hub(
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, subset, data_files=files, revision=revision, split=split)
+        rows = enumerate(load_dataset(name, subset, data_files=files, revision=revision, split=split))
+        yield from ((Place(name, "row", number), row) for number, row in rows)
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises many kinds; the user needs the name and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         kind = "a folder, and" if Path(name).is_dir() else "no file or folder, and from the hub it"
         raise UserError(f"{asked_by}: {name} is {kind} could not be loaded: {reason}") from None
-    for number, row in enumerate(rows):
-        yield Place(name, "row", number), row
 
 
 def iter_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
@@ -129,7 +135,7 @@ def _opened(path: Path) -> Any:
 def _lines(file: Any, path: Path) -> Iterator[bytes]:
     try:
         yield from file
-    except (OSError, EOFError) as error:  # a disk's fault, or a .gz that is cut off
+    except (OSError, EOFError, zlib.error) as error:  # a disk's fault, or a .gz that is cut off
         raise UserError(f"{path}: cannot be read: {error}; is the file whole?") from None
 
 
@@ -163,9 +169,14 @@ def _read_array(path: Path) -> Iterator[tuple[Place, Row]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[Place, Row]]:
     """Yields rows whose values are the text that stands there: nothing is taken for a number or a date."""
-    reader = csv.DictReader(io.StringIO(_whole_text(path), newline=""), delimiter=SEPARATORS[suffix_of(path)])
+    csv.field_size_limit(sys.maxsize)
+    text = io.StringIO(_whole_text(path), newline="")
+    # strict: a quote that is never closed would make one row of all that follows
+    reader = csv.DictReader(text, delimiter=SEPARATORS[suffix_of(path)], strict=True)
     number = 0
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise UserError(f"{path}: column {twice[0]!r} is there twice; rename one")
         for number, row in enumerate(reader):
             if row.pop(None, None) is not None:  # type: ignore[bad-argument-type]  # csv's name for what is too much
                 raise UserError(
@@ -188,5 +199,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[Place, Row]]:
                 for row in batch.to_pylist():
                     yield Place(str(path), "row", number), row
                     number += 1
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}, row {number}: cannot be read as Parquet: {reason}") from None

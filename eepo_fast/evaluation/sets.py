@@ -66,7 +66,7 @@ def _read(name: str, spec: str, data: DataConfig) -> Found:
     if is_prepared(path):
         data = DataConfig(train="unused")
     data = data.model_copy(update={"files": None})
-    return read_problems(str(path), data, asked_by=f"evaluation data {name}", split="test", marked=False)
+    return read_problems(str(path), data, asked_by=f"evaluation data {name}", stem=name, split="test", marked=False)
 
 
 def _arithmetic(name: str, shape: str, data: DataConfig) -> list[Problem]:

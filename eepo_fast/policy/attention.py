@@ -23,7 +23,7 @@ from eepo_fast.types import UserError
 
 NAME = "eepo_packed"
 windows: list[int | None] | None = None
-"""Of each call, while `windows_asked_for` listens."""
+"""Lists the window of each call, while `windows_asked_for` listens."""
 
 
 def packed_attention(

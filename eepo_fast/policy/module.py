@@ -3,6 +3,7 @@
 Shapes: N completion tokens of a micro-batch, D hidden size, V vocabulary.
 """
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -217,11 +218,20 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise UserError(f"train.gradient_checkpointing: {error}; set train.gradient_checkpointing=false") from None
+    quiet = copy.deepcopy(model.config)  # some layers read their dropout there; the model's own is saved with it
+    _silence(quiet)
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-        for name, value in vars(module).items():
-            if module.training and isinstance(value, float) and any(part in name for part in NOISE):
-                setattr(module, name, 0.0)
+        if module.training and module is not model and getattr(module, "config", None) is model.config:
+            module.config = quiet  # type: ignore[bad-assignment]  # torch's hints know no configs on a module
+        if module.training:
+            _silence(module)
+
+
+def _silence(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if isinstance(value, float) and any(part in name for part in NOISE):
+            setattr(holder, name, 0.0)
 
 
 def gather_columns(

@@ -24,9 +24,11 @@ class PlainGradient:
     """Is a `Gradient` of whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
     memory is free from there on: from the second micro-batch on there would else be two of the whole model."""
 
-    def __init__(self, model: PreTrainedModel, loss_scale: float = 1.0):
-        """Makes gradients of losses `loss_scale` times as large, and undoes that: float16 has no room for them else."""
-        self.parameters, self.loss_scale = dict(model.named_parameters()), loss_scale
+    def __init__(self, model: PreTrainedModel, scaler: torch.amp.GradScaler | None = None):
+        """Makes gradients of losses as many times as large as the scaler says, and undoes that: float16 has no room for
+        them else."""
+        self.parameters, self.scaler = dict(model.named_parameters()), scaler
+        self.loss_scale = scaler.get_scale() if scaler else 1.0
         self.tensors: dict[str, Tensor] = {}
         self.known_norm: float | None = None
         """The result of the last `norm`: the forget step is held against it, and reads the gradient once."""
@@ -58,6 +60,8 @@ class PlainGradient:
 
     def norm(self) -> float:
         self.known_norm = float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
+        if self.scaler and self.scaler.is_enabled() and not math.isfinite(self.known_norm):
+            self.scaler.update(self.loss_scale / 2)  # the next one fits
         return self.known_norm
 
 
@@ -88,7 +92,8 @@ class TorchPolicy(ModulePolicy):
         self.module = PolicyModule(model, temperature=temperature, autocast=autocast)
         self.batching = Batching(micro_batch_tokens, pad_id, packed, weight.device)
         # a token's share of a mean over many is below what float16 can hold: the loss is scaled up, the gradient down
-        self.scaler = torch.amp.GradScaler(weight.device.type, enabled=compute_dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(weight.device.type, 2.0**10, enabled=compute_dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=weight.device))  # it is made at its first use
         if optimizer is not None:
             self.grad_clip = optimizer.grad_clip
             self.optimizer, self.scheduler = make_optimizer(model, optimizer, fused=weight.is_cuda)
@@ -122,7 +127,7 @@ class TorchPolicy(ModulePolicy):
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def gradient(self) -> PlainGradient:
-        return PlainGradient(self.model, self.scaler.get_scale())
+        return PlainGradient(self.model, self.scaler)
 
     def backward(self, batch: MicroBatch, loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
         loss, stats = self.loss(batch, loss_fn)

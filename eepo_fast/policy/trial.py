@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from eepo_fast.distributed import World
 from eepo_fast.policy.attention import num_windowed, use_packed_attention, windows_asked_for
+from eepo_fast.policy.loading import positions
 from eepo_fast.policy.micro_batches import collate
 from eepo_fast.policy.module import Policy, PolicyModule
 from eepo_fast.rollout.engine import RolloutEngine, SampleRequest, Sampling
@@ -56,13 +57,14 @@ def make_trial(model: PreTrainedModel, prompts: Sequence[Prompt], temperature: f
     """Runs the model, in fp32 and where it was loaded, on tokens of the prompts and on random ones. UserError where it
     cannot be run, or its logits are not made as `check_head` expects."""
     with one_line_errors(type(model).__name__, "model.path", "use a model of another family"):
+        choose_attention(model)
         check_head(model)
         rows = model.get_output_embeddings().weight.shape[0]
         known = [token for prompt in prompts[:8] for token in prompt.token_ids]
         random = np.random.default_rng(0).integers(0, rows, sum(LENGTHS)).tolist()
         tokens = [known[i % len(known)] if i % 2 else token for i, token in enumerate(random)]
         rollouts = []
-        for length in LENGTHS:
+        for length in (min(length, positions(model) or length) for length in LENGTHS):
             ids, tokens = tokens[:length], tokens[length:]
             segment = Segment(ids[PROMPT:], [0.0] * (length - PROMPT), WeightsVersion(0, False))
             rollouts.append(Rollout(_prompt(ids[:PROMPT]), 1, 0, [segment], finished=True))
@@ -147,14 +149,15 @@ def check_policy(policy: Policy, trial: Trial, *, exact: bool) -> str:
         alone = [policy.score([r]).logprobs[0] for r in trial.rollouts]
         together = policy.score(trial.rollouts).logprobs
     own, beside = gap(alone, trial.logprobs), gap(together, alone)
-    if not own <= (EXACT if exact else LARGEST_GAP):
+    allowed = (EXACT if exact else LARGEST_GAP) / min(1.0, trial.temperature)  # which logits are divided by
+    if not own <= allowed:
         tried = "; set train.gradient_checkpointing=false" if policy.model.is_gradient_checkpointing else ""
         raise UserError(
             f"model.path: {kind}: expected the policy's log-probs to be those of the model's own logits, found them "
             f"{own:.2g} nats a token apart{tried or '; use model.dtype=float32, or a model of another family'}",
             shared=True,
         )
-    if not beside <= (EXACT if exact else LARGEST_GAP):
+    if not beside <= allowed:
         raise UserError(
             f"train.packing: {kind}: expected the policy's log-probs of sequences together to be those of each alone, "
             f"found them {beside:.2g} nats a token apart; set train.packing=false, or train.micro_batch_tokens=1",
@@ -172,15 +175,18 @@ def check_engine(
     *,
     kind: str,
     exact: bool,
+    most: int,
 ) -> tuple[float, str]:
     """Has every engine sample after prompts of several lengths, and compares its log-probs with those of `score`, all
     ranks together. Returns (nats a token that they are apart, what the engine had to give up for it). An embedded
     engine that is wrong tries slower ways. UserError, on all ranks, where none is right. exact: both compute in fp32.
+    most: tokens of a prompt and its answer together that the engine was made for.
     """
-    allowed = EXACT if exact else LARGEST_GAP
+    allowed = (EXACT if exact else LARGEST_GAP) / min(1.0, temperature)
+    sampled = min(SAMPLED, most - 1)
     remedy = "use rollout.engine=" + ("vllm" if isinstance(engine, HfEngine) else "hf")
     requests = [
-        SampleRequest(_prompt((r.prompt.token_ids + r.token_ids)[: 4 + 5 * i]), 1, (0,), (i,))
+        SampleRequest(_prompt((r.prompt.token_ids + r.token_ids)[: min(4 + 5 * i, most - sampled)]), 1, (0,), (i,))
         for i, r in enumerate(trial.rollouts)
     ]
     complaint = ""
@@ -190,7 +196,7 @@ def check_engine(
         mine: list[Rollout] | UserError
         try:
             with one_line_errors(kind, "rollout.engine", remedy):
-                mine = engine.generate(requests, Sampling(temperature, SAMPLED, ()))
+                mine = engine.generate(requests, Sampling(temperature, sampled, ()))
         except UserError as error:
             mine = error
         everyone = world.gather(mine if isinstance(mine, list) else str(mine))

@@ -124,9 +124,11 @@ def rope_limit(model: PreTrainedModel) -> int | None:
 
 
 def choose_attention(model: PreTrainedModel) -> None:
-    """Has the model compute with PyTorch's attention for padded sequences, or, where the family has none, its own."""
+    """Has the model compute with PyTorch's attention for padded sequences, or, where the family has none, its own: a
+    soft cap of attention (Gemma 2) is passed over by PyTorch's, and what transformers loads such a model with."""
     names: tuple[Literal["sdpa"], Literal["eager"]] = ("sdpa", "eager")
-    for name in names:
+    config: Any = model.config.get_text_config()
+    for name in names[1:] if getattr(config, "attn_logit_softcapping", None) else names:
         try:
             model.set_attn_implementation(name)
             return

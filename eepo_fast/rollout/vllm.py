@@ -96,7 +96,8 @@ class VllmEngine:
             """Length that the last forget step was to have, where that is known, and what it did."""
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
-            self._updater = self._choose_updater(persistent_buffers(model))
+            self._buffers = persistent_buffers(model)
+            self._updater = self._choose_updater()
             on_failure.pop_all()
 
     @property
@@ -105,16 +106,16 @@ class VllmEngine:
 
     # -- updates
 
-    def _choose_updater(self, buffers: Named) -> Updater:
+    def _choose_updater(self) -> Updater:
         """Weights are updated in place where a plan of them holds; elsewhere a warning says why vLLM reloads them."""
         try:
-            if buffers:
-                raise PlanError(f"the model has {len(buffers)} buffers beside its weights")
+            if self._buffers:
+                raise PlanError(f"the model has {len(self._buffers)} buffers beside its weights")
             self._refuse_other_layouts()
             return InPlace(self._model, self._shapes, self.dtype, self._group)
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
-            return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream, buffers)
+            return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream, self._buffers)
 
     def _refuse_other_layouts(self) -> None:
         """Raises a PlanError for layers whose kernels read another layout than the loader writes."""

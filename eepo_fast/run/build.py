@@ -127,7 +127,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     with world.closing(engine):
         policy, reference = make_policies(config, model, tokenizer, world)
         engine.sync(policy.weights(), WeightsVersion(0, False))
-        _try_parts(config, policy, engine, trial, display)
+        _try_parts(config, policy, engine, trial, longest, display)
         found = asked.model_copy(update={"train": config.train})
         yield Parts(found, policy, reference, engine, tokenizer, prompts, stops, evaluation, fingerprint)
 
@@ -144,13 +144,16 @@ def _packed_or_padded(config: Config, model: PreTrainedModel, trial: Trial, disp
     return config.model_copy(update={"train": config.train.model_copy(update={"packing": False})})
 
 
-def _try_parts(config: Config, policy: Policy, engine: RolloutEngine, trial: Trial, display: Display) -> None:
+def _try_parts(
+    config: Config, policy: Policy, engine: RolloutEngine, trial: Trial, longest: int, display: Display
+) -> None:
     """Checks, on all ranks, that policy and engine compute what the model does, and says how far they are apart."""
     exact = config.model.dtype == "float32" and not torch.cuda.is_available()  # a GPU may round fp32 products, too
     found = check_policy(policy, trial, exact=exact)
     apart, slower = check_engine(
         engine, lambda rollouts: policy.score(rollouts).logprobs, trial, config.rollout.temperature, policy.world,
         kind=type(policy.model).__name__, exact=exact and config.rollout.dtype == "float32",
+        most=longest + config.rollout.max_new_tokens,
     )  # fmt: skip
     if slower:
         display.warn(f"rollout.engine: {type(policy.model).__name__} is sampled slower: {slower}")

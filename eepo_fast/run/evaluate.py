@@ -181,6 +181,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         _, slower = check_engine(
             engine, lambda rollouts: own_logprobs(model, rollouts, 1.0), trial, 1.0, world,
             kind=type(model).__name__, exact=config.rollout.dtype == "float32" and device.type == "cpu",
+            most=longest + config.rollout.max_new_tokens,
         )  # fmt: skip
         if slower:
             display.warn(f"rollout.engine: {type(model).__name__} is sampled slower: {slower}")

@@ -49,7 +49,7 @@ class HostRead:
 class Options(NamedTuple):
     temperature: float
     softcap: float
-    """Of the logits before the temperature; 0: none."""
+    """The cap of the logits, before the temperature; 0: none."""
     chunk_bytes: int
     backend: str
     dtype: torch.dtype

@@ -166,7 +166,7 @@ def test_a_tokenizer_that_does_not_fit_leaves_no_run(run, base, tmp_path):
 
     shutil.copytree(base, tmp_path / "m")
     content = json.loads((tmp_path / "m/tokenizer.json").read_text())
-    content["model"]["vocab"]["new"] = 999
+    content["model"]["vocab"]["1"] = 999
     (tmp_path / "m/tokenizer.json").write_text(json.dumps(content))
     done = run(*arguments(tmp_path / "m", tmp_path / "runs"))
     assert done.returncode == 2 and "do not fit" in done.stderr and done.stderr.count("\n") == 1

@@ -60,7 +60,14 @@ def check_family(model) -> dict[str, str]:
     try:
         engine.sync(policy.weights(), WeightsVersion(0, False))
         _, slower = check_engine(
-            engine, lambda rollouts: policy.score(rollouts).logprobs, trial, 1.0, World(), kind=kind, exact=True
+            engine,
+            lambda rollouts: policy.score(rollouts).logprobs,
+            trial,
+            1.0,
+            World(),
+            kind=kind,
+            exact=True,
+            most=64,
         )
         found["engine"] = f"slower: {slower}" if slower else "yes"
     except UserError as error:

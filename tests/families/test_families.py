@@ -15,7 +15,15 @@ from torch import nn
 
 from eepo_fast.distributed import World
 from eepo_fast.policy import attention, module
-from eepo_fast.policy.trial import check_engine, check_padded, check_policy, make_trial, why_not_packed
+from eepo_fast.policy.trial import (
+    check_engine,
+    check_padded,
+    check_policy,
+    gap,
+    make_trial,
+    own_logprobs,
+    why_not_packed,
+)
 from eepo_fast.rollout import families
 from eepo_fast.rollout.hf import HfEngine
 from eepo_fast.types import UserError, WeightsVersion
@@ -182,7 +190,7 @@ def test_an_engine_that_is_wrong_is_named_or_slower():
 
     def tried():
         score = lambda rollouts: policy.score(rollouts).logprobs  # noqa: E731
-        return check_engine(engine, score, trial, 1.0, World(), kind="Llama", exact=True)
+        return check_engine(engine, score, trial, 1.0, World(), kind="Llama", exact=True, most=64)
 
     assert tried()[1] == ""
     forward, asked = engine.model.forward, []
@@ -216,3 +224,39 @@ def test_buffers_are_part_of_a_model():
 def test_a_family_without_checkpointing_is_named():
     with pytest.raises(UserError, match=r"train.gradient_checkpointing: .*; set train.gradient_checkpointing=false"):
         module._checkpoint_gradients(tiny.tiny_model("jetmoe"))
+
+
+def test_dropout_in_the_config_is_off_and_kept(monkeypatch):
+    """Falcon's layers read it there while they run; what is saved has it still."""
+    config = tiny.small_config("falcon")
+    config.hidden_dropout = 0.3
+    monkeypatch.setattr(tiny, "small_config", lambda _: config)
+    model = tiny.tiny_model("falcon")
+    policy = check.make_policy(model, False, checkpointing=True)
+    check_policy(policy, trial_of(model), exact=True)
+    assert policy.model.config.hidden_dropout == 0.3
+    for part in policy.model.modules():
+        if hasattr(part, "config"):
+            part.config = policy.model.config
+    with pytest.raises(UserError, match="log-probs to be those of the model's own"):
+        check_policy(policy, trial_of(model), exact=True)
+
+
+def test_capped_attention_is_never_pytorchs(monkeypatch):
+    """Which passes the cap over: the same model, further away than any rounding."""
+    config = tiny.small_config("gemma2")
+    config.attn_logit_softcapping = 0.1
+    monkeypatch.setattr(tiny, "small_config", lambda _: config)
+    model = tiny.tiny_model("gemma2")
+    trial = trial_of(model)
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    assert gap(own_logprobs(model, trial.rollouts, 1.0), trial.logprobs) > 0.05
+    assert HfEngine(model, dtype=torch.float32, max_sequences=4, pad_id=0).model.config._attn_implementation == "eager"
+
+
+def test_a_model_of_few_positions_is_tried_shorter(monkeypatch):
+    config = tiny.small_config("gpt2")
+    config.n_positions = 20
+    monkeypatch.setattr(tiny, "small_config", lambda _: config)
+    assert [len(r.prompt.token_ids) + r.num_tokens for r in trial_of(tiny.tiny_model("gpt2")).rollouts] == [9, 20, 16]

@@ -34,18 +34,17 @@ def test_broken_data_is_named_by_its_line_before_training(make_run, go, tmp_path
 def test_a_tokenizer_of_another_model_is_refused(make_run, go, model_folder, monkeypatch):
     path = model_folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["added_tokens"].append(
-        {"id": 2000, "content": "<extra>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
-    )  # fmt: skip
-    content["model"]["vocab"] |= {f"word{i}": 100 + i for i in range(200)}
+    content["model"]["vocab"]["1"] = 2000
     path.write_text(json.dumps(content))
     config = make_run("train.iterations=1")
-    with pytest.raises(UserError, match="tokenizer and model do not fit: the tokenizer has"):
+    with pytest.raises(
+        UserError, match=r"tokenizer and model do not fit: problem .* holds token 2000, and the model's embedding"
+    ):
         go(config)
     assert not config.run_dir.exists()
-    monkeypatch.setattr("eepo_fast.policy.loading.check_fit", lambda *args: None)  # the control: nothing else notices
-    go(config)
+    monkeypatch.setattr("eepo_fast.run.build.check_ids", lambda *args: [])  # the control: the model itself would fail
+    with pytest.raises(UserError, match="cannot be run: IndexError"):
+        go(config)
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_mistakes_of_a_plan_are_one_line(write_plan, tmp_path, capsys, changes, 
 def test_a_set_without_answers_is_named(write_plan, tmp_path, capsys):
     (tmp_path / "bare.jsonl").write_text('{"id": "1", "problem": "1+1"}\n')
     line = complaint(capsys, write_plan(sets={"test": str(tmp_path / "bare.jsonl")}), "--out", tmp_path / "out")
-    assert "bare.jsonl, line 1: expected a non-empty string in `answer`" in line and not (tmp_path / "out").exists()
+    assert "bare.jsonl, line 1: no column 'answer'" in line and not (tmp_path / "out").exists()
 
 
 def test_files_that_are_no_plan(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import random
 
 import pandas
@@ -84,7 +85,7 @@ def test_folders_of_every_kind(tmp_path, name):
         write(path.parent / "test.jsonl", {**GOOD, "problem": "held out"})
     problems = found(folder).problems
     assert [(p.problem, p.answer) for p in problems] == [(r["problem"], r["answer"]) for r in ROWS]
-    assert [p.id for p in problems][:2] == ["set/000000", "set/000001"]
+    assert [p.id for p in problems][:2] == ["row/000000", "row/000001"]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,12 @@ def test_bad_files_are_named(tmp_path, rows, words):
         ("d.csv", b"problem,answer\n1+1,2,3\n", "row 0: more values than the 2 columns"),
         ("d.csv", b"problem,answer\n\xff,2\n", "not UTF-8"),
         ("d.csv", b"problem\n1+1\n", "no column 'answer'; found at that place: problem"),
-        ("d.csv", b'problem,answer\n"' + b"1" * 200_000 + b'",2\n', "not valid CSV: field larger"),
+        ("d.csv", b'problem,answer\n"1+1,2\n2+2,4\n', "not valid CSV: unexpected end of data"),
+        ("d.tsv", b'problem\tanswer\n"1+1\t2\n2+2\t4\n', "not valid CSV: unexpected end of data"),
+        ("d.csv", b"problem,answer,answer\n1+1,2,3\n", "column 'answer' is there twice"),
+        ("d.jsonl.gz", gzip.compress(b'{"problem": "1+1"}\n' * 99, mtime=0)[:20] + b"xxxx" * 9, "is the file whole"),
         ("d.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
-        ("d.jsonl.gz", gzip.compress(b'{"problem": "1+1", "answer": "2"}\n' * 9)[:-9], "is the file whole"),
+        ("d.jsonl.gz", gzip.compress(b'{"problem": "1+1", "answer": "2"}\n' * 9, mtime=0)[:-9], "is the file whole"),
         ("d.jsonl", b"\x1f\x8bno gzip", "is the file whole"),
     ],
 )
@@ -149,7 +153,7 @@ def test_numbers_and_missing_ids(tmp_path):
     rows = [{"problem": 7, "answer": 2.5}, {**GOOD, "id": 3, "answer": 4}, {**GOOD, "id": None, "answer": True}]
     read = found(write(tmp_path / "d.jsonl", *rows))
     assert [(p.id, p.problem, p.answer) for p in read.problems] == [
-        ("d/000000", "7", "2.5"), ("3", "1+1?", "4"), ("d/000002", "1+1?", "True"),
+        ("row/000000", "7", "2.5"), ("3", "1+1?", "4"), ("row/000002", "1+1?", "True"),
     ]  # fmt: skip
     assert read.checked("d.jsonl", 0.01) == [
         "d.jsonl: 2 rows have no id of their own: they are numbered, from 000000 on"
@@ -204,9 +208,20 @@ def test_conversations_as_peers_have_them(tmp_path):
 
 @pytest.mark.parametrize(
     "answer, expected",
-    [(["2", "3"], "2, 3"), (["4"], "4"), ([], None), (None, None), ([1, 2], "1, 2"), (3.0, "3.0"), (10**9, str(10**9)),
-     ({"x": 1}, "expected text, a number or a list of them, found dict"), ([[1]], "found a list with a list")],
-)  # fmt: skip
+    [
+        (math.nan, "nan is no number"),
+        (math.inf, "inf is no number"),
+        (["2", "3"], "2, 3"),
+        (["4"], "4"),
+        ([], None),
+        (None, None),
+        ([1, 2], "1, 2"),
+        (3.0, "3.0"),
+        (10**9, str(10**9)),
+        ({"x": 1}, "expected text, a number or a list of them, found dict"),
+        ([[1]], "found a list with a list"),
+    ],
+)
 def test_answers_of_other_types(tmp_path, answer, expected):
     read = found(write(tmp_path / "d.jsonl", {**GOOD, "answer": answer}))
     if read.left_out:
@@ -250,7 +265,8 @@ def test_a_hub_data_set_by_columns(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "some" / "set"
     folder.mkdir(parents=True)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n"
+    (folder / "README.md").write_text(card)
     write(folder / "train.jsonl", {"extra": {"question": "2+2?"}, "worked": "4", "id": 7})
     (problem,) = found(folder, {"problem": "extra.question", "answer": "worked"}, files="train.jsonl").problems
     assert (problem.id, problem.problem, problem.answer) == (f"{folder}/000000", "2+2?", "4")

@@ -9,7 +9,7 @@ from eepo_fast.algorithm.losses import reinforce_loss
 from eepo_fast.config import OptimizerConfig
 from eepo_fast.policy.plain import TorchPolicy
 
-TOKENS = 3e9  # so many that each one's share is far below what float16 can hold
+TOKENS = 3e7  # so many that each one's share is far below what float16 can hold
 
 
 def make(model, dtype, **more):
