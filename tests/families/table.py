@@ -1,6 +1,7 @@
 """Writes docs/models.md: what every family that can be made tiny was found to do. Run it as a script to write it anew.
 
-It takes a few minutes: each family has a process of its own, which a crash or a model that cannot be made small ends.
+With --print it writes nothing. It takes a few minutes: each family has a process of its own, which a crash or a model
+that cannot be made small ends.
 """
 
 import json
@@ -84,8 +85,9 @@ def main() -> None:
             print(f"{family}: {found['broken']}", file=sys.stderr)
             continue
         rows.append(row(family, found))
-        print(rows[-1], file=sys.stderr)
-    PAGE.write_text(HEAD.format(count=len(rows)) + "\n".join(rows) + "\n", encoding="utf-8")
+        print(rows[-1], flush=True)
+    if "--print" not in sys.argv:
+        PAGE.write_text(HEAD.format(count=len(rows)) + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
