@@ -103,8 +103,8 @@ def test_every_item_of_the_state_is_needed(make_run, go, outcome, noisy, monkeyp
     cut(config.run_dir, 3, "cut")
     original = checkpoint.load_checkpoint
 
-    def without(folder, policy):
-        state = original(folder, policy)
+    def without(folder, policy, prompts):
+        state = original(folder, policy, prompts)
         LEFT_OUT[item](policy, state)
         return state
 

@@ -11,7 +11,7 @@ import torch
 
 from eepo_fast.algorithm.overlap import Ahead, Background, GradedAhead, ScoredAhead, set_ref_logprobs
 from eepo_fast.distributed import World
-from eepo_fast.types import Grade, Interrupted
+from eepo_fast.types import Grade, Interrupted, UserError
 
 OPEN = {"alpha": 9.0}
 
@@ -96,6 +96,7 @@ def test_another_rank_knows_some(make_rollouts, coin_grader):
 
     class Pair:
         size = 2
+        agree, check = World.agree, World.check
 
         def __init__(self, rank):
             self.rank, self.turn = rank, 0
@@ -133,6 +134,46 @@ def test_another_rank_knows_some(make_rollouts, coin_grader):
         thread.join(20)
     assert found[0] == found[1] == [0.0, 1.0, 2.0, 3.0]
     assert sorted(calls[0] + calls[1]) == ["", "x", "xx", "xxx"] and "xx" in calls[1]
+
+
+def test_a_reward_that_ends_one_rank_ends_all(make_rollouts, coin_grader):
+    """Both raise the same line, and neither waits for the other."""
+    rollouts, barrier, found = make_rollouts([3, 3]), threading.Barrier(2), [None, None]
+    shown = [None, None]
+
+    class Pair:
+        size = 2
+        agree, check = World.agree, World.check
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def gather(self, value):
+            barrier.wait(10)
+            shown[self.rank] = value
+            barrier.wait(10)
+            return list(shown)
+
+    class Leaving(coin_grader):
+        def grade(self, problems, completions, *, seconds=None):
+            if threading.current_thread().name == "1":
+                raise UserError("it ends the process")
+            return super().grade(problems, completions)
+
+    def rank(number):
+        ahead = GradedAhead(Leaving(), lambda r: r.completion, chunk=9, seconds=9.0)
+        try:
+            ahead.grades(rollouts, Pair(number))
+        except UserError as error:
+            found[number] = (str(error), error.shared)
+        ahead.background.close()
+
+    threads = [threading.Thread(target=rank, args=(i,), name=str(i)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == [("it ends the process", True)] * 2
 
 
 def test_an_error_on_the_graders_thread_ends_the_iteration(make_trainer, beside_grader):
