@@ -39,11 +39,8 @@ class Found(NamedTuple):
     def checked(self, where: str, max_bad: float) -> list[str]:
         """Returns lines to say; UserError where more is left out than `data.max_bad` allows, or nothing is left. One
         row is always allowed, unless none is."""
-        lines, bad, total = (
-            [self.note] if self.note else [],
-            len(self.left_out),
-            len(self.problems) + len(self.left_out),
-        )
+        lines, bad = [self.note] if self.note else [], len(self.left_out)
+        total = len(self.problems) + bad
         if not total:
             raise UserError(f"{where}: expected problems, found none: it is empty")
         if bad > max(math.floor(max_bad * total), bool(max_bad)) or not self.problems:
@@ -102,31 +99,29 @@ def read_problems(
     that has none of these columns, but a problem and an answer, is read by them. asked_by: what errors begin with.
     stem: what ids that are made begin with, whatever the file is called; of a hub data set, its name.
     marked: an answer without the marker is none; else it is one as it stands."""
-    options = {"asked_by": asked_by, "stem": stem, "revision": revision, "subset": subset, "split": split}
-    more = {"for_function": for_function, "marked": marked}
-    ordinary = config.model_copy(update={"columns": ColumnsConfig()})
+    path = Path(source).expanduser()
+
+    def read(config: DataConfig, marked: bool) -> Found:
+        made_of = stem
+        if path.is_file():
+            rows = read_file(path)
+        elif path.is_dir() and subset is None and not _describes_itself(path):
+            rows = read_folder(path, config.files, split, asked_by)
+        else:
+            name, made_of = str(path) if path.is_dir() else source, source
+            rows = read_hub(name, config.files, revision=revision, subset=subset, split=split, asked_by=asked_by)
+        return make_problems(rows, config, made_of, own_ids=path.is_file(), for_function=for_function, marked=marked)
+
     try:
-        return _read_problems(source, config, dict(options), more)
+        return read(config, marked)
     except NoColumnError as error:
-        if config.columns == ordinary.columns or not Path(source).expanduser().exists():
+        if config.columns == ColumnsConfig() or not path.exists():
             raise
         try:
-            found = _read_problems(source, ordinary, dict(options), more | {"marked": False})
+            found = read(config.model_copy(update={"columns": ColumnsConfig()}), False)
         except NoColumnError:
             raise error from None
         return found._replace(note=f"{source}: {error.reason}: read by its columns problem and answer instead")
-
-
-def _read_problems(source: str, config: DataConfig, options: dict[str, Any], more: dict[str, bool]) -> Found:
-    path = Path(source).expanduser()
-    stem = options.pop("stem")
-    if path.is_file():
-        rows = read_file(path)
-    elif path.is_dir() and options["subset"] is None and not _describes_itself(path):
-        rows = read_folder(path, config.files, options["split"], options["asked_by"])
-    else:
-        rows, stem = read_hub(str(path) if path.is_dir() else source, config.files, **options), source
-    return make_problems(rows, config, stem, own_ids=path.is_file(), **more)
 
 
 def _describes_itself(folder: Path) -> bool:
@@ -145,8 +140,8 @@ class NoColumnError(UserError):
         self.reason = reason
 
 
-class _NoColumnError(Exception):
-    """A row lacks a column. The message names what is at its place."""
+class _Lacking(Exception):
+    """A row has no such column. The message names what is at its place."""
 
     def __init__(self, column: str, at_that_place: Iterable[Any]):
         super().__init__(f"no column {column!r}; found at that place: {', '.join(map(str, at_that_place)) or 'none'}")
@@ -174,9 +169,9 @@ def make_problems(
         own = "" if own is None or isinstance(own, bool | dict | list) else str(own).strip()
         try:
             problem = _problem(own or f"{stem}/{num_rows - 1:06d}", row, config, stem, for_function, marked)
-        except (ValueError, _NoColumnError) as error:
+        except (ValueError, _Lacking) as error:
             left_out.append(f"{place}: {error}")
-            if isinstance(error, _NoColumnError):
+            if isinstance(error, _Lacking):
                 lacking.setdefault(error.column, []).append(left_out[-1])
             continue
         if problem.id in places:
@@ -187,15 +182,14 @@ def make_problems(
         places[problem.id] = place
         numbered += own_ids and not own
         problems.append(problem)
-    for complaints in lacking.values():
+    for column, complaints in lacking.items():
         if len(complaints) == num_rows:
-            column = next(name for name, found in lacking.items() if found is complaints)
             raise NoColumnError(f"data.columns: {complaints[0]}", f"no row has a column {column!r}")
     return Found(problems, left_out, numbered)
 
 
 def _problem(id: str, row: Row, config: DataConfig, stem: str, for_function: bool, marked: bool) -> Problem:
-    """Returns the row's problem. ValueError, or a column's, with the reason why it has none."""
+    """Returns the row's problem; ValueError or _Lacking, with the reason, where it has none."""
     columns = config.columns
     given = _value(row, columns.problem)
     messages = _messages(given, columns.problem)
@@ -206,7 +200,7 @@ def _problem(id: str, row: Row, config: DataConfig, stem: str, for_function: boo
         answer = _text(_value(row, columns.answer), columns.answer)
         if config.answer_marker and (marked or config.answer_marker in answer):
             answer = _final(answer, config.answer_marker)
-    except _NoColumnError:
+    except _Lacking:
         if not for_function:
             raise
         answer = ""
@@ -240,7 +234,7 @@ def _value(row: Row, column: str) -> Any:
         elif isinstance(value, dict) and part in value:
             value = value[part]
         else:
-            raise _NoColumnError(column, value if isinstance(value, dict) else ())
+            raise _Lacking(column, value if isinstance(value, dict) else ())
     return value
 
 

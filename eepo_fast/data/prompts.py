@@ -75,14 +75,14 @@ def make_prompts(problems: list[Problem], config: DataConfig, tokenizer: Any) ->
         )
     of, longest = f"of {len(problems)} prompts", config.max_prompt_tokens
     cut = sum(len(p.messages) > 1 for p in problems) if config.template != "chat" else 0
-    notes = {
-        f"{len(problems) - len(prompts)} {of} are longer than {longest} tokens: left out": len(problems) - len(prompts),
-        f"{ended} {of} ended with a token that ends a text, such as the tokenizer adds: taken off": ended,
-        f"{twice} {of} began with the begin of text twice: once taken off": twice,
-        f"{cut} {of} are conversations of several messages, of which data.template={config.template} reads the "
-        "user's last alone; data.template=chat reads all": cut,
-    }
-    return prompts, [note for note, count in notes.items() if count]
+    notes = (
+        (len(problems) - len(prompts), f"are longer than {longest} tokens: left out"),
+        (ended, "ended with a token that ends a text, such as the tokenizer adds: taken off"),
+        (twice, "began with the begin of text twice: once taken off"),
+        (cut, f"are conversations of several messages, of which data.template={config.template} reads the user's last "
+         "alone; data.template=chat reads all"),
+    )  # fmt: skip
+    return prompts, [f"{count} {of} {note}" for count, note in notes if count]
 
 
 def _without_end(token_ids: list[int], stops: Collection[int]) -> list[int]:

@@ -53,8 +53,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         raise UserError(f"model.path: {config.path} cannot be loaded: {reason}{nor}") from None
     check_fit(model, tokenizer, config)
     check_finite(model, config.path)
-    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added and never trained
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedding_rows(model):  # added and never trained
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
@@ -151,6 +150,11 @@ def check_fit(model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> No
 
 def eos_of(model: PreTrainedModel) -> int | list[int] | None:
     return model.config.eos_token_id if model.generation_config is None else model.generation_config.eos_token_id
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Returns how many tokens the model has an embedding of."""
+    return model.get_input_embeddings().get_parameter("weight").shape[0]
 
 
 def positions(model: PreTrainedModel) -> int | None:

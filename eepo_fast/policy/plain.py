@@ -24,11 +24,11 @@ class PlainGradient:
     """Is a `Gradient` of whole tensors by name. A weight's gradient is added as the backward pass brings it, and its
     memory is free from there on: from the second micro-batch on there would else be two of the whole model."""
 
-    def __init__(self, model: PreTrainedModel, scaler: torch.amp.GradScaler | None = None):
-        """Makes gradients of losses as many times as large as the scaler says, and undoes that: float16 has no room for
-        them else."""
+    def __init__(self, model: PreTrainedModel, scaler: torch.amp.GradScaler):
+        """Takes gradients of losses that are multiplied by the scaler's factor, 1 unless it is enabled, and divides
+        them by it: float16 has no room for them else."""
         self.parameters, self.scaler = dict(model.named_parameters()), scaler
-        self.loss_scale = scaler.get_scale() if scaler else 1.0
+        self.loss_scale = scaler.get_scale()
         self.tensors: dict[str, Tensor] = {}
         self.known_norm: float | None = None
         """The result of the last `norm`: the forget step is held against it, and reads the gradient once."""
@@ -60,7 +60,7 @@ class PlainGradient:
 
     def norm(self) -> float:
         self.known_norm = float(torch.nn.utils.get_total_norm(list(self.tensors.values()))) if self.tensors else 0.0
-        if self.scaler and self.scaler.is_enabled() and not math.isfinite(self.known_norm):
+        if self.scaler.is_enabled() and not math.isfinite(self.known_norm):
             self.scaler.update(self.loss_scale / 2)  # the next one fits
         return self.known_norm
 

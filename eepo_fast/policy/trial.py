@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from eepo_kernels.reference import token_stats
 from transformers import PreTrainedModel
 
 from eepo_fast.distributed import World
@@ -82,8 +83,8 @@ def own_logprobs(model: PreTrainedModel, rollouts: Sequence[Rollout], temperatur
     for r in rollouts:
         ids = torch.tensor([r.prompt.token_ids + r.token_ids], device=model.device)
         logits = model(ids, use_cache=False).logits[0, len(r.prompt.token_ids) - 1 : -1]
-        found = torch.log_softmax(logits.double() / temperature, -1)
-        results.append(found.gather(1, ids[0, len(r.prompt.token_ids) :, None])[:, 0].tolist())
+        targets = ids[0, len(r.prompt.token_ids) :]
+        results.append(token_stats(logits.double() / temperature, targets).logprobs.tolist())
     return results
 
 
@@ -170,7 +171,6 @@ def check_engine(
     engine: RolloutEngine,
     score: Callable[[list[Rollout]], list[list[float]]],
     trial: Trial,
-    temperature: float,
     world: World,
     *,
     kind: str,
@@ -178,11 +178,11 @@ def check_engine(
     most: int,
 ) -> tuple[float, str]:
     """Has every engine sample after prompts of several lengths, and compares its log-probs with those of `score`, all
-    ranks together. Returns (nats a token that they are apart, what the engine had to give up for it). An embedded
-    engine that is wrong tries slower ways. UserError, on all ranks, where none is right. exact: both compute in fp32.
-    most: tokens of a prompt and its answer together that the engine was made for.
+    ranks together. Returns (nats a token that they are apart, a line to say where the engine is slower for it). An
+    embedded engine that is wrong tries slower ways. UserError, on all ranks, where none is right. exact: both compute
+    in fp32; most: tokens of a prompt and its answer together that the engine was made for.
     """
-    allowed = (EXACT if exact else LARGEST_GAP) / min(1.0, temperature)
+    allowed = (EXACT if exact else LARGEST_GAP) / min(1.0, trial.temperature)
     sampled = min(SAMPLED, most - 1)
     remedy = "use rollout.engine=" + ("vllm" if isinstance(engine, HfEngine) else "hf")
     requests = [
@@ -191,15 +191,15 @@ def check_engine(
     ]
     complaint = ""
     for memory, slower in _ways(engine):
-        if isinstance(engine, HfEngine):
-            engine.memory = memory or engine.memory
-        mine: list[Rollout] | UserError
+        if isinstance(engine, HfEngine) and memory is not None:
+            engine.memory = memory
+        mine: list[Rollout] | str
         try:
             with one_line_errors(kind, "rollout.engine", remedy):
-                mine = engine.generate(requests, Sampling(temperature, sampled, ()))
+                mine = engine.generate(requests, Sampling(trial.temperature, sampled, ()))
         except UserError as error:
-            mine = error
-        everyone = world.gather(mine if isinstance(mine, list) else str(mine))
+            mine = str(error)
+        everyone = world.gather(mine)
         if failed := next((part for part in everyone if isinstance(part, str)), None):
             complaint = failed
             continue
@@ -212,12 +212,13 @@ def check_engine(
                 )
                 break
         else:
-            return apart, slower
+            return apart, f"rollout.engine: {kind} is sampled slower: {slower}" if slower else ""
     raise UserError(complaint, shared=True)
 
 
 def _ways(engine: RolloutEngine) -> Iterator[tuple[Memory | None, str]]:
-    """Yields ways to run an engine, the fastest first, and what to say of it."""
+    """Yields ways to run an engine, the fastest first: how it remembers, None where that is its own affair; and what is
+    slower."""
     if not isinstance(engine, HfEngine):
         yield None, ""
         return

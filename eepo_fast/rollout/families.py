@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from eepo_fast.types import UserError
 
-TIMES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
-OVER = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM, Inkling
-TIMES_TOO = {"hyperclovax": "logits_scaling"}  # Granite's name for a factor
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM, Inkling
+A_FACTOR_IN = {"logits_scaling": ("hyperclovax",)}  # a divisor's name, but these families multiply
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma and NanoChat, Griffin, xLSTM
 LARGE = 100.0  # logits that a cap or a scale cannot hide from
 
@@ -31,11 +31,11 @@ def after_head(model: PreTrainedModel) -> AfterHead:
     """Returns the steps of the model's family; `check_head` has tried whether they are all."""
     config: Any = model.config.get_text_config()
     scale = 1.0
-    for name in TIMES + OVER:
+    for name in FACTORS + DIVISORS:
         value = getattr(config, name, None)
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            times = name in TIMES or TIMES_TOO.get(config.model_type) == name
-            scale = scale * value if times else scale / value
+            is_factor = name in FACTORS or config.model_type in A_FACTOR_IN.get(name, ())
+            scale = scale * value if is_factor else scale / value
     caps = [getattr(config, name, None) for name in CAPS]
     return AfterHead(scale, next((float(cap) for cap in caps if isinstance(cap, int | float) and cap > 0), None))
 
@@ -99,6 +99,7 @@ class Memory(NamedTuple):
     """The name under which it takes and returns its cache; None where it has to read everything again."""
     padded: bool
     """Whether prompts of several lengths may stand side by side, the shorter ones padded on the left."""
+    takes_positions: bool = False
 
 
 def memory_of(model: PreTrainedModel) -> Memory:
@@ -110,7 +111,7 @@ def memory_of(model: PreTrainedModel) -> Memory:
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     stateful = getattr(model, "_is_stateful", False) or argument == "cache_params"
     plain = not stateful and all("attention" in kind and "linear" not in kind for kind in kinds)
-    return Memory(argument, plain)
+    return Memory(argument, plain, "position_ids" in known)
 
 
 def rope_limit(model: PreTrainedModel) -> int | None:

@@ -4,7 +4,6 @@ Shapes: R prompts of a batch, B sequences (samples of these prompts), L padded p
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -176,8 +175,8 @@ class HfEngine:
         length = max(map(len, prompts))
         input_ids = torch.tensor([[self.pad_id] * (length - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        reader = Reader(self.model, self.memory, input_ids, mask, limit)
-        logits = reader.logits[expand]
+        reader = Reader(self.model, self.memory, mask, limit)
+        logits = reader.begin(input_ids)[expand]
         reader.keep(expand)
         uniforms = uniforms.to(self.device)
         stops = torch.tensor(sampling.stop_token_ids, device=self.device)
@@ -255,42 +254,48 @@ class HfEngine:
 class Reader:
     """Reads sequences token by token, and gives the logits [B, V] of what comes next."""
 
-    def __init__(self, model: PreTrainedModel, memory: Memory, input_ids: Tensor, mask: Tensor, limit: int):
-        """Reads input_ids [B, L], of which mask [B, L] is 0 at the padding on the left; up to `limit` tokens follow."""
-        self.model, self.memory = model, memory
-        self.ids, self.length = input_ids, input_ids.shape[1]
+    def __init__(self, model: PreTrainedModel, memory: Memory, mask: Tensor, limit: int):
+        """Takes mask [B, L], 0 at the padding on the left of what is read first; up to `limit` tokens follow."""
+        self.model, self.memory, self.length = model, memory, mask.shape[1]
+        self.positions = (mask.cumsum(1) - 1).clamp_min(0)
         self.mask = torch.nn.functional.pad(mask, (0, limit), value=1)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        self.position = positions[:, -1]
-        self.named = "position_ids" in inspect.signature(model.forward).parameters
+        self.ids: Tensor | None = None
+        """All that was read, where the model does not remember it."""
         self.cache: Any = None
-        self.logits = self._forward(input_ids, positions)
 
-    def _forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def begin(self, input_ids: Tensor) -> Tensor:
+        """Reads input_ids [B, L]."""
+        self.ids = input_ids if self.memory.argument is None else None
+        logits, self.positions = self._forward(input_ids), self.positions[:, -1:]
+        return logits
+
+    def read(self, token: Tensor) -> Tensor:
+        """Reads one token [B] more of each."""
+        self.length, self.positions = self.length + 1, self.positions + 1
+        if self.ids is None:
+            return self._forward(token[:, None])
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        return self._forward(self.ids)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows [B'], of which one may be meant several times."""
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        if self.ids is not None:
+            self.ids = self.ids[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
+    def _forward(self, input_ids: Tensor) -> Tensor:
         options: dict[str, Any] = {"attention_mask": self.mask[:, : self.length]}
-        if self.named:
-            options["position_ids"] = positions
-        if self.memory.argument is None:
+        if self.memory.argument is None:  # sequences of one length: a model's own positions are right
             return self.model(input_ids, use_cache=False, **options).logits[:, -1]
+        if self.memory.takes_positions:
+            options["position_ids"] = self.positions
         if self.cache is not None:
             options[self.memory.argument] = self.cache
         out = self.model(input_ids, use_cache=True, logits_to_keep=1, **options)
         self.cache = out[self.memory.argument]
         return out.logits[:, -1]
-
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows [B'], of which one may be meant several times."""
-        self.ids, self.mask, self.position = self.ids[rows], self.mask[rows], self.position[rows]
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
-
-    def read(self, token: Tensor) -> Tensor:
-        """Reads one token [B] more of each."""
-        self.length, self.position = self.length + 1, self.position + 1
-        if self.memory.argument is not None:
-            return self._forward(token[:, None], self.position[:, None])
-        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
-        return self._forward(self.ids, torch.arange(self.length, device=token.device).expand_as(self.ids))
 
 
 def sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from eepo_fast.data.prompts import check_ids, make_prompts, stop_token_ids
 from eepo_fast.data.tasks import BASES
 from eepo_fast.distributed import World, default_device
 from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readable_sets
-from eepo_fast.policy.loading import eos_of, find_model, load_model, positions
+from eepo_fast.policy.loading import embedding_rows, eos_of, find_model, load_model, positions
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.trial import Trial, check_engine, check_padded, check_policy, make_trial, why_not_packed
@@ -95,7 +95,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     _check_same_everywhere(config, found.problems, [p for s in sets for p in s.problems], world)
     found = _readable(found, grader, config, world, display)
     sets = readable_sets(sets, config.reward, config.data.max_bad, world, display.say)
-    problems, data = found.problems, _digest([(p.id, p.problem, p.answer) for p in found.problems])
+    problems, data = found.problems, _digest([_content_of(p) for p in found.problems])
     asked = config
     if config.model.path in BASES:
         base, task = config.model.path, BASES[config.model.path]
@@ -108,8 +108,7 @@ def loaded_parts(config: Config, grader: Grader, world: World, display: Display)
     with world.agree():
         model, tokenizer = load_model(config.model)
         prompts, notes = make_prompts(problems, config.data, tokenizer)
-        rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-        notes += check_ids(prompts, tokenizer, rows, f"model.path: {config.model.path}")
+        notes += check_ids(prompts, tokenizer, embedding_rows(model), f"model.path: {config.model.path}")
         num_iterations(config, len(prompts))
         _check_length(model, prompts, config)
         stops = stop_token_ids(tokenizer, eos_of(model))
@@ -151,12 +150,12 @@ def _try_parts(
     exact = config.model.dtype == "float32" and not torch.cuda.is_available()  # a GPU may round fp32 products, too
     found = check_policy(policy, trial, exact=exact)
     apart, slower = check_engine(
-        engine, lambda rollouts: policy.score(rollouts).logprobs, trial, config.rollout.temperature, policy.world,
+        engine, lambda rollouts: policy.score(rollouts).logprobs, trial, policy.world,
         kind=type(policy.model).__name__, exact=exact and config.rollout.dtype == "float32",
         most=longest + config.rollout.max_new_tokens,
     )  # fmt: skip
     if slower:
-        display.warn(f"rollout.engine: {type(policy.model).__name__} is sampled slower: {slower}")
+        display.warn(slower)
     display.say(f"trial: {found}, the engine {apart:.1g} from the policy")
 
 
@@ -175,9 +174,15 @@ def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def _content_of(problem: Problem) -> tuple:
+    """Returns all that a run may read of a problem; what only some have is no part of the others' digest."""
+    more = (problem.messages, problem.columns) if problem.messages or problem.columns else ()
+    return problem.id, problem.problem, problem.answer, *more
+
+
 def _check_same_everywhere(config: Config, problems: list[Problem], others: list[Problem], world: World) -> None:
     """Checks that all ranks have the same config and data. others: of evaluation."""
-    data, other_data = (_digest([(p.id, p.problem, p.answer) for p in part]) for part in (problems, others))
+    data, other_data = (_digest([_content_of(p) for p in part]) for part in (problems, others))
     everyone = world.gather((_digest(dump_config(config)), data, other_data))
     for rank, found in enumerate(everyone):
         if found != everyone[0]:

@@ -148,7 +148,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
                 f"--temperature: expected at least {COLDEST_OF_VLLM} with rollout.engine=vllm, which samples at that "
                 f"where less is asked for, found {options.temperature}; greedy completions are made without it"
             )
-    from eepo_fast.policy.loading import eos_of, positions
+    from eepo_fast.policy.loading import embedding_rows, eos_of, positions
     from eepo_fast.policy.trial import check_engine, make_trial, own_logprobs
     from eepo_fast.rollout.make import make_engine
 
@@ -169,8 +169,7 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
         if world.is_main:
             _claim(options.out, settings)
         everything = [p for part in prompts.values() for p in part]
-        rows_known = model.get_input_embeddings().get_parameter("weight").shape[0]
-        for line in check_ids(everything, tokenizer, rows_known, f"--model: {path}"):
+        for line in check_ids(everything, tokenizer, embedding_rows(model), f"--model: {path}"):
             display.warn(line)
         trial = make_trial(model, everything, 1.0)
     longest = max(len(p.token_ids) for p in everything)
@@ -179,12 +178,12 @@ def evaluate_model(path: str, options: EvalOptions, world: World, display: Displ
     with world.closing(engine):
         engine.sync([{name: p.detach() for name, p in model.named_parameters()}], WeightsVersion(0, False))
         _, slower = check_engine(
-            engine, lambda rollouts: own_logprobs(model, rollouts, 1.0), trial, 1.0, world,
+            engine, lambda rollouts: own_logprobs(model, rollouts, 1.0), trial, world,
             kind=type(model).__name__, exact=config.rollout.dtype == "float32" and device.type == "cpu",
             most=longest + config.rollout.max_new_tokens,
         )  # fmt: skip
         if slower:
-            display.warn(f"rollout.engine: {type(model).__name__} is sampled slower: {slower}")
+            display.warn(slower)
         sampling = Sampling(options.temperature, config.rollout.max_new_tokens, stops)
         sampler = Sampler(engine, tokenizer, sampling, options.seed, world)
         for eval_set in sets:

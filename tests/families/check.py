@@ -63,13 +63,12 @@ def check_family(model) -> dict[str, str]:
             engine,
             lambda rollouts: policy.score(rollouts).logprobs,
             trial,
-            1.0,
             World(),
             kind=kind,
             exact=True,
             most=64,
         )
-        found["engine"] = f"slower: {slower}" if slower else "yes"
+        found["engine"] = f"slower: {slower.rpartition(': ')[2]}" if slower else "yes"
     except UserError as error:
         found["engine"] = str(error)
     return found

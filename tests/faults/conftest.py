@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,22 @@ def complete(start, code_of):
 @pytest.fixture
 def code_of(server):
     return lambda pid: server(wait=pid)["code"]
+
+
+@pytest.fixture
+def wait_for_rows():
+    """Wait until a run has logged so many iterations."""
+
+    def wait(run_dir, count):
+        path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 60
+        while not path.exists() or path.read_bytes().count(b"\n") < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def long_run(make_run):
+    """The config of a run that goes on until it is ended, and saves when it is."""
+    return make_run("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")

@@ -24,20 +24,8 @@ def newest(run_dir):
     return folder and int(folder.name.removeprefix("step_"))
 
 
-def wait_for_rows(run_dir, count):
-    path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 60
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def long_run(make_run):
-    return make_run("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")
-
-
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
-def test_a_lost_terminal_or_an_interrupt_saves(start, code_of, long_run, name):
+def test_a_lost_terminal_or_an_interrupt_saves(start, code_of, long_run, name, wait_for_rows):
     pid, errors = start(long_run, "at_a_terminal")
     wait_for_rows(long_run.run_dir, 2)
     os.kill(pid, getattr(signal, name))
@@ -48,7 +36,7 @@ def test_a_lost_terminal_or_an_interrupt_saves(start, code_of, long_run, name):
     assert not (long_run.run_dir / ".lock").exists()
 
 
-def test_under_nohup_a_lost_terminal_is_nothing(start, code_of, long_run):
+def test_under_nohup_a_lost_terminal_is_nothing(start, code_of, long_run, wait_for_rows):
     """Negative control, and what nohup is for."""
     pid, _ = start(long_run, "without_a_terminal")
     wait_for_rows(long_run.run_dir, 1)
@@ -59,7 +47,7 @@ def test_under_nohup_a_lost_terminal_is_nothing(start, code_of, long_run):
     assert code_of(pid) == 128 + signal.SIGTERM and ending(long_run.run_dir)["reason"] == "SIGTERM"
 
 
-def test_a_second_interrupt_leaves_at_once(start, code_of, long_run):
+def test_a_second_interrupt_leaves_at_once(start, code_of, long_run, wait_for_rows):
     pid, _ = start(long_run, "at_a_terminal_never_written")
     wait_for_rows(long_run.run_dir, 1)
     os.kill(pid, signal.SIGINT)
@@ -161,7 +149,7 @@ def test_a_function_reads_the_columns_of_its_row(rewarded, go, tmp_path):
     assert row["reward/mean"] == 0.25
 
 
-def test_a_run_folder_has_one_run_at_a_time(make_run, go, start, code_of, long_run):
+def test_a_run_folder_has_one_run_at_a_time(make_run, go, start, code_of, long_run, wait_for_rows):
     pid, _ = start(long_run)
     wait_for_rows(long_run.run_dir, 1)
     for resume in (False, True):

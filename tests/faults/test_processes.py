@@ -24,23 +24,10 @@ from eepo_fast.run import watchdog
 HERE = Path(__file__).parent
 
 
-def wait_for_rows(run_dir, count):
-    path = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def long_run(make_run):
-    return make_run("train.iterations=100000", "train.epochs=100000", "checkpoint.every=0")
-
-
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(
-    start, code_of, long_run, make_run, complete, outcome, name, times, figure
+    start, code_of, long_run, make_run, complete, outcome, name, times, figure, wait_for_rows
 ):
     for turn in range(times(1, 10)):
         shutil.rmtree(long_run.run_dir, ignore_errors=True)
@@ -62,7 +49,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(
     assert outcome(complete(make_run(*more))) == outcome(complete(make_run(*more, root="whole")))
 
 
-def test_without_listening_a_signal_loses_the_run(start, code_of, long_run):
+def test_without_listening_a_signal_loses_the_run(start, code_of, long_run, wait_for_rows):
     """Negative control."""
     pid, _ = start(long_run, "deaf")
     wait_for_rows(long_run.run_dir, 2)
@@ -70,7 +57,7 @@ def test_without_listening_a_signal_loses_the_run(start, code_of, long_run):
     assert code_of(pid) == -signal.SIGTERM and checkpoint.newest_valid(long_run.run_dir)[0] is None
 
 
-def test_a_second_signal_leaves_at_once(start, code_of, long_run):
+def test_a_second_signal_leaves_at_once(start, code_of, long_run, wait_for_rows):
     pid, _ = start(long_run, "never_written")
     wait_for_rows(long_run.run_dir, 1)
     os.kill(pid, signal.SIGTERM)
@@ -189,7 +176,7 @@ def test_what_hangs_is_named_and_ended(start, code_of, make_run, method, phase):
     assert json.loads((config.run_dir / "ended.json").read_text())["reason"] == "hung"
 
 
-def test_without_the_watchdog_it_hangs(start, code_of, make_run):
+def test_without_the_watchdog_it_hangs(start, code_of, make_run, wait_for_rows):
     """Negative control."""
     config = make_run("run.timeout_s=1")
     pid, _ = start(config, "hang_unwatched", method="_grade", phase="reward")
