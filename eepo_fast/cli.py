@@ -1,6 +1,7 @@
 """Runs the command line. A user's mistake ends in one line on stderr and exit code 2."""
 
 import argparse
+import atexit
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from eepo_fast.console import Stream, forgiving
 from eepo_fast.disk import LOCK, disk_error, locked
@@ -340,6 +341,28 @@ def _left(name: str, command: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; a rank that a launcher has started ends its process with it."""
+    return _main(argv) if os.environ.get("WORLD_SIZE", "1") == "1" else _end_rank(argv)
+
+
+def _end_rank(argv: list[str] | None) -> NoReturn:
+    """Ends this process after the command, without the interpreter's own end. What DeepSpeed holds on to keeps gloo's
+    threads alive after the process groups are destroyed, and one that is at work when the interpreter ends turns the
+    exit code into an abort's, now and then."""
+    try:
+        code: object = _main(argv)
+    except SystemExit as error:
+        code = error.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    atexit._run_exitfuncs()
+    with forgiving():
+        pass  # flushes what an exit function has printed
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _main(argv: list[str] | None) -> int:
     parser = make_parser()
     with forgiving() as out:
         args, rest = parser.parse_known_args(argv)

@@ -81,8 +81,7 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Closes the process groups, whatever ends the block: their threads must not meet the interpreter's end, which
-        would turn the exit code into that of an abort."""
+        """Closes the process groups, whatever ends the block."""
         try:
             close_groups(failed=kind is not None)
         except Exception as found:

@@ -25,7 +25,15 @@ WAYS = {  # what rank 1 raises, and rank 0, which else waits for it
     "a signal": (Interrupted("SIGTERM"), Interrupted("SIGTERM")),
     "sys.exit in a user's function": (SystemExit(3), None),
     "a world that closes nothing": (None, None),
+    "an interpreter that ends by itself": (None, None),
 }
+
+
+class Held:
+    """What is at work when the interpreter ends, as a thread of gloo's now and then."""
+
+    def __del__(self, abort=os.abort):  # the module's names are gone by then
+        abort()
 
 
 def leave(errors, config, *, resume, world):
@@ -48,6 +56,9 @@ def be(rank, way, folder):
     build.train = partial(leave, WAYS[way])
     if way == "a world that closes nothing":
         distributed.close_groups = lambda **options: None
+    if way == "an interpreter that ends by itself":
+        cli._end_rank = cli._main
+    globals()["held"] = Held()
     atexit.register(note, folder / f"{way} {rank}")
     sys.exit(cli.main(["train", str(CONFIG)]))
 
