@@ -1,7 +1,6 @@
 """Runs the command line. A user's mistake ends in one line on stderr and exit code 2."""
 
 import argparse
-import atexit
 import os
 import re
 import sys
@@ -9,10 +8,11 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from eepo_fast.console import Stream, forgiving
 from eepo_fast.disk import LOCK, disk_error, locked
+from eepo_fast.run.signals import end_rank
 from eepo_fast.types import EngineError, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -342,24 +342,9 @@ def _left(name: str, command: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; a rank that a launcher has started ends its process with it."""
-    return _main(argv) if os.environ.get("WORLD_SIZE", "1") == "1" else _end_rank(argv)
-
-
-def _end_rank(argv: list[str] | None) -> NoReturn:
-    """Ends this process after the command, without the interpreter's own end. What DeepSpeed holds on to keeps gloo's
-    threads alive after the process groups are destroyed, and one that is at work when the interpreter ends turns the
-    exit code into an abort's, now and then."""
-    try:
-        code: object = _main(argv)
-    except SystemExit as error:
-        code = error.code
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
-    atexit._run_exitfuncs()
-    with forgiving():
-        pass  # flushes what an exit function has printed
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        end_rank(partial(_main, argv))
+    return _main(argv)
 
 
 def _main(argv: list[str] | None) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from eepo_fast.types import UserError
 
@@ -90,6 +91,12 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     a router. Training leaves them as they are."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def as_saved(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Returns a weight by the names, and in the parts, that the family's checkpoints have it in: experts that the model
+    holds stacked [E, …] are one by one there. They may be copies."""
+    return revert_weight_conversion(model, {name: tensor})
 
 
 class Memory(NamedTuple):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from eepo_fast.distributed import listen_on_loopback
+from eepo_fast.rollout.families import memory_of
 from eepo_fast.rollout.weights import VllmModel
 from eepo_fast.types import UserError
 
@@ -138,7 +139,8 @@ def engine_arguments(
         max_model_len=max_model_len,
         max_num_seqs=max_sequences,
         logprobs_mode="processed_logprobs",
-        enable_prefix_caching=True,
+        # without chunked prefill vLLM cannot keep prefixes of a model with a state
+        enable_prefix_caching=on_gpu or memory_of(model).padded,
         enforce_eager=not on_gpu,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_sleep_mode=enable_sleep,
@@ -175,6 +177,16 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> Path:
             os.chmod(file.name, 0o644)  # others may share the cache
             os.replace(file.name, path)  # whole or not at all
     return folder
+
+
+def leave_alone(model: PreTrainedModel) -> None:
+    """Makes the policy's model, and others of its family, compute as before: where vLLM has no model of its own it runs
+    transformers', whose class it changes for its compiler."""
+    from vllm.compilation.decorators import IGNORE_COMPILE_KEY
+
+    for kind in {type(module) for module in model.modules()}:
+        if hasattr(kind, IGNORE_COMPILE_KEY):
+            setattr(kind, "do_not_compile", True)  # noqa: B010  # vLLM's own instance has one of its own
 
 
 def logits_dtype(model: VllmModel, dtype: torch.dtype) -> torch.dtype:

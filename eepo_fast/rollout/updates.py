@@ -5,7 +5,7 @@ Weights and gradients are whole tensors in the policy's shapes, by the policy's 
 are int64 [T], one for each of the T tensors of `held`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -97,11 +97,12 @@ class Reload:
 
     def __init__(
         self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None,
-        buffers: Named | None = None,
+        buffers: Named | None = None, as_saved: Callable[[str, Tensor], Named] = lambda name, tensor: {name: tensor},
     ):  # fmt: skip
         """Takes the `vllm.LLM` that holds the model and runs on the stream. buffers: what the policy's model has beside
-        its weights, and never changes."""
-        self._llm, self._model, self.stream = llm, model, stream
+        its weights, and never changes. as_saved: a weight as vLLM finds it in checkpoints, where it has its names
+        from."""
+        self._llm, self._model, self.stream, self._as_saved = llm, model, stream, as_saved
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         self.buffers = {name: buffer.to(device, copy=True) for name, buffer in (buffers or {}).items()}
@@ -128,18 +129,32 @@ class Reload:
 
     @on_own_stream
     def reload(self) -> Tensor:
-        """Has vLLM load the copy, and returns the checksums of what is there then; EngineError if it took too few."""
+        """Has vLLM load the copy, and returns the checksums of what is there then; EngineError if it took too few, or
+        cannot."""
         taken = []
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in (*self.weights.items(), *self.buffers.items()):
-                yield name, tensor
+                yield from self._as_saved(name, tensor).items()
                 taken.append(name)
 
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        except Exception as error:  # whatever a model's own loader raises on a name or shape it does not know
+            kind, name = type(error).__name__, next(iter([*self.weights][len(taken) :]), "its buffers")
+            raise EngineError(f"vLLM's loader stops at {name} with {kind}: {error}; use rollout.engine=hf") from error
         if len(taken) != (num_all := len(self.weights) + len(self.buffers)):
             raise EngineError(f"vLLM's reload took {len(taken)} of {num_all} weights")
+        if not torch.cuda.is_available():
+            self._pack_experts()
         return checksums([tensor for _, tensor in self.held()])
+
+    def _pack_experts(self) -> None:
+        """Puts experts into the layout that a CPU's kernels read: vLLM's reload (0.32) leaves them as it has loaded
+        them, when it is not the first."""
+        for module in self._model.modules():
+            if kernel := getattr(getattr(module, "quant_method", None), "moe_kernel", None):
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def held(self) -> list[tuple[str, Tensor]]:
         return [("its parameters", p.data) for p in self._model.parameters()]

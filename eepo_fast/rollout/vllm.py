@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
-from eepo_fast.rollout.families import persistent_buffers
+from eepo_fast.rollout.families import as_saved, persistent_buffers
 from eepo_fast.rollout.start_vllm import (
     capturing_on,
     engine_arguments,
     engine_stream,
     import_vllm,
+    leave_alone,
     logits_dtype,
     on_own_stream,
     one_line_errors,
@@ -80,6 +82,7 @@ class VllmEngine:
                 enable_sleep=enable_sleep,
             )
             self.llm = vllm.LLM(**arguments)
+        leave_alone(model)
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
             self.logits_dtype = logits_dtype(self._model, dtype)
@@ -96,7 +99,7 @@ class VllmEngine:
             """Length that the last forget step was to have, where that is known, and what it did."""
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
-            self._buffers = persistent_buffers(model)
+            self._buffers, self._as_saved = persistent_buffers(model), partial(as_saved, model)
             self._updater = self._choose_updater()
             on_failure.pop_all()
 
@@ -115,7 +118,8 @@ class VllmEngine:
             return InPlace(self._model, self._shapes, self.dtype, self._group)
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
-            return Reload(self.llm, self._model, self._shapes, self.dtype, self.stream, self._buffers)
+            weights = self._shapes, self.dtype, self.stream, self._buffers, self._as_saved
+            return Reload(self.llm, self._model, *weights)
 
     def _refuse_other_layouts(self) -> None:
         """Raises a PlanError for layers whose kernels read another layout than the loader writes."""

@@ -2,6 +2,7 @@
 may listen.
 """
 
+import atexit
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from eepo_fast.console import forgiving
 from eepo_fast.types import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -27,6 +29,23 @@ def leave(code: int) -> NoReturn:
             sys.stdout.write("\x1b[?25h")
             sys.stdout.flush()
     os._exit(code)
+
+
+def end_rank(command: Callable[[], int]) -> NoReturn:
+    """Runs a launched rank's command and ends its process, without the interpreter's own end. What DeepSpeed holds on
+    to keeps gloo's threads alive after the process groups are destroyed, and one that is at work when the interpreter
+    ends turns the exit code into an abort's, now and then."""
+    try:
+        code: object = command()
+    except SystemExit as error:
+        code = error.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    atexit._run_exitfuncs()
+    with forgiving():
+        pass  # flushes what an exit function has printed
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 class LeaveRequest:

@@ -1,6 +1,7 @@
 """Tries what training asks of a tiny model of a family, and says of each part yes, how, or the line that refuses."""
 
 import copy
+from contextlib import closing
 
 import torch
 from eepo_kernels.reference import TokenStats
@@ -11,7 +12,7 @@ from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.policy.trial import check_engine, check_padded, check_policy, make_trial, why_not_packed
 from eepo_fast.rollout.families import after_head
 from eepo_fast.rollout.hf import HfEngine
-from eepo_fast.types import Problem, Prompt, UserError, WeightsVersion
+from eepo_fast.types import EngineError, Problem, Prompt, UserError, WeightsVersion
 
 COLUMNS = ("head", "packing", "checkpointing", "engine")
 PROMPTS = [Prompt(Problem("a", "", ""), "", [5, 6, 7, 8, 9, 10])]
@@ -72,3 +73,24 @@ def check_family(model) -> dict[str, str]:
     except UserError as error:
         found["engine"] = str(error)
     return found
+
+
+def check_vllm(model) -> str:
+    """Returns how vLLM's weights are updated where its log-probs are the model's own behind two updates, or why not."""
+    from eepo_fast.rollout.vllm import VllmEngine
+
+    try:
+        trial = make_trial(model, PROMPTS, 1.0)
+        policy = make_policy(model, why_not_packed(model, trial) is None)
+        engine = VllmEngine(model, dtype=torch.float32, max_sequences=8, max_model_len=256)
+        with closing(engine):
+            for version in range(2):
+                engine.sync(policy.weights(), WeightsVersion(version, False))
+            score = lambda rollouts: policy.score(rollouts).logprobs  # noqa: E731
+            check_engine(engine, score, trial, World(), kind=type(model).__name__, exact=True, most=64)
+            return {"InPlace": "in place", "Reload": "reloaded"}[type(engine._updater).__name__]
+    except (UserError, EngineError) as error:
+        reason = str(error)
+    if "are not supported" in reason:
+        return "vLLM has none"
+    return "refused: other log-probs" if "does not run" in reason else f"not tried: {reason}"

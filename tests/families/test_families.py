@@ -78,11 +78,11 @@ def test_a_family_is_run_rightly_or_refused(family):
 @pytest.mark.slow
 def test_the_table_says_what_is_found():
     """Each line that is found anew is on the page, and nearly all are found: a slow machine may run out of time."""
-    command = [sys.executable, str(HERE / "table.py"), "--print"]
+    command = [sys.executable, str(HERE / "table.py"), "--without-vllm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    page = table.PAGE.read_text(encoding="utf-8").splitlines()
+    page = [f"{line.rpartition(' | ')[0]} |  |" for line in table.PAGE.read_text(encoding="utf-8").splitlines()]
     assert not set(found) - set(page)
     assert len(found) >= 100, done.stderr
 

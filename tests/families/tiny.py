@@ -26,6 +26,11 @@ SMALL: dict[str, Any] = {
     "moe_layer_start_index": 0, "lru_width": 32, "conv_L_cache": 3,
 }  # fmt: skip
 
+WIDE = {  # the sizes that vLLM's kernels ask for on a CPU
+    "hidden_size": 128, "head_dim": 32, "n_embd": 128, "d_model": 128, "word_embed_proj_dim": 128,
+    "intermediate_size": 256, "moe_intermediate_size": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+    "v_head_dim": 32, "kv_lora_rank": 64, "q_lora_rank": 64,
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "ernie4_5_moe": {"moe_k": 2},
@@ -41,10 +46,10 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def small_config(family: str) -> Any:
-    """Returns the family's config with every size that it has in SMALL."""
-    known = CONFIG_MAPPING[family]().to_dict()
-    values = {key: value for key, value in SMALL.items() if key in known} | OWN.get(family, {})
+def small_config(family: str, wide: bool = False) -> Any:
+    """Returns the family's config with every size that it has in SMALL. wide: and in WIDE."""
+    known, sizes = CONFIG_MAPPING[family]().to_dict(), SMALL | (WIDE if wide else {})
+    values = {key: value for key, value in sizes.items() if key in known} | OWN.get(family, {})
     if "kv_lora_rank" in known:  # multi-head latent attention: a head's size is the sum of two others
         values.pop("head_dim", None)
         values.pop("qk_head_dim", None)
@@ -57,9 +62,9 @@ def small_config(family: str) -> Any:
     return CONFIG_MAPPING[family](**values)
 
 
-def tiny_model(family: str, size: float = 1.0) -> PreTrainedModel:
+def tiny_model(family: str, size: float = 1.0, config: Any = None) -> PreTrainedModel:
     """Returns a model in fp32 in eval mode, with weights drawn from a seed: matrices as wide as `size` makes them."""
-    config = small_config(family)
+    config = config or small_config(family)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     generator = torch.Generator().manual_seed(0)

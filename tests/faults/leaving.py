@@ -57,7 +57,7 @@ def be(rank, way, folder):
     if way == "a world that closes nothing":
         distributed.close_groups = lambda **options: None
     if way == "an interpreter that ends by itself":
-        cli._end_rank = cli._main
+        cli.end_rank = lambda command: sys.exit(command())
     globals()["held"] = Held()
     atexit.register(note, folder / f"{way} {rank}")
     sys.exit(cli.main(["train", str(CONFIG)]))
