@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from eepo_fast.config import Config
-from eepo_fast.config.schema import Section
+from eepo_fast.config.section import Section
 
 INTRODUCTION = """# Configuration
 

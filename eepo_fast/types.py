@@ -107,6 +107,8 @@ class Rollout:
     """The policy's entropy at each token, in nats, at the same weights as `prox_logprobs`."""
     gate: list[float] | None = None
     """1 for a token that is forgotten, 0 for one that the gate leaves alone."""
+    high_covariance: list[float] | None = None
+    """1 for a token that `grpo.loss: kl_cov` holds back, else 0."""
     forget_change: list[float] | None = None
     """How much the forget step changed each token's log-prob in the engine."""
 
@@ -219,6 +221,8 @@ class TrainerState:
     """(η, KL(θ'‖θ)) of the last two forget steps, for `eepo.step: kl`; None where it was too long."""
     cursor: Cursor | None = None
     """None before the first iteration, and in checkpoints of older versions."""
+    missing: int = 0
+    """Groups that `grpo.dynamic_sampling` has left out and not made up for yet."""
     groups: list[Group] = field(default_factory=list)
     """Those that have been begun and not been trained on, oldest first, for `rollout.carry`."""
 

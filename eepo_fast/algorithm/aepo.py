@@ -26,11 +26,11 @@ from functools import partial
 from eepo_kernels.reference import LossFn
 from torch import Tensor
 
-from eepo_fast.algorithm.advantages import set_advantages
+from eepo_fast.algorithm.advantages import group_advantages
 from eepo_fast.algorithm.iteration import Iteration
 from eepo_fast.algorithm.losses import Term, num_known_tokens, reinforce_loss
 from eepo_fast.config import AepoConfig
-from eepo_fast.config.schema import SHARE_OF_PROMPTS
+from eepo_fast.config.methods import SHARE_OF_PROMPTS
 from eepo_fast.policy.micro_batches import MicroBatch
 from eepo_fast.policy.module import Policy
 from eepo_fast.rollout.engine import SampleRequest, make_requests
@@ -77,7 +77,9 @@ class Aepo:
             for r in self.used:
                 r.advantage = r.reward or 0.0
             return
-        set_advantages(RolloutBatch(self.rollouts, group_size))
+        for rollouts in RolloutBatch(self.rollouts, group_size).groups():
+            for r, advantage in zip(rollouts, group_advantages([r.reward for r in rollouts]), strict=True):
+                r.advantage = advantage
         positive = [r for r in self.rollouts if r.advantage > SMALLEST_ADVANTAGE]
         self.num_positive = len(positive)
         count = min(self.config.num_samples, batch_size, len(positive))

@@ -6,16 +6,15 @@ and counts as sampled by θ', with its ratio, its importance weight and its guar
 """
 
 import math
-from dataclasses import replace
 
 from eepo_fast.algorithm.forget import Unlearning
 from eepo_fast.algorithm.iteration import Iteration
-from eepo_fast.algorithm.stages import TwoStage
+from eepo_fast.algorithm.stages import count_as_others, went_too_far
 from eepo_fast.rollout.exchange import mean_lengths
 from eepo_fast.types import Rollout
 
 
-class HotterStage(TwoStage):
+class HotterStage:
     """The second half of the group is sampled from θ as the first is, but hotter."""
 
     def sample(self, it: Iteration) -> list[Rollout]:
@@ -31,9 +30,8 @@ class HotterStage(TwoStage):
         requests, lengths = it.requests(2, range(half, group_size)), mean_lengths(stage1)
         temperature = it.sampling.temperature * (1 + it.eepo.learning_rate)
         stage2 = it.generate("stage2", requests, lengths=lengths, temperature=temperature)
-        if self.went_too_far(it, stage2):
+        if went_too_far(it, stage2, 2, it.config.eepo.max_kl):
             it.take_back(stage2)
             return [*stage1, *it.generate("stage2", requests, lengths=lengths)]
-        for r in stage2:
-            r.segments = [replace(s, weights_version=s.weights_version._replace(forgotten=True)) for s in r.segments]
+        count_as_others(stage2)
         return [*stage1, *stage2]

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from eepo_fast.config import Config
 from eepo_fast.data.problems import cursor_after, next_prompts
-from eepo_fast.types import Cursor, Group, Prompt, Rollout, TrainerState
+from eepo_fast.types import Cursor, Group, Prompt, Rollout, TrainerState, UserError
 
 
 def num_ahead(config: Config) -> int:
@@ -33,9 +33,9 @@ def open_groups(
     wanted = size + num_ahead(config)
     if total is not None:
         wanted = min(wanted, (total - state.step) * size)
-    count = max(0, wanted - len(state.groups))
+    count = min(max(0, wanted - len(state.groups)) + state.missing, len(prompts))
     cursor = state.cursor or cursor_after(state.step, len(prompts), size)
-    whole_batches = not config.rollout.carry and not state.groups
+    whole_batches = not (config.rollout.carry or state.groups or config.grpo.dynamic_sampling)
     chosen, cursor = next_prompts(cursor, count, len(prompts), config.run.seed, whole_batches=whole_batches)
     return [*map(_copy, state.groups), *(Group(prompts[i], state.step) for i in chosen)], cursor
 
@@ -46,9 +46,44 @@ def _copy(group: Group) -> Group:
     return replace(
         group,
         rollouts=[
-            replace(r, advantage=0.0, prox_logprobs=None, old_logprobs=None, entropy=None) for r in group.rollouts
+            replace(r, advantage=0.0, prox_logprobs=None, old_logprobs=None, entropy=None, high_covariance=None)
+            for r in group.rollouts
         ],
     )
+
+
+def check_complete(config: Config, groups: Sequence[Group]) -> None:
+    """Raises a UserError where a sampler of the user's own has not sampled all of a group."""
+    size = config.rollout.group_size
+    if config.rollout.sampler and (wrong := [g for g in groups if len(g.rollouts) != size]):
+        raise UserError(
+            f"rollout.sampler: expected {size} completions of each of {len(groups)} prompts, found "
+            f"{len(wrong[0].rollouts)} of {wrong[0].prompt.id}; return those of all of the iteration's requests",
+            shared=True,
+        )
+
+
+def choose(config: Config, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """Returns (those that an iteration is done with, those of them that it trains on), oldest first. Their advantages
+    are known.
+
+    With `grpo.dynamic_sampling` a group in which no completion has an advantage is left out, and counts as trained on
+    for its epoch (DAPO, arXiv 2503.14476, Eq. 11). Deviation: it is not sampled for again at once, which would wait for
+    the longest answer once more; as many groups as are missing are begun in the next iteration, beside its own
+    (`num_missing`)."""
+    size, whole = config.train.prompts_per_iteration, [group for group in groups if group.is_whole]
+    if not config.grpo.dynamic_sampling:
+        return whole[:size], whole[:size]
+    useful = [group for group in whole if any(r.advantage for r in group.rollouts)]
+    trained = useful[:size] if config.rollout.carry else useful
+    return [group for group in whole if group not in useful or group in trained], trained
+
+
+def num_missing(config: Config, state: TrainerState, num_trained: int) -> int:
+    """Returns how many groups are to be made up for after an iteration that has trained on so many: at most as many as
+    an iteration has."""
+    size = config.train.prompts_per_iteration
+    return min(size, max(0, state.missing + size - num_trained)) if config.grpo.dynamic_sampling else 0
 
 
 def put_back(groups: Sequence[Group], sampled: Iterable[Rollout]) -> None:

@@ -300,7 +300,8 @@ class Iteration:
         state, found = self.setup.state, self.unlearning
         state.entropy_window = self.entropy_window
         state.entropy = state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known
-        if found is not None and self.eepo.step == "kl":
+        follows_kl = self.config.psn.target_kl > 0 if self.config.psn.enabled else self.eepo.step == "kl"
+        if found is not None and follows_kl:
             kl = found.kl if found.resampled else found.kl_low_variance
             rate, too_far = self.eepo.learning_rate, found.too_long or found.resampled
             state.forget_steps = add_step(state.forget_steps, rate, kl, taken=found.apply, too_far=too_far)

@@ -30,9 +30,11 @@ from eepo_kernels import TokenStats
 from eepo_kernels.reference import LossFn
 from torch import Tensor
 
-from eepo_fast.algorithm.ratio import clipped, finite_ratio, importance_weights, sampler_logprobs
+from eepo_fast.algorithm.policy_losses import ChunkTokens, find_loss, sequence_means
+from eepo_fast.algorithm.ratio import finite_ratio, importance_weights, log_importance, sampler_logprobs
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.policy.micro_batches import MicroBatch
+from eepo_fast.policy.module import WholeLoss
 from eepo_fast.types import Rollout, WeightsVersion
 
 MAX_KL_EXPONENT = 10.0
@@ -129,21 +131,42 @@ def num_known_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(r.num_tokens for r in rollouts if r.reward is not None)
 
 
+def aggregation_weights(config: Config, mini_batch: Sequence[Rollout]) -> dict[Rollout, float]:
+    """Returns what each token of an update's completions weighs in the loss, by `grpo.aggregation`.
+
+    One that is not there weighs nothing: its reward is missing, or it was cut off and `grpo.mask_truncated` is on. With
+    B completions of T_k tokens each:
+
+    - token: 1 / ΣT_k, the mean over all tokens (DAPO, Eq. 8);
+    - sequence: 1 / (B T_k), the mean over completions of each one's mean (GRPO as it was first written);
+    - constant: 1 / (B · `rollout.max_new_tokens`), the same whatever the lengths (Dr. GRPO)."""
+    masked = config.grpo.mask_truncated
+    known = [r for r in mini_batch if r.reward is not None and (r.finished or not masked)]
+    if config.grpo.aggregation == "token":
+        return dict.fromkeys(known, 1 / max(1, sum(r.num_tokens for r in known)))
+    if config.grpo.aggregation == "constant":
+        return dict.fromkeys(known, 1 / (max(1, len(known)) * config.rollout.max_new_tokens))
+    return {r: 1 / (len(known) * max(1, r.num_tokens)) for r in known}
+
+
 def token_weights(micro: MicroBatch, members: Container[Rollout], weight: float) -> Tensor:
     """Returns [N] fp32: `weight` for tokens of these rollouts, 0 for those of others in the micro-batch."""
     return micro.per_token([weight if r in members else 0.0 for r in micro.rollouts])
 
 
 def sum_of(first: LossFn, *others: LossFn) -> LossFn:
+    """Returns their sum; where one is of whole completions, so is that."""
+
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         return sum((other(stats, rows) for other in others), first(stats, rows))
 
-    return loss_fn
+    return WholeLoss(loss_fn) if isinstance(first, WholeLoss) else loss_fn
 
 
 def update_loss(config: Config, tokens: PolicyTokens, micro: MicroBatch, terms: Sequence[Term]) -> LossFn:
     """Returns what an update descends on a micro-batch: the policy's loss, and what methods add to it."""
-    return propagate_nonfinite(sum_of(policy_loss(config.grpo, tokens), *(term.of(micro) for term in terms)))
+    loss = sum_of(policy_loss(config.grpo, tokens), *(term.of(micro) for term in terms))
+    return WholeLoss(propagate_nonfinite(loss)) if isinstance(loss, WholeLoss) else propagate_nonfinite(loss)
 
 
 def propagate_nonfinite(loss_fn: LossFn) -> LossFn:
@@ -168,8 +191,12 @@ class PolicyTokens:
     sampler: Tensor
     """Log-probs under what sampled them of the tokens that other weights than θ did, inf for θ's own."""
     weights: Tensor
-    """A token's weight in the sum: 1 / (tokens of the mini-batch), 0 for one that is left out."""
+    """A token's weight in the sum, by `grpo.aggregation`; 0 for one that is left out."""
+    starts: Tensor
+    """int64: the index of the first token of each token's completion."""
     ref_logprobs: Tensor | None = None
+    high_covariance: Tensor | None = None
+    """1 for tokens that `kl_cov` holds back, else 0; None where nothing is marked."""
 
     @classmethod
     def of(cls, micro: MicroBatch, weights: Tensor, theta: WeightsVersion, *, with_reference: bool) -> PolicyTokens:
@@ -179,13 +206,18 @@ class PolicyTokens:
         references = None
         if with_reference:
             references = micro.concatenate([r.ref_logprobs or [0.0] * r.num_tokens for r in micro.rollouts])
+        high = None
+        if any(r.high_covariance for r in micro.rollouts):
+            high = micro.concatenate([r.high_covariance or [0.0] * r.num_tokens for r in micro.rollouts])
         return cls(
             advantages=micro.per_token([r.advantage for r in micro.rollouts]),
             old_logprobs=torch.where(old == math.inf, 0.0, old),
             on_policy=old == math.inf,
             sampler=micro.concatenate([sampler_logprobs(r, theta) for r in micro.rollouts]),
             weights=weights,
+            starts=micro.starts,
             ref_logprobs=references,
+            high_covariance=high,
         )
 
     def old(self, policy_logprobs: Tensor, rows: Tensor) -> Tensor:
@@ -200,7 +232,8 @@ def low_variance_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
-    """Returns GRPO's loss, to be descended: -J of Eq. 2, plus β·KL, minus c·H."""
+    """Returns GRPO's loss, to be descended: that of `grpo.loss` (with ppo -J of Eq. 2), plus β·KL, minus c·H."""
+    loss = find_loss(config)
 
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         weights = tokens.weights[rows]
@@ -209,12 +242,18 @@ def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
         old_logprobs = _kept(keep, tokens.old(policy_logprobs, rows))
         log_ratio = policy_logprobs - old_logprobs
         keep = keep & finite_ratio(log_ratio.detach())
-        weights, ratio = _kept(keep, weights), _kept(keep, log_ratio).exp()
+        weights, log_ratio = _kept(keep, weights), _kept(keep, log_ratio)
+        if loss.of_sequences:
+            log_ratio = sequence_means(log_ratio, keep, tokens.starts[rows])
         advantages = _kept(keep, tokens.advantages[rows])
-        losses = -torch.minimum(ratio * advantages, clipped(ratio, config) * advantages)
+        high = torch.zeros_like(weights) if tokens.high_covariance is None else tokens.high_covariance[rows]
+        losses = loss.losses(config, ChunkTokens(log_ratio, policy_logprobs, advantages, high))
         if config.ratio == "decoupled":
             sampler = torch.where(keep, tokens.sampler[rows], math.inf)
-            losses = losses * importance_weights(old_logprobs, sampler, config.ratio_cap)
+            log_weights = log_importance(old_logprobs, sampler)
+            if loss.of_sequences:
+                log_weights = sequence_means(log_weights, keep, tokens.starts[rows])
+            losses = losses * importance_weights(log_weights, config.ratio_cap)
         if config.kl_coef:
             assert tokens.ref_logprobs is not None
             losses = losses + config.kl_coef * low_variance_kl(policy_logprobs, _kept(keep, tokens.ref_logprobs[rows]))
@@ -222,4 +261,4 @@ def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
             losses = losses - config.entropy_coef * _kept(keep, stats.entropy)
         return weights * losses
 
-    return loss_fn
+    return WholeLoss(loss_fn) if loss.of_sequences else loss_fn

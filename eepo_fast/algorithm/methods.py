@@ -3,12 +3,25 @@
 from eepo_fast.algorithm.aepo import Aepo
 from eepo_fast.algorithm.hotter import HotterStage
 from eepo_fast.algorithm.iteration import Addition
+from eepo_fast.algorithm.noise import NoisyStage
 from eepo_fast.algorithm.stages import OneStage, Stages, TwoStage
 from eepo_fast.config import Config
+from eepo_fast.own import find_function
 from eepo_fast.types import TrainerState
 
 
+class OwnStages:
+    """Samples by a function of the user's own: (it) -> completions, as `Stages.sample`."""
+
+    def __init__(self, name: str):
+        self.sample = find_function("rollout.sampler", name)
+
+
 def make_stages(config: Config) -> Stages:
+    if config.rollout.sampler:
+        return OwnStages(config.rollout.sampler)
+    if config.psn.enabled:
+        return NoisyStage()
     if not config.eepo.enabled:
         return OneStage()
     return HotterStage() if config.eepo.direction == "temperature" else TwoStage()

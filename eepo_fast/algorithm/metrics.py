@@ -14,10 +14,12 @@ import torch
 from eepo_kernels import ForgetStats, TokenStats
 from torch import Tensor
 
+from eepo_fast.algorithm.advantages import overlong_penalty
 from eepo_fast.algorithm.forget import Unlearning
 from eepo_fast.algorithm.iteration import Iteration
 from eepo_fast.algorithm.losses import PolicyTokens, low_variance_kl
-from eepo_fast.algorithm.ratio import finite_ratio, has_finite_logprobs, importance_weights, is_cut
+from eepo_fast.algorithm.policy_losses import find_loss, sequence_means
+from eepo_fast.algorithm.ratio import finite_ratio, has_finite_logprobs, importance_weights, log_importance
 from eepo_fast.config import Config, EepoConfig, GrpoConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import MicroBatch
@@ -77,13 +79,21 @@ class UpdateStats:
         log_ratio = stats.logprobs - old_logprobs
         known, usable = tokens.weights > 0, finite_ratio(log_ratio)
         self.non_finite_ratios = self.non_finite_ratios + (known & ~usable).sum()
-        kept, ratio = known & usable, log_ratio.exp()
+        kept, kind = known & usable, find_loss(config.grpo)
+        if kind.of_sequences:
+            log_ratio = sequence_means(log_ratio, kept, tokens.starts)
+        ratio = log_ratio.exp()
         stage = micro.concatenate([r.token_stages for r in micro.rollouts])
         self._add("entropy/policy", stats.entropy, kept)
         weight = ratio * tokens.advantages.abs()
         if config.grpo.ratio == "decoupled":
-            weight = weight * importance_weights(old_logprobs, tokens.sampler, config.grpo.ratio_cap)
-        cut = is_cut(ratio, tokens.advantages, config.grpo)
+            log_weights = log_importance(old_logprobs, tokens.sampler)
+            if kind.of_sequences:
+                log_weights = sequence_means(log_weights, kept, tokens.starts)
+            weight = weight * importance_weights(log_weights, config.grpo.ratio_cap)
+        cut = kind.is_cut(ratio, tokens.advantages, config.grpo)
+        if tokens.high_covariance is not None:
+            self._add("policy/high_covariance", tokens.high_covariance, kept)
         for s in (1, 2):
             chosen = kept & (stage == s)
             self._add(f"policy/clip_fraction_stage{s}", cut.float(), chosen)
@@ -104,7 +114,7 @@ class UpdateStats:
     def _add_importance(self, config: GrpoConfig, tokens: PolicyTokens, logprobs: Tensor, kept: Tensor) -> None:
         """Adds what π_θ/μ says of how well other weights sample for θ; as they are used, cut off at the cap, for
         `policy/ess`."""
-        weights, cap = importance_weights(logprobs, tokens.sampler, math.inf), config.ratio_cap
+        weights, cap = log_importance(logprobs, tokens.sampler).exp(), config.ratio_cap
         kept = kept & weights.isfinite()
         chosen, used = (
             kept & (tokens.sampler != math.inf),
@@ -147,8 +157,9 @@ class UpdateStats:
         return self.means[name].value if name in self.means else math.nan
 
 
-def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -> dict[str, float]:
-    """Returns the row that metrics.jsonl gets for an iteration, which is done."""
+def iteration_metrics(it: Iteration, batch: RolloutBatch, num_trained: int, update: UpdateStats) -> dict[str, float]:
+    """Returns the row that metrics.jsonl gets for an iteration, which is done. num_trained: groups that it has trained
+    on."""
     rollouts, groups, unlearning = batch.rollouts, batch.groups(), it.unlearning
     stages = {s: batch.stage(s) for s in (1, 2)}
     it.times["iteration"] = time.perf_counter() - it.started
@@ -175,6 +186,8 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "length/truncated_fraction": _mean(not r.finished for r in rollouts),
         "group/unique_fraction": _mean(len({r.completion for r in g}) / len(g) for g in groups),
         "group/all_equal_fraction": _mean(len({r.reward for r in g if r.reward is not None}) <= 1 for g in groups),
+        "group/filtered": len(groups) - num_trained,
+        **_advantage_metrics(it.config, rollouts),
         **_unlearn_metrics(unlearning, it.forget_stats, it.eepo),
         "unlearn/kl": unlearning.kl if unlearning else math.nan,
         "unlearn/kl_low_variance": unlearning.kl_low_variance if unlearning else math.nan,
@@ -187,6 +200,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
         "policy/non_finite_ratios": int(update.non_finite_ratios),
         "policy/ess": update.mean("weight") ** 2 / (update.mean("weight squared") or math.nan),
         **{name: update.mean(name) for name in ("policy/weight_mean", "policy/weight_tail", *CLIPPED)},
+        "policy/high_covariance": update.mean("policy/high_covariance"),
         **{
             f"policy/{name}_stage{s}": update.mean(f"policy/{name}_stage{s}")
             for name in ("clip_fraction", "ratio_mean")
@@ -204,6 +218,17 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, update: UpdateStats) -
     for addition in it.additions:
         result |= addition.metrics()
     return result
+
+
+def _advantage_metrics(config: Config, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns what `grpo.advantage` has made of the rewards, and what was taken from those of long answers."""
+    advantages = [r.advantage for r in rollouts if r.reward is not None]
+    return {
+        "advantage/positive": _mean(a for a in advantages if a > 0),
+        "advantage/negative": _mean(a for a in advantages if a < 0),
+        "advantage/zero_fraction": _mean(a == 0 for a in advantages),
+        "reward/overlong": _mean(overlong_penalty(r.num_tokens, config) for r in rollouts if r.reward is not None),
+    }
 
 
 def _unlearn_metrics(found: Unlearning | None, stats: ForgetStats | None, config: EepoConfig) -> dict[str, float]:

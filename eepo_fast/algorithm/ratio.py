@@ -61,9 +61,13 @@ def finite_ratio(log_ratio: Tensor) -> Tensor:
     return ~log_ratio.exp().isposinf()
 
 
-def importance_weights(prox_logprobs: Tensor, sampler: Tensor, cap: float) -> Tensor:
-    """Returns min(π_prox/μ, cap), [n], without gradient; sampler [n] as `sampler_logprobs`."""
-    log_weights = torch.where(sampler == math.inf, 0.0, prox_logprobs.detach() - sampler)
+def log_importance(prox_logprobs: Tensor, sampler: Tensor) -> Tensor:
+    """Returns log π_prox/μ, [n], without gradient; sampler [n] as `sampler_logprobs`."""
+    return torch.where(sampler == math.inf, 0.0, prox_logprobs.detach() - sampler)
+
+
+def importance_weights(log_weights: Tensor, cap: float) -> Tensor:
+    """Returns min(π_prox/μ, cap), [n]."""
     return log_weights.clamp(max=math.log(cap)).exp()
 
 

@@ -8,11 +8,14 @@ Deviations from the paper:
   iteration, under its θ: ∇L is then of those that have ended and that θ alone has sampled, so that long answers are
   forgotten less (`length/unlearned` beside `length/stage1`).
 - The length of the step may follow a KL: step_size.py.
+- `eepo.temperature`: stage 2 may be sampled at another temperature than stage 1. Its log-probs are those at its own, so
+  that what has sampled it counts as other weights, with its ratio and its importance weight.
 
 θ' is never put back by an inverse step: the next iteration's `sync` makes it θ again.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from eepo_fast.algorithm.guards import forget_kl
@@ -57,19 +60,30 @@ class TwoStage:
             it.forget(unlearning, stage1)  # θ' ← θ' + η∇L
         it.at_safe_point()
         requests = [*it.rest(cut, 2), *it.requests(2, range(half, group_size))]
-        lengths = mean_lengths(stage1)
-        sampled = it.generate_last(2, requests, lengths=lengths, forgotten=unlearning.apply)
-        if unlearning.apply and self.went_too_far(it, sampled):
+        lengths, hotter = mean_lengths(stage1), it.config.eepo.temperature
+        sampled = it.generate_last(2, requests, lengths=lengths, forgotten=unlearning.apply, temperature=hotter)
+        if unlearning.apply and went_too_far(it, sampled, 2, it.config.eepo.max_kl):
             it.take_back(sampled)  # θ' ← θ
-            sampled = it.generate_last(2, requests, lengths=lengths)
+            sampled = it.generate_last(2, requests, lengths=lengths, temperature=hotter)
+        if hotter not in (None, it.sampling.temperature):
+            count_as_others(sampled)
         return [*ended, *sampled]
 
-    def went_too_far(self, it: Iteration, sampled: Sequence[Rollout]) -> bool:
-        """sampled: by stage 2, of whose own completions all tokens are of θ'."""
-        assert it.unlearning is not None
-        own = [r for r in sampled if r.stage == 2 and r.begun == it.seed[1]]
-        found = it.unlearning
-        with it.phase("kl_guard"):
-            found.kl, found.kl_low_variance = it.within_memory(it.policy, lambda: forget_kl(it.policy, own))
-        found.resampled = bool(own) and not found.kl <= it.config.eepo.max_kl
-        return found.resampled
+
+def went_too_far(it: Iteration, sampled: Sequence[Rollout], stage: int, limit: float) -> bool:
+    """Returns whether a step went beyond `limit` nats a token, and keeps what it found. sampled: after the step, in
+    this stage, of whose own completions all tokens are of the engine's weights."""
+    assert it.unlearning is not None
+    own = [r for r in sampled if r.stage == stage and r.begun == it.seed[1]]
+    found = it.unlearning
+    with it.phase("kl_guard"):
+        found.kl, found.kl_low_variance = it.within_memory(it.policy, lambda: forget_kl(it.policy, own))
+    found.resampled = bool(own) and not found.kl <= limit
+    return found.resampled
+
+
+def count_as_others(rollouts: Sequence[Rollout]) -> None:
+    """Marks what has just been sampled, by whatever weights, as not the policy's own: it was at another temperature."""
+    for r in rollouts:
+        *before, last = r.segments
+        r.segments = [*before, replace(last, weights_version=last.weights_version._replace(forgotten=True))]

@@ -16,10 +16,11 @@ from functools import partial
 from eepo_fast.algorithm import metrics as M
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.algorithm.guards import check_updates
-from eepo_fast.algorithm.in_flight import open_groups, put_back
+from eepo_fast.algorithm.in_flight import check_complete, choose, num_missing, open_groups, put_back
 from eepo_fast.algorithm.iteration import Iteration, Setup
-from eepo_fast.algorithm.losses import PolicyTokens, Term, num_known_tokens, token_weights, update_loss
+from eepo_fast.algorithm.losses import PolicyTokens, Term, aggregation_weights, update_loss
 from eepo_fast.algorithm.methods import make_additions, make_stages
+from eepo_fast.algorithm.policy_losses import set_high_covariance
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
 from eepo_fast.rollout.engine import OnProgress
 from eepo_fast.types import Rollout, RolloutBatch, WeightsVersion
@@ -35,15 +36,17 @@ class Trainer(Setup):
         groups, cursor = open_groups(self.config, self.state, self.prompts, self.total)
         with closing(Iteration(self, groups, additions, progress)) as it:
             put_back(groups, make_stages(self.config).sample(it))
-            trained = [group for group in groups if group.is_whole][: self.config.train.prompts_per_iteration]
-            batch = RolloutBatch.of(trained, self.config.rollout.group_size)
-            batch.extra = [r for addition in additions for r in addition.rollouts]
+            check_complete(self.config, groups)
+            extra = [r for addition in additions for r in addition.rollouts]
             it.put_to_sleep("ref_logprobs")
-            everything = [*(r for group in groups for r in group.rollouts), *batch.extra]
+            everything = [*(r for group in groups for r in group.rollouts), *extra]
             self._grade(it, [r for r in everything if not (r.preempted or r.status)])
+            set_advantages(RolloutBatch.of([g for g in groups if g.is_whole], it.config.rollout.group_size), it.config)
+            done, trained = choose(self.config, groups)
+            batch = RolloutBatch.of(done, self.config.rollout.group_size)
+            batch.extra = extra
             self.on_graded(batch)
-            set_advantages(batch)
-            rows = batch.rollouts
+            rows = [r for group in trained for r in group.rollouts]
             for addition in additions:
                 rows = addition.choose(it, rows)
             self._score(it, batch, rows)
@@ -51,9 +54,10 @@ class Trainer(Setup):
             with it.phase("update"):
                 update = self._update(it, rows)
             self.state.step += 1
-            self.state.cursor, self.state.groups = cursor, [g for g in groups if g not in trained]
+            self.state.missing = num_missing(self.config, self.state, len(trained))
+            self.state.cursor, self.state.groups = cursor, [g for g in groups if g not in done]
             it.remember(update.mean("entropy/policy"))
-            return batch, M.iteration_metrics(it, batch, update)
+            return batch, M.iteration_metrics(it, batch, len(trained), update)
 
     def _grade(self, it: Iteration, rollouts: Sequence[Rollout]) -> None:
         for rollout, grade in zip(rollouts, it.grades(rollouts), strict=True):
@@ -65,21 +69,37 @@ class Trainer(Setup):
     def _score(self, it: Iteration, batch: RolloutBatch, rows: Sequence[Rollout]) -> None:
         """Fills the columns that the update reads, and those that the log shows. What the first update is on needs no
         scoring pass: its own forward finds θ's log-probs."""
-        later = rows[self.config.train.prompts_per_update * self.config.rollout.group_size :]
-        it.set_prox_logprobs("old_logprobs", [r for r in later if lacks_prox_logprobs(r, self.config.grpo, it.theta)])
+        _, *later = parts = self._mini_batches(rows)
+        wanted = [r for part in later for r in part if lacks_prox_logprobs(r, self.config.grpo, it.theta)]
+        if self.config.grpo.loss == "kl_cov":
+            wanted = [r for part in parts for r in part if r.prox_logprobs is None]
+        it.set_prox_logprobs("old_logprobs", wanted)
+        if self.config.grpo.loss == "kl_cov":
+            for part in parts:
+                set_high_covariance(part, self.config.grpo.cov_share)
         set_old_logprobs(rows, self.config.grpo, it.theta)
         it.set_ref_logprobs(rows)
         if self.config.log.token_details:
             it.set_prox_logprobs("token_details", [r for r in batch.rollouts if r.entropy is None])
 
+    def _mini_batches(self, rows: Sequence[Rollout]) -> list[Sequence[Rollout]]:
+        """Returns the completions of each update, whole groups together: as many updates as an iteration has, and as
+        even as they go where `grpo.dynamic_sampling` has left some groups out, or made up for others."""
+        train, size = self.config.train, self.config.rollout.group_size
+        count, groups = train.prompts_per_iteration // train.prompts_per_update, len(rows) // size
+        ends = [groups * i // count * size for i in range(count)]
+        return [rows[start:end] for start, end in zip(ends, [*ends[1:], len(rows)], strict=True)]
+
     def _update(self, it: Iteration, rows: Sequence[Rollout]) -> M.UpdateStats:
-        """Updates the policy on mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches."""
+        """Updates the policy on mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches. One
+        on which there is nothing to learn from is left out."""
         stats = M.UpdateStats()
-        size = self.config.train.prompts_per_update * self.config.rollout.group_size
-        starts = range(0, len(rows), size)
-        for update, start in enumerate(starts):
-            terms = [term for addition in it.additions for term in addition.terms(update, len(starts))]
-            accumulate = partial(self._accumulate, it.theta, rows[start : start + size], terms, first=update == 0)
+        parts = self._mini_batches(rows)
+        for update, part in enumerate(parts):
+            terms = [term for addition in it.additions for term in addition.terms(update, len(parts))]
+            if not part and not terms:
+                continue
+            accumulate = partial(self._accumulate, it.theta, part, terms, first=update == 0)
             stats.add(it.within_memory(self.policy, accumulate))
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
@@ -95,11 +115,10 @@ class Trainer(Setup):
     ) -> M.UpdateStats:
         """Adds the gradient of a mini-batch, and of what methods add to it, to what the next step applies."""
         stats = M.UpdateStats()
-        known = {r for r in mini_batch if r.reward is not None}
-        weight = 1 / max(1, num_known_tokens(mini_batch))
+        weight_of = aggregation_weights(self.config, mini_batch)
         added = [r for term in terms for r in term.rollouts]
         for micro in self.policy.micro_batches([*mini_batch, *added]):
-            weights = token_weights(micro, known, weight)
+            weights = micro.per_token([weight_of.get(r, 0.0) for r in micro.rollouts])
             tokens = PolicyTokens.of(micro, weights, theta, with_reference=self.reference is not None)
             loss, token_stats = self.policy.backward(micro, update_loss(self.config, tokens, micro, terms))
             stats.add_micro_batch(self.config, micro, tokens, token_stats, loss, first)

@@ -3,6 +3,8 @@
 import re
 from typing import TYPE_CHECKING
 
+from eepo_fast.own import complaint, is_own
+
 if TYPE_CHECKING:
     from eepo_fast.config.schema import Config
 
@@ -27,7 +29,11 @@ def check(config: "Config") -> None:
         "probability ratio; remove the key",
     )
     _require(config.rollout.group_size >= 2, "rollout.group_size: expected at least 2, found 1: a group needs peers")
-    coldest = {"rollout.temperature": config.rollout.temperature, "aepo.temperature_low": config.aepo.temperature_low}
+    coldest = {
+        "rollout.temperature": config.rollout.temperature,
+        "aepo.temperature_low": config.aepo.temperature_low,
+        "eepo.temperature": config.eepo.temperature or config.rollout.temperature,
+    }
     for key, value in coldest.items():
         _require(
             config.rollout.engine == "hf" or value >= COLDEST_OF_VLLM,
@@ -42,6 +48,8 @@ def check(config: "Config") -> None:
         "halves; add or drop one, or set eepo.enabled=false",
     )
     _check_eepo(config)
+    _check_slots(config)
+    _check_psn(config)
     _check_aepo(config)
     _check_evaluation(config)
     whole, part = config.train.prompts_per_iteration, config.train.prompts_per_update
@@ -66,6 +74,56 @@ def _check_eepo(config: "Config") -> None:
     _require(
         eepo.step == "fixed" or eepo.learning_rate > 0,
         "eepo.learning_rate: expected above 0 with eepo.step=kl, found 0: it is what the first step begins with",
+    )
+
+
+ADVANTAGES = ("group", "dr_grpo", "rloo", "pass_at_k", "nsr", "unlikeliness")
+LOSSES = ("ppo", "gspo", "cispo", "kl_cov")
+
+
+def _check_slots(config: "Config") -> None:
+    grpo, rollout, train = config.grpo, config.rollout, config.train
+    for key, name, known in (("grpo.advantage", grpo.advantage, ADVANTAGES), ("grpo.loss", grpo.loss, LOSSES)):
+        found = complaint(key, name, known)
+        _require(found is None, found or "")
+    _require(
+        not rollout.sampler or is_own(rollout.sampler),
+        f"rollout.sampler: expected file.py:function, found {rollout.sampler[:100]!r}",
+    )
+    _require(
+        grpo.advantage != "pass_at_k" or grpo.pass_k < rollout.group_size,
+        f"grpo.pass_k: expected below rollout.group_size ({rollout.group_size}), found {grpo.pass_k}: every group with "
+        "a right answer would be worth the same",
+    )
+    _require(
+        grpo.loss != "kl_cov" or train.prompts_per_update < train.prompts_per_iteration,
+        "grpo.loss: expected another than kl_cov with one update an iteration, found kl_cov: what it holds back are "
+        "changes since the iteration's start; set train.prompts_per_update below train.prompts_per_iteration",
+    )
+    _require(
+        config.reward.overlong_tokens < rollout.max_new_tokens,
+        f"reward.overlong_tokens: expected below rollout.max_new_tokens ({rollout.max_new_tokens}), found "
+        f"{config.reward.overlong_tokens}",
+    )
+
+
+def _check_psn(config: "Config") -> None:
+    psn = config.psn
+    if not psn.enabled:
+        return
+    _require(
+        not config.eepo.enabled,
+        "psn.enabled: expected false with eepo.enabled, found true: both set the weights that sample; set "
+        "eepo.enabled=false",
+    )
+    _require(
+        config.train.engine == "torch",
+        "psn.enabled: expected false with train.engine=deepspeed, found true: noise needs whole weights; use "
+        "train.engine=torch",
+    )
+    _require(
+        psn.target_kl < psn.max_kl,
+        f"psn.target_kl: expected below psn.max_kl ({psn.max_kl}), found {psn.target_kl}",
     )
 
 

@@ -7,28 +7,13 @@ choices differ, and code that reads a key of either engine (`rollout.tensor_para
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from eepo_fast.config.checks import check
-
-
-def _whole(value: Any) -> Any:
-    """Makes an int of 1e3, which is a float to YAML: where an int is expected, whoever wrote it means the int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-SHARE_OF_PROMPTS = 4  # aepo.mode: replace draws groups for the first quarter of the prompts
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+from eepo_fast.config.methods import OF_THE_STEP, AepoConfig, EepoConfig, GrpoConfig, PsnConfig
+from eepo_fast.config.section import Dtype, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class RunConfig(Section):
@@ -122,6 +107,9 @@ class RolloutConfig(Section):
     )
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1, description="vllm on a GPU: share of its memory it may take")
     sleep: bool = Field(False, description="vllm on a GPU: move its weights to the host while the policy is updated")
+    sampler: str = Field(
+        "", description="file.py:function that samples an iteration in the place of eepo's or psn's stages"
+    )
     deterministic: bool = Field(
         False,
         description="vllm on a GPU: batch-invariant kernels, so that a sample's bits do not depend on what is sampled "
@@ -132,89 +120,13 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     mode: Literal["strict", "paper"] = Field("strict", description="how answers are graded; paper: as the recipe did")
     function: str = Field(
-        "", description="module:name of a function (problem, completion) -> float that grades instead"
+        "", description="module:name or file.py:name of a function (problem, completion) -> float that grades instead"
     )
+    overlong_tokens: NonNegative = Field(
+        0, description="before rollout.max_new_tokens, from where on the reward falls; 0: none"
+    )
+    overlong_penalty: PositiveFloat = Field(1.0, description="what is taken from the reward at rollout.max_new_tokens")
     step_seconds: PositiveFloat = Field(300.0, description="for an iteration's answers; those left are timeouts")
-
-
-class GrpoConfig(Section):
-    clip_low: PositiveFloat = Field(0.2, description="ratios below 1 - clip_low are clipped")
-    clip_high: PositiveFloat = Field(0.2, description="ratios above 1 + clip_high are clipped")
-    kl_coef: NonNegativeFloat = Field(
-        1e-4, description="β, of the KL to the model that training began with; 0: no reference model"
-    )
-    entropy_coef: NonNegativeFloat = Field(1e-5, description="of the entropy bonus")
-    ratio: Literal["sampler", "decoupled", "policy"] = Field(
-        "sampler",
-        description="what the clipped ratio divides by: the weights that sampled (sampler, the paper's sentence), or "
-        "the policy, with an importance weight beside it (decoupled, the default with rollout.carry) or without "
-        "(policy)",
-    )
-    ratio_cap: float = Field(
-        2.0, ge=1, allow_inf_nan=False, description="largest importance weight; those above it are cut off there"
-    )
-
-
-class EepoConfig(Section):
-    enabled: bool = Field(True, description="false: GRPO, the whole group in one stage")
-    alpha: PositiveFloat = Field(0.3, description="entropy threshold of the gate, in nats")
-    window: Positive = Field(3, description="tokens (gate: token) or iterations (gate: iteration) averaged over")
-    learning_rate: NonNegativeFloat = Field(3e-3, description="η of the forget step")
-    gate: Literal["token", "iteration", "always"] = Field(
-        "token",
-        description="what is gated: each token (Eq. 4), the iteration (Algorithm 1), or nothing (an ablation)",
-    )
-    loss: Literal["complementary", "nll"] = Field("complementary", description="log(1 - p), or -log p (an ablation)")
-    prob_floor: NonNegativeFloat = Field(1e-4, description="ε_L; the paper gives no value, ours")
-    prob_ceiling_gap: PositiveFloat = Field(1e-4, description="ε_R; the paper gives no value, ours")
-    clip_gradient: Literal["literal", "saturate"] = Field(
-        "literal", description="literal: no gradient outside the clip of p; saturate: kept above 1 - ε_R"
-    )
-    reduction: Literal["batch_mean", "prompt_sum"] = Field(
-        "batch_mean", description="the mean over the batch, or each prompt's own step"
-    )
-    num_steps: Positive = Field(1, description="forget steps in a row; more than 1 is an ablation")
-    rounding: Literal["stochastic", "nearest"] = Field(
-        "stochastic", description="of a forget step into 16-bit weights; nearest loses most of it"
-    )
-    max_step: PositiveFloat = Field(
-        0.02, description="longest forget step, as a share of the weights' norm; a longer one is not taken, and counted"
-    )
-    max_kl: PositiveFloat = Field(
-        1.0,
-        description="nats a token: where stage 2 shows that the step moved the model further, it is sampled again from "
-        "the policy, and counted",
-    )
-    direction: Literal["gradient", "random", "temperature"] = Field(
-        "gradient",
-        description="of the forget step; controls: random, as long as the gradient; temperature: no step, but stage 2 "
-        "sampled 1 + learning_rate times as hot",
-    )
-    step: Literal["fixed", "kl"] = Field(
-        "fixed", description="how long the forget step is: learning_rate, or so that stage 2 is target_kl away"
-    )
-    target_kl: PositiveFloat = Field(
-        0.05, description="KL(θ'‖θ), nats a token, that learning_rate is changed for from step to step"
-    )
-
-
-class AepoConfig(Section):
-    enabled: bool = Field(False, description="add AEPO, to GRPO or to EEPO")
-    mode: Literal["term", "replace"] = Field("term", description="an added term, or what the released code does")
-    target_entropy: PositiveFloat = Field(0.5, description="nats; below it samples are drawn hot, above it cold")
-    temperature_low: PositiveFloat = Field(0.8, description="of the extra samples where entropy is above the target")
-    temperature_high: PositiveFloat = Field(1.2, description="of the extra samples where entropy is below the target")
-    num_samples: Positive = Field(60, description="extra samples an iteration; replace: at most so many are used")
-    coef: NonNegativeFloat = Field(
-        0.3,
-        description="of the term; of 0.03, 0.1, 0.3, 1 the best on the study's tuning seeds: 63.3, 64.2, 64.3, 64.2",
-    )
-
-    def num_extra(self, num_prompts: int, group_size: int) -> int:
-        """Returns the completions an iteration beside the batch's own."""
-        if not self.enabled:
-            return 0
-        return self.num_samples if self.mode == "term" else max(1, num_prompts // SHARE_OF_PROMPTS) * group_size
 
 
 class OptimizerConfig(Section):
@@ -286,10 +198,6 @@ class ReadWith(NamedTuple):
     keys: set[str]
 
 
-OF_THE_STEP = {
-    "alpha", "window", "gate", "loss", "prob_floor", "prob_ceiling_gap", "clip_gradient", "reduction", "num_steps",
-    "rounding", "max_step",
-}  # fmt: skip
 READ_WITH = (
     ReadWith("data", "template", ("chat",), {"chat_template_kwargs"}),
     ReadWith("data", "template", ("chat", "chatml"), {"system_prompt"}),
@@ -297,9 +205,14 @@ READ_WITH = (
     ReadWith("rollout", "carry", CARRIES, {"in_flight"}),
     ReadWith("train", "engine", ("deepspeed",), {"zero_stage", "offload_optimizer", "offload_parameters"}),
     ReadWith("grpo", "ratio", ("decoupled",), {"ratio_cap"}),
+    ReadWith("grpo", "advantage", ("pass_at_k",), {"pass_k"}),
+    ReadWith("grpo", "advantage", ("nsr",), {"positive_weight"}),
+    ReadWith("grpo", "advantage", ("unlikeliness",), {"rank_penalty"}),
+    ReadWith("grpo", "loss", ("kl_cov",), {"cov_share", "cov_coef"}),
     ReadWith("eepo", "enabled", (True,), {*EepoConfig.model_fields} - {"enabled"}),
     ReadWith("eepo", "step", ("kl",), {"target_kl"}),
     ReadWith("eepo", "direction", ("gradient", "random"), OF_THE_STEP),
+    ReadWith("psn", "enabled", (True,), {*PsnConfig.model_fields} - {"enabled"}),
     ReadWith("aepo", "enabled", (True,), {*AepoConfig.model_fields} - {"enabled"}),
 )
 RENAMED = {"eepo.quorum": "rollout.quorum"}  # what a key was called, and what it is called now; `section.key` both
@@ -313,6 +226,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     eepo: EepoConfig = EepoConfig()
+    psn: PsnConfig = PsnConfig()
     aepo: AepoConfig = AepoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

@@ -125,6 +125,17 @@ class Policy(Protocol):
         """Takes over what `masters` and `moments` gave; num_steps: of the learning rate's schedule."""
 
 
+class WholeLoss:
+    """Wraps a loss in which a token's depends on others of its completion: it is computed over all of a micro-batch at
+    once. The head's logits are computed a second time for its gradient then, where else one pass does both."""
+
+    def __init__(self, loss_fn: LossFn):
+        self.loss_fn = loss_fn
+
+    def __call__(self, stats: TokenStats, rows: Tensor) -> Tensor:
+        return self.loss_fn(stats, rows)
+
+
 class PolicyModule(nn.Module):
     """Runs model and fused head in one forward, so that hooks which gather sharded weights see all of it."""
 
@@ -146,6 +157,8 @@ class PolicyModule(nn.Module):
             inputs = self._head_inputs(batch)
             if loss_fn is None:
                 return linear_logprobs(**inputs)
+            if isinstance(loss_fn, WholeLoss):
+                return whole_linear_loss(inputs, loss_fn)
             return fused_linear_loss(**inputs, loss_fn=loss_fn)
 
     def _head_inputs(self, batch: MicroBatch) -> dict[str, Any]:
@@ -158,6 +171,14 @@ class PolicyModule(nn.Module):
         head = self.model.get_output_embeddings()
         tensors = {"hidden": hidden, "weight": head.weight, "targets": batch.targets, "bias": head.bias}
         return tensors | {"temperature": self.temperature, **self.after_head._asdict()}
+
+
+def whole_linear_loss(inputs: Mapping[str, Any], loss_fn: LossFn) -> tuple[Tensor, TokenStats]:
+    """Returns what `fused_linear_loss` does, of a loss that needs all tokens at once. inputs: as that takes them."""
+    stats = linear_logprobs(**inputs)
+    detached = TokenStats(stats.logprobs.detach(), stats.entropy.detach(), stats.log1mp.detach())
+    rows = torch.arange(len(stats.logprobs), device=stats.logprobs.device)
+    return loss_fn(stats._replace(history=detached), rows).sum(), detached
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Grades by a function of one's own, `reward.function: module:name`: (problem: Problem, completion: str) -> float.
+"""Grades by a function of one's own: (problem: Problem, completion: str) -> float, named by `reward.function` as
+`module:name` or `file.py:name`.
 
 It is called in the training process, one completion after the other; with several ranks each grades its share. A
 problem has the row it was read from: `problem.columns["tolerance"]` is the field `tolerance` of a data file's line, or
@@ -9,14 +10,12 @@ of an iteration's rewards are missing, that is warned of, and the third time run
 ends the process (`sys.exit`) ends the run at once.
 """
 
-import importlib
 import logging
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from eepo_fast.own import find_function
 from eepo_fast.types import Grade, Problem, UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ class FunctionGrader:
     def __init__(self, name: str):
         """Finds the function that `name` says, module:function; the working directory is searched, too."""
         self.name = name
-        self.function = find_function(name)
+        self.function = find_function("reward.function", name)
         self.complaint = ""
         """What the function did the first time that it gave no reward."""
 
@@ -64,22 +63,3 @@ class FunctionGrader:
         return []
 
     def close(self) -> None: ...
-
-
-def find_function(name: str) -> Callable[[Problem, str], float]:
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
-        raise UserError(f"reward.function: expected module:function, such as my_rewards:grade, found {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a module that is imported may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"reward.function: {name} cannot be imported ({reason}); start in the folder of {module}.py, or put it on "
-            "PYTHONPATH"
-        ) from None
-    if not callable(function):
-        raise UserError(f"reward.function: expected a function, found that {name} is a {type(function).__name__}")
-    return function

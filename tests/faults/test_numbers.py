@@ -95,12 +95,12 @@ def test_a_reward_that_is_none_is_left_out_and_counted(make_trainer, kind):
             )
 
 
-def test_without_the_guard_a_nan_reward_poisons_its_group(make_rollouts):
+def test_without_the_guard_a_nan_reward_poisons_its_group(make_rollouts, test_config):
     rollouts = make_rollouts([3, 3, 3, 3])
     for r, reward in zip(rollouts, (1.0, 0.0, math.nan, 1.0), strict=True):
         r.prompt, r.reward = rollouts[0].prompt, reward
     try:
-        set_advantages(RolloutBatch(rollouts, 4))
+        set_advantages(RolloutBatch(rollouts, 4), test_config())
     except AttributeError:  # what Python 3.11's statistics make of it
         return
     assert all(math.isnan(r.advantage) for r in rollouts)

@@ -17,6 +17,7 @@ from eepo_fast.algorithm.losses import (
     reinforce_loss,
     unlearning_loss,
 )
+from eepo_fast.algorithm.policy_losses import LOSSES
 
 
 def plain_gate(entropies, alpha, window):
@@ -112,6 +113,7 @@ def make_tokens(n, **changes):
         on_policy=torch.arange(n) % 4 == 0,
         sampler=torch.full((n,), math.inf),
         weights=torch.full((n,), 1 / n, dtype=torch.float64),
+        starts=torch.zeros(n, dtype=torch.int64),
         ref_logprobs=-torch.rand(n, generator=g).double() * 2,
     )
     return PolicyTokens(**{**values, **changes})
@@ -212,6 +214,7 @@ def test_reinforce_is_grpo_on_policy(test_config):
         torch.ones(9, dtype=torch.bool),
         torch.full((9,), math.inf),
         weights,
+        torch.zeros(9, dtype=torch.int64),
     )
     grpo = test_config(grpo={"kl_coef": 0.0, "entropy_coef": 0.0}).grpo
     losses = (policy_loss(grpo, tokens), reinforce_loss(advantages, weights))
@@ -219,7 +222,7 @@ def test_reinforce_is_grpo_on_policy(test_config):
     assert torch.allclose(*grads, atol=1e-12) and grads[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["nll", "reinforce", "grpo"])
+@pytest.mark.parametrize("name", ["nll", "reinforce", *LOSSES])
 @pytest.mark.parametrize("poison", ["hidden", "advantage", "old nan", "old -inf", "old far", "ref"])
 def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     g = torch.Generator().manual_seed(0)
@@ -230,14 +233,14 @@ def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     column = {"hidden": hidden, "advantage": advantages, "ref": ref}.get(poison, old)
     column[5] = {"old -inf": -math.inf, "old far": -200.0}.get(poison, math.nan)
     hidden.requires_grad_()
-    none = torch.zeros(20, dtype=torch.bool)
-    tokens = PolicyTokens(advantages, old, none, torch.full((20,), math.inf), weights, ref)
-    config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1}).grpo
+    none, starts = torch.zeros(20, dtype=torch.bool), torch.arange(20) // 10 * 10
+    tokens = PolicyTokens(advantages, old, none, torch.full((20,), math.inf), weights, starts, ref)
+    loss = {"loss": name} if name in LOSSES else {}
+    config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1, **loss}).grpo
     loss_fn = {
         "nll": nll_loss(weights),
         "reinforce": reinforce_loss(advantages, weights),
-        "grpo": policy_loss(config, tokens),
-    }[name]
+    }.get(name, policy_loss(config, tokens))
     loss, _ = fused_linear_loss(hidden, weight, targets, loss_fn)
     loss.backward()
     assert loss.isfinite() and weight.grad.isfinite().all() and torch.equal(hidden.grad[5], torch.zeros(6))

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eepo_fast.algorithm.losses import PolicyTokens, policy_loss
 from eepo_fast.algorithm.metrics import UpdateStats
-from eepo_fast.algorithm.ratio import importance_weights
+from eepo_fast.algorithm.ratio import importance_weights, log_importance
 from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import WeightsVersion
 
@@ -212,7 +212,7 @@ def tokens_of(old):
     n = len(old)
     return PolicyTokens(
         torch.ones(n), torch.tensor(old), torch.zeros(n, dtype=torch.bool), torch.full((n,), math.inf),
-        torch.full((n,), 1 / n),
+        torch.full((n,), 1 / n), torch.zeros(n, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -250,5 +250,5 @@ def test_a_policy_that_is_no_number_is_not_left_out(test_config):
 
 def test_importance_weights_are_cut_off_and_never_overflow():
     prox, sampler = torch.tensor([-1.0, -1.0, -1.0, -300.0]), torch.tensor([-1.5, -400.0, math.inf, -1.0])
-    weights = importance_weights(prox.requires_grad_(), sampler, 2.0)
+    weights = importance_weights(log_importance(prox.requires_grad_(), sampler), 2.0)
     assert weights.tolist() == pytest.approx([math.exp(0.5), 2.0, 1.0, 0.0], rel=1e-6) and not weights.requires_grad

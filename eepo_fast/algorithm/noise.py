@@ -1,0 +1,68 @@
+"""Parameter-space noise (PSN, arXiv 2602.02555): the whole group is sampled from θ' = θ + σ ε, ε normal, drawn anew in
+each iteration. The noise is put on the engine's weights in place, as a forget step is, and gone with the next sync.
+
+With `grpo.ratio: decoupled` a token weighs min(π_θ/π_θ', `grpo.ratio_cap`), as that paper corrects for the noise.
+
+Deviations from the paper:
+- `psn.target_kl`: σ follows the KL of what was sampled by a secant (step_size.py); the paper goes by a constant
+  factor. By default it stays as it is.
+- Noise that has gone further than `psn.max_kl` is taken back, and the group sampled from θ.
+- The noise is rounded into the engine's weights stochastically, so that what is smaller than their spacing is not lost.
+"""
+
+import math
+import zlib
+
+import torch
+
+from eepo_fast.algorithm.forget import Unlearning
+from eepo_fast.algorithm.iteration import Iteration
+from eepo_fast.algorithm.stages import went_too_far
+from eepo_fast.algorithm.step_size import next_length
+from eepo_fast.policy.plain import PlainGradient
+from eepo_fast.types import Rollout, UserError
+
+
+class NoisyStage:
+    """Samples the whole group from θ'."""
+
+    def sample(self, it: Iteration) -> list[Rollout]:
+        psn, steps = it.config.psn, it.setup.state.forget_steps
+        it.sync()  # θ' ← θ
+        it.sample_additions()  # from θ
+        it.at_safe_point()
+        sigma = next_length(psn.sigma, psn.target_kl, steps) if psn.target_kl else psn.sigma
+        it.eepo = it.eepo.model_copy(update={"learning_rate": sigma})
+        noise, nan = draw_noise(it), math.nan
+        it.unlearning = Unlearning(
+            gradient=noise, loss=nan, grad_norm=noise.norm(), active_fraction=nan, mean_entropy=nan, mean_length=nan,
+            apply=True, entropy_window=it.entropy_window, learning_rate=sigma,
+        )  # fmt: skip
+        it.forget(it.unlearning, [])  # θ' ← θ' + σ ε
+        it.at_safe_point()
+        requests = [*it.rest(it.carried, 1), *it.requests(1, range(it.config.rollout.group_size))]
+        sampled = it.generate_last(1, requests, forgotten=True)
+        if went_too_far(it, sampled, 1, psn.max_kl):
+            it.take_back(sampled)  # θ' ← θ
+            sampled = it.generate_last(1, requests)
+        return sampled
+
+
+def draw_noise(it: Iteration) -> PlainGradient:
+    """Returns ε, by the seeds of run, iteration and weight: 0 for weights whose names lack `psn.weights`. UserError
+    where that leaves none."""
+    gradient = it.policy.gradient()
+    assert isinstance(gradient, PlainGradient)  # other engines are refused
+    chosen = [name for name in gradient.parameters if it.config.psn.weights in name]
+    if not chosen:
+        raise UserError(
+            f"psn.weights: expected part of a weight's name, found {it.config.psn.weights!r}; the first weight is "
+            f"{next(iter(gradient.parameters))}"
+        )
+    for name, parameter in gradient.parameters.items():
+        tensor = torch.zeros(parameter.shape)
+        if name in chosen:
+            seed = zlib.crc32("|".join(["noise", *map(str, it.seed), name]).encode())
+            tensor = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        gradient.tensors[name] = tensor.to(parameter.device)
+    return gradient

@@ -1,0 +1,121 @@
+"""The loss of a policy's token, by `grpo.loss`: a few lines each. What they share (the mean over tokens, importance
+weights, KL, entropy) is around them, in losses.py.
+
+r is the ratio of `grpo.ratio`, A the advantage. A loss of sequences sees, in the place of each token's log r, its mean
+over the completion: it needs whole completions, where the others are computed with the head, chunk by chunk.
+
+Shapes: n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eepo_fast.algorithm.ratio import clipped, is_cut
+from eepo_fast.config import GrpoConfig
+from eepo_fast.own import find_function, is_own
+from eepo_fast.types import Rollout
+
+
+class ChunkTokens(NamedTuple):
+    """Is what a loss is made of; each [n], fp32. Tokens that are left out have zeros, and weigh nothing."""
+
+    log_ratio: Tensor
+    """log r, with gradient; in a loss of sequences the mean over the completion."""
+    logprobs: Tensor
+    """log π_θ, with gradient."""
+    advantages: Tensor
+    high_covariance: Tensor
+    """1 for the tokens of `set_high_covariance`, else 0."""
+
+
+class PolicyLoss(NamedTuple):
+    losses: Callable[[GrpoConfig, ChunkTokens], Tensor]
+    """Returns the loss of each token [n], to be descended."""
+    is_cut: Callable[[Tensor, Tensor, GrpoConfig], Tensor]
+    """(r, A) [n] each -> bool [n]: which tokens the clip takes something from."""
+    of_sequences: bool = False
+
+
+def ppo(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
+    """Returns -min(r A, clip(r) A) (Eq. 2; `grpo.clip_low`, `grpo.clip_high`). Of sequences it is GSPO's (arXiv
+    2507.18071): s = exp(mean of log r) in the place of r; with `grpo.aggregation: sequence` the mean over a batch's
+    completions of -min(s A, clip(s) A)."""
+    ratio, advantages = tokens.log_ratio.exp(), tokens.advantages
+    return -torch.minimum(ratio * advantages, clipped(ratio, config) * advantages)
+
+
+def cispo(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
+    """Returns -clip(r) A log π_θ, the clipped ratio without gradient (CISPO, arXiv 2506.13585): a token beyond the clip
+    weighs less, and is never without a gradient."""
+    ratio = clipped(tokens.log_ratio.detach().exp(), config)
+    return -ratio * tokens.advantages * tokens.logprobs
+
+
+def kl_cov(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
+    """Returns -r A, and `grpo.cov_coef` · |log r| on top for tokens of high covariance (KL-Cov, arXiv 2505.22617, as
+    its authors' code has the KL). Nothing is clipped. Where r is 1, as in an iteration's first update, |log r| has no
+    gradient: it needs more updates than one an iteration."""
+    surrogate = -tokens.log_ratio.exp() * tokens.advantages
+    return surrogate + config.cov_coef * tokens.high_covariance * tokens.log_ratio.abs()
+
+
+def is_beyond(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
+    """Returns where the ratio itself is clipped, whatever the advantage."""
+    return clipped(ratio, config) != ratio
+
+
+def is_nowhere(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
+    return torch.zeros_like(ratio, dtype=torch.bool)
+
+
+LOSSES = {
+    "ppo": PolicyLoss(ppo, is_cut),
+    "gspo": PolicyLoss(ppo, is_cut, of_sequences=True),
+    "cispo": PolicyLoss(cispo, is_beyond),
+    "kl_cov": PolicyLoss(kl_cov, is_nowhere),
+}
+
+
+def find_loss(config: GrpoConfig) -> PolicyLoss:
+    """Returns the config's loss. A function of the user's own is one of sequences where it says so: `fn.of_sequences =
+    True`."""
+    if not is_own(config.loss):
+        return LOSSES[config.loss]
+    function = find_function("grpo.loss", config.loss)
+    return PolicyLoss(function, is_nowhere, getattr(function, "of_sequences", False))
+
+
+def sequence_means(values: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
+    """Returns, for each token, the mean of `values` over the kept tokens (bool) of its completion, [n]; 0 for a token
+    that is left out. starts: int64 [n], the index of each completion's first token."""
+    kept = torch.where(keep, values, 0.0)
+    totals = torch.zeros_like(values).index_add(0, starts, kept)
+    counts = torch.zeros_like(values).index_add(0, starts, keep.to(values.dtype))
+    return torch.where(keep, (totals / counts.clamp_min(1))[starts], 0.0)
+
+
+def set_high_covariance(rollouts: Sequence[Rollout], share: float) -> None:
+    """Marks, of an update's tokens, the `share` with the highest (log π_θ - mean) · (A - mean), at least one: those
+    that take most from the entropy. The completions have their `prox_logprobs`; one without a reward has no part.
+
+    Deviation from KL-Cov, whose code takes the log-probs of each pass and the tokens of each micro-batch: they are
+    those at the iteration's start, and of the whole update, so that how it is cut up makes no difference."""
+    known = [r for r in rollouts if r.reward is not None and r.num_tokens]
+    for r in rollouts:
+        r.high_covariance = [0.0] * r.num_tokens
+    if not known:
+        return
+    logprobs = torch.tensor([p for r in known for p in r.prox_logprobs or ()], dtype=torch.float64)
+    advantages = torch.tensor([r.advantage for r in known for _ in range(r.num_tokens)], dtype=torch.float64)
+    covariance = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+    chosen = torch.zeros(len(logprobs))
+    chosen[covariance.topk(max(1, int(share * len(logprobs)))).indices] = 1.0
+    ends = [*accumulate((r.num_tokens for r in known), initial=0)]
+    for r, start, end in zip(known, ends[:-1], ends[1:], strict=True):
+        r.high_covariance = chosen[start:end].tolist()

@@ -1,0 +1,130 @@
+"""Groups from which nothing can be learned are left out, counted, and made up for in the next iteration."""
+
+import pytest
+import torch
+
+from eepo_fast.checkpoint import load_checkpoint
+from eepo_fast.types import Grade
+
+DYNAMIC = {"dynamic_sampling": True}
+
+
+class Grader:
+    """Rewards by the parity of a completion's length, but equal in the groups of the prompts that it is told."""
+
+    beside_sampling = False
+
+    def __init__(self, useless=()):
+        self.useless = set(useless)
+
+    def start(self):
+        pass
+
+    def grade(self, problems, completions, *, seconds=None):
+        return [
+            Grade(0.0 if p.id in self.useless else float(len(c) % 2), "ok", 0.0)
+            for p, c in zip(problems, completions, strict=True)
+        ]
+
+
+@pytest.fixture
+def make(make_trainer, more_prompts):
+    def of(useless, **sections):
+        trainer = make_trainer(
+            grader=Grader(useless), rollout={"group_size": 8, "max_new_tokens": 12, **sections.pop("rollout", {})},
+            grpo={**DYNAMIC, **sections.pop("grpo", {})}, **sections,
+        )  # fmt: skip
+        trainer.prompts = more_prompts
+        return trainer
+
+    return of
+
+
+def ids(batch):
+    return [group[0].prompt.id for group in batch.groups()]
+
+
+@pytest.mark.parametrize("eepo", [True, False])
+def test_useless_groups_are_made_up_for(make, more_prompts, eepo):
+    """A quarter of the groups are useless, and begun for nothing: four an iteration are trained on all the same."""
+    useless = [p.id for p in more_prompts[::4]]
+    trainer = make(useless, eepo={"enabled": eepo})
+    debts, trained, begun = [], [], []
+    for _ in range(12):
+        before = trainer.state.missing
+        batch, row = trainer.iteration()
+        assert len(set(ids(batch))) == len(ids(batch)) == 4 + before <= 8
+        expected = [g for g in batch.groups() if any(r.advantage for r in g)]
+        assert row["group/filtered"] == len(batch.groups()) - len(expected)
+        assert {g[0].prompt.id for g in batch.groups()} & set(useless) <= {
+            g[0].prompt.id for g in batch.groups() if g not in expected
+        }
+        debts.append(trainer.state.missing)
+        trained.append(len(expected))
+        begun += ids(batch)
+    assert sum(trained) == 4 * 12 - debts[-1] and 0 < max(debts) <= 4, "none is owed, but what the last one lacks"
+    assert {begun.count(p.id) for p in more_prompts} <= {len(begun) // 12, -(-len(begun) // 12)}, (
+        "an epoch has each once"
+    )
+
+
+def test_the_gradient_is_of_the_useful_groups_alone(make, more_prompts, tiny_model):
+    """As if the others had never been there."""
+    start, found = {k: v.clone() for k, v in tiny_model.state_dict().items()}, []
+    for dynamic in (True, False):
+        tiny_model.load_state_dict(start)
+        trainer = make([more_prompts[0].id, more_prompts[1].id], grpo={"dynamic_sampling": dynamic},
+                       eepo={"enabled": False}, train={"prompts_per_update": 4})  # fmt: skip
+        trainer.prompts = more_prompts[:4]
+        gradients, step = [], trainer.policy.step
+        trainer.policy.step = lambda: (
+            gradients.append(
+                torch.cat([p.grad.flatten().clone() for p in trainer.policy.model.parameters()])  # noqa: B023
+            )
+            or step()
+        )  # noqa: B023
+        batch, _ = trainer.iteration()
+        tokens = [r.num_tokens for r in batch.rollouts]
+        useful = [r.num_tokens for g in batch.groups() if any(o.advantage for o in g) for r in g]
+        found.append((gradients[0], sum(useful), sum(tokens)))
+    (dynamic, useful, _), (plain, _, every) = found
+    assert torch.allclose(dynamic, plain * every / useful, rtol=1e-4, atol=1e-7) and useful < every
+
+
+def test_an_iteration_without_a_useful_group_updates_nothing(make, more_prompts, tiny_model):
+    trainer = make([p.id for p in more_prompts])
+    before = [p.detach().clone() for p in tiny_model.parameters()]
+    for missing in (4, 4):
+        batch, row = trainer.iteration()
+        assert trainer.state.missing == missing and row["group/filtered"] == len(batch.groups())
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
+    assert trainer.state.policy_version == 0 and trainer.state.step == 2 and row["policy/updates_skipped"] == 0
+
+
+def test_with_carry_the_oldest_useful_groups_are_trained_on(make, more_prompts):
+    trainer = make([more_prompts[0].id, more_prompts[5].id], rollout={"carry": 1, "quorum": 0.8})
+    seen = []
+    for _ in range(8):
+        batch, row = trainer.iteration()
+        trained = [g for g in batch.groups() if any(r.advantage for r in g)]
+        assert len(trained) <= 4 and row["group/filtered"] == len(batch.groups()) - len(trained)
+        held = {(g.begun, g.prompt.id) for g in trainer.state.groups}
+        done = {(g[0].begun, g[0].prompt.id) for g in batch.groups()}
+        assert not held & done
+        seen += done
+    assert len(set(seen)) == len(seen), "none is trained on, or left out, twice"
+
+
+def test_what_is_missing_is_in_the_checkpoint(make, more_prompts, save_checkpoint, tmp_path):
+    trainer = make([p.id for p in more_prompts[::2]])
+    trainer.iteration()
+    assert trainer.state.missing > 0
+    folder = save_checkpoint(tmp_path / "run", trainer)
+    assert load_checkpoint(folder, trainer.policy, trainer.prompts).missing == trainer.state.missing
+
+
+def test_without_it_all_groups_are_trained_on(make, more_prompts):
+    """The control."""
+    trainer = make([p.id for p in more_prompts[::2]], grpo={"dynamic_sampling": False})
+    rows = [trainer.iteration()[1] for _ in range(3)]
+    assert all(row["group/filtered"] == 0 for row in rows) and trainer.state.missing == 0
