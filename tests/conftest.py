@@ -90,6 +90,7 @@ METRIC_KEYS = [
     "unlearn/kl_low_variance",
     "policy/loss",
     "policy/grad_norm",
+    "policy/learning_rate",
     "policy/kl",
     "policy/clip_fraction_stage1",
     "policy/clip_fraction_stage2",

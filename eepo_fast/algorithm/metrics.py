@@ -61,6 +61,8 @@ class UpdateStats:
     """Tokens that were left out because their ratio is too large to compute with."""
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
+    learning_rate: float = math.nan
+    """The last update's."""
     means: dict[str, _Mean] = field(default_factory=dict)
 
     def add_micro_batch(
@@ -193,6 +195,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, num_trained: int, upda
         "unlearn/kl_low_variance": unlearning.kl_low_variance if unlearning else math.nan,
         "policy/loss": float(update.loss) / max(1, len(update.grad_norms)),
         "policy/grad_norm": _mean(update.grad_norms),
+        "policy/learning_rate": update.learning_rate,
         "policy/updates_skipped": update.skipped,
         "policy/non_finite_losses": int(update.non_finite_losses),
         "policy/out_of_memory": it.out_of_memory,

@@ -22,6 +22,7 @@ from eepo_fast.algorithm.losses import PolicyTokens, Term, aggregation_weights, 
 from eepo_fast.algorithm.methods import make_additions, make_stages
 from eepo_fast.algorithm.policy_losses import set_high_covariance
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
+from eepo_fast.policy.schedule import rate_of
 from eepo_fast.rollout.engine import OnProgress
 from eepo_fast.types import Rollout, RolloutBatch, WeightsVersion
 
@@ -101,6 +102,7 @@ class Trainer(Setup):
                 continue
             accumulate = partial(self._accumulate, it.theta, part, terms, first=update == 0)
             stats.add(it.within_memory(self.policy, accumulate))
+            stats.learning_rate = rate_of(self.policy.scheduler)
             norm, applied = self.policy.step()
             stats.grad_norms.append(norm)
             self.state.bad_updates = 0 if applied else self.state.bad_updates + 1

@@ -52,6 +52,12 @@ def check(config: "Config") -> None:
     _check_psn(config)
     _check_aepo(config)
     _check_evaluation(config)
+    lowest, rate = config.optimizer.min_learning_rate, config.optimizer.learning_rate
+    _require(
+        lowest <= rate,
+        f"optimizer.min_learning_rate: expected at most optimizer.learning_rate ({rate:g}), which falls to it, found "
+        f"{lowest:g}",
+    )
     whole, part = config.train.prompts_per_iteration, config.train.prompts_per_update
     _require(
         whole % part == 0,

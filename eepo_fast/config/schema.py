@@ -136,6 +136,12 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = Field(1e-8, description="of AdamW")
     grad_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
     warmup_steps: NonNegative = Field(0, description="updates over which the learning rate rises")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the learning rate falls after the warm-up, until the last update of the whole run"
+    )
+    min_learning_rate: NonNegativeFloat = Field(
+        0.0, description="linear, cosine: what the learning rate has fallen to after the last update"
+    )
 
 
 class TrainConfig(Section):
@@ -204,6 +210,7 @@ READ_WITH = (
     ReadWith("rollout", "engine", ("vllm",), {"tensor_parallel", "gpu_memory_utilization", "sleep", "deterministic"}),
     ReadWith("rollout", "carry", CARRIES, {"in_flight"}),
     ReadWith("train", "engine", ("deepspeed",), {"zero_stage", "offload_optimizer", "offload_parameters"}),
+    ReadWith("optimizer", "schedule", ("linear", "cosine"), {"min_learning_rate"}),
     ReadWith("grpo", "ratio", ("decoupled",), {"ratio_cap"}),
     ReadWith("grpo", "advantage", ("pass_at_k",), {"pass_k"}),
     ReadWith("grpo", "advantage", ("nsr",), {"positive_weight"}),

@@ -17,6 +17,7 @@ from eepo_fast.config import EepoConfig, OptimizerConfig
 from eepo_fast.distributed import World
 from eepo_fast.policy.micro_batches import Batching, MicroBatch
 from eepo_fast.policy.module import Gradient, ModulePolicy, PolicyModule, give_gradients, norm_of, prepare_model
+from eepo_fast.policy.schedule import make_schedule, set_schedule
 from eepo_fast.rollout.engine import RolloutEngine
 
 
@@ -189,23 +190,17 @@ class TorchPolicy(ModulePolicy):
                 self.scaler.load_state_dict(
                     self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)}
                 )
-        set_scheduler(self.optimizer, self.scheduler, num_steps)
+        set_schedule(self.scheduler, num_steps)
 
 
 LOSS_SCALE = "loss_scale"  # one for all weights, kept with each as the optimizer's state is
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def set_scheduler(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, num_steps: int) -> None:
-    scheduler.last_epoch = num_steps
-    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group["lr"] = base * factor(num_steps)
-
-
 def make_optimizer(
     model: PreTrainedModel, config: OptimizerConfig, *, fused: bool
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """Returns AdamW and its warm-up. fused: the state is on a GPU, where PyTorch's other way to step all weights at
+    """Returns AdamW and its schedule. fused: the state is on a GPU, where PyTorch's other way to step all weights at
     once would hold as much again as they have. On a CPU it is one weight after the other."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -215,4 +210,4 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=fused or None,
     )
-    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
+    return optimizer, make_schedule(optimizer, config)

@@ -24,7 +24,8 @@ from eepo_fast.config import EepoConfig, OptimizerConfig, TrainConfig
 from eepo_fast.distributed import World, default_device, lone_group
 from eepo_fast.policy.micro_batches import Batching, MicroBatch
 from eepo_fast.policy.module import Gradient, ModulePolicy, PolicyModule, norm_of, prepare_model
-from eepo_fast.policy.plain import MOMENTS, TorchPolicy, make_optimizer, set_scheduler
+from eepo_fast.policy.plain import MOMENTS, TorchPolicy, make_optimizer
+from eepo_fast.policy.schedule import set_schedule
 from eepo_fast.policy.shards import Bucket, ShardedGradient, Slice, all_gather, make_buckets, own_views, width
 from eepo_fast.rollout.engine import RolloutEngine
 from eepo_fast.types import UserError, WeightsVersion
@@ -298,7 +299,7 @@ class ZeroPolicy(ModulePolicy):
                         self._set(parameter, name, whole, key)
                     else:
                         self.base_optimizer.state[parameter][key].copy_(whole)
-        set_scheduler(self.base_optimizer, self.scheduler, num_steps)
+        set_schedule(self.scheduler, num_steps)
 
     def _make_moments(self, count: float) -> None:
         """Makes the optimizer's state as its first step does, so that there is something to load into."""

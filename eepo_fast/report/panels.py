@@ -119,6 +119,8 @@ PANELS = (
     Panel("KL to the reference", "nats a token", (Line("policy/kl", "KL(θ‖reference)"),),
           "How far training has moved the policy."),
     Panel("Gradient norm of the policy", "before clipping", (Line("policy/grad_norm", "‖∇‖"),), "Mean over updates."),
+    Panel("Learning rate", "of the iteration's last update", (Line("policy/learning_rate", "learning rate"),),
+          "As optimizer.schedule has it."),
     Panel("Engine against policy", "nats", (Line("rollout/logprob_gap", "mean |log-prob gap|"),),
           "On stage 1, where both hold the same weights: 16-bit rounding, a few hundredths. More is a fault."),
     Panel("AEPO temperature", "", (Line("aepo/temperature", "temperature"),), "Hot below the target, cold above."),

@@ -15,7 +15,7 @@ from eepo_kernels import checksums
 from transformers import PreTrainedModel
 
 from eepo_fast.algorithm.trainer import Trainer
-from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint
+from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint, read_state
 from eepo_fast.config import Config, dump_config
 from eepo_fast.data.base_model import ensure_base
 from eepo_fast.data.problems import Found, find_problems
@@ -26,6 +26,7 @@ from eepo_fast.evaluation.periodic import PeriodicEvaluation, load_sets, readabl
 from eepo_fast.policy.loading import embedding_rows, eos_of, find_model, load_model, positions
 from eepo_fast.policy.module import Policy
 from eepo_fast.policy.plain import TorchPolicy
+from eepo_fast.policy.schedule import plan_schedule
 from eepo_fast.policy.trial import Trial, check_engine, check_padded, check_policy, make_trial, why_not_packed
 from eepo_fast.policy.zero import ZeroPolicy, import_deepspeed
 from eepo_fast.rewards import Grader, make_grader, why_unreadable
@@ -37,7 +38,7 @@ from eepo_fast.run.display import Display
 from eepo_fast.run.estimate import check_engine_memory, device_memory_gib
 from eepo_fast.run.folder import check_same_inputs, take_folder, write_folder
 from eepo_fast.run.loop import Loop, Meeting, ending_of, one_line_errors, write_ending
-from eepo_fast.run.plan import about_iterations, check_world, num_iterations
+from eepo_fast.run.plan import about_iterations, about_schedule, check_world, num_iterations, num_updates
 from eepo_fast.run.signals import Stopped, leaving_at_once, listening, say_leaving
 from eepo_fast.run.trackers import Trackers
 from eepo_fast.run.trackers import chosen as chosen_trackers
@@ -302,7 +303,9 @@ def _run(
         if folder is not None:
             check_same_inputs(folder, parts.fingerprint, config)
         state = load_checkpoint(folder, parts.policy, parts.prompts) if folder else TrainerState()
+        planned = read_state(folder)["total"] if folder else None
         total = num_iterations(config, len(parts.prompts), state)
+        plan_schedule(parts.policy.scheduler, config.optimizer, num_updates(config, total))
         owed = world.gather(parts.evaluation.is_owed(state.step, total))[0]
         if state.step >= total and not owed:
             display.say(f"run {run_dir} is finished")
@@ -321,7 +324,10 @@ def _run(
                     f"run.root: expected one folder that all ranks share, found that rank {world.rank} does not see "
                     f"what rank 0 has written to {run_dir}; give a path on a shared file system"
                 )
-        for line in (*about_iterations(config, len(parts.prompts), total), *about_carrying(config, state, total)):
+        for line in (
+            *about_iterations(config, len(parts.prompts), total), *about_carrying(config, state, total),
+            *about_schedule(config, total, planned),
+        ):  # fmt: skip
             display.say(line)
         if resume:
             display.say(

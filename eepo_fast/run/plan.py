@@ -51,6 +51,29 @@ def about_iterations(config: Config, num_prompts: int, total: int) -> Iterator[s
     )
 
 
+def num_updates(config: Config, total: int) -> int:
+    """Returns the policy's updates in `total` iterations."""
+    return total * (config.train.prompts_per_iteration // config.train.prompts_per_update)
+
+
+def about_schedule(config: Config, total: int, planned: int | None) -> Iterator[str]:
+    """Yields what a user should know of a learning rate that falls. total: iterations of the run; planned: what they
+    were before it was resumed."""
+    optimizer, updates = config.optimizer, num_updates(config, total)
+    if optimizer.schedule == "constant":
+        return
+    if planned not in (None, total):
+        yield (
+            f"optimizer.schedule={optimizer.schedule}: the run ends after iteration {total} and no longer after "
+            f"{planned}; from here on the learning rate is that of a run of {total}"
+        )
+    if optimizer.warmup_steps >= updates:
+        yield (
+            f"optimizer.schedule={optimizer.schedule}: the run's {updates} updates are all among "
+            f"optimizer.warmup_steps={optimizer.warmup_steps}, and the learning rate never falls; lower it"
+        )
+
+
 def _iterations_left(config: Config, num_prompts: int, state: TrainerState) -> int:
     size, held = config.train.prompts_per_iteration, len(state.groups)
     cursor = state.cursor or cursor_after(state.step, num_prompts, size)
@@ -101,7 +124,7 @@ def batch_plan(config: Config) -> dict[str, int | str]:
     group = rollout.group_size
     stages = [group // 2, group // 2] if config.eepo.enabled else [group]
     completions = train.prompts_per_iteration * group
-    updates = train.prompts_per_iteration // train.prompts_per_update
+    updates = num_updates(config, 1)
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens - 1
     per_micro_batch = max(1, train.micro_batch_tokens // longest)
     per_update = train.prompts_per_update * group

@@ -10,7 +10,7 @@ import torch
 from eepo_fast import checkpoint
 from eepo_fast.checkpoint import folder as folders
 from eepo_fast.checkpoint import state as states
-from eepo_fast.policy.plain import set_scheduler
+from eepo_fast.policy.schedule import set_schedule
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.types import Grade, TrainerState, UserError
 
@@ -18,6 +18,7 @@ VARIANTS = {
     "gate open": (),
     "gate closed": ("eepo.alpha=1e-9",),
     "window of iterations": ("eepo.gate=iteration", "eepo.window=3", "eepo.alpha=2.5"),
+    "cosine": ("optimizer.schedule=cosine", "optimizer.min_learning_rate=1e-5"),
     "aepo": ("aepo.enabled=true", "aepo.num_samples=8", "aepo.target_entropy=1.5"),
 }
 
@@ -76,7 +77,7 @@ def test_resuming_anywhere_ends_in_the_same_bits(make_run, go, outcome, noisy, v
 LEFT_OUT = {
     "weights": lambda policy, state: policy.model.get_input_embeddings().weight.data.mul_(1.0001),
     "optimizer": lambda policy, state: policy.optimizer.state.clear(),
-    "schedule": lambda policy, state: set_scheduler(policy.optimizer, policy.scheduler, 0),
+    "schedule": lambda policy, state: set_schedule(policy.scheduler, 0),
     "step": lambda policy, state: setattr(state, "step", state.step - 1),
     "policy_version": lambda policy, state: setattr(state, "policy_version", 0),
     "entropy_window": lambda policy, state: state.entropy_window.clear(),

@@ -57,6 +57,7 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
         ("nonsense", "expected key.sub=value"),
         ("data.columns={questoin: x}", "data.columns.questoin: unknown"),
         ("run.seed=2024-13-45", "not valid YAML"),
+        ("optimizer.schedule=exponential", "expected 'constant', 'linear' or 'cosine', found 'exponential'"),
         ("data.max_number=1000000", "less than or equal to 100"),
         ("rollout.group_size=1e30", "less than or equal to 4096"),
         (f"run.seed={'9' * 5000}", "not valid YAML"),
@@ -82,6 +83,7 @@ def test_temperatures_that_vllm_does_not_have(overrides):
         (["train.zero_stage=2", "train.engine=torch"], "train.zero_stage", "train.engine=deepspeed", "torch"),
         (["eepo.enabled=false", "eepo.alpha=0.2"], "eepo.alpha", "eepo.enabled=true", "false"),
         (["aepo.coef=0.3"], "aepo.coef", "aepo.enabled=true", "false"),
+        (["optimizer.min_learning_rate=1e-7"], "optimizer.min_learning_rate", "optimizer.schedule=linear", "constant"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(tmp_path, overrides, key, wanted, found):
@@ -162,6 +164,16 @@ def test_the_old_name_of_a_key_names_the_new(monkeypatch):
     known = {f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields}
     for section, chooser, _, keys in READ_WITH:
         assert {f"{section}.{key}" for key in (chooser, *keys)} <= known
+
+
+def test_a_floor_above_the_learning_rate_is_refused():
+    overrides = ("optimizer.schedule=cosine", "optimizer.learning_rate=1e-6")
+    found = complaint(*overrides, "optimizer.min_learning_rate=2e-6")
+    assert "optimizer.min_learning_rate: expected at most optimizer.learning_rate (1e-06)" in found
+    assert "found 2e-06" in found and "finite" in complaint(*overrides, "optimizer.min_learning_rate=.nan")
+    assert "greater than or equal to 0" in complaint(*overrides, "optimizer.min_learning_rate=-1e-9")
+    config = load_config([], [*REQUIRED, *overrides, "optimizer.min_learning_rate=1e-6"])
+    assert config.optimizer.min_learning_rate == config.optimizer.learning_rate
 
 
 def test_odd_groups_are_fine_without_eepo():
