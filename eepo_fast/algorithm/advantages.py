@@ -99,10 +99,10 @@ ADVANTAGES: dict[str, Advantage] = {f.__name__: f for f in (group, dr_grpo, rloo
 
 
 def overlong_penalty(num_tokens: int, config: Config) -> float:
-    """Returns what is taken from the reward of a completion of so many tokens: 0 up to `rollout.max_new_tokens` -
-    `reward.overlong_tokens`, from there on in a straight line to `reward.overlong_penalty` at the limit (DAPO, arXiv
-    2503.14476, Eq. 13, with a penalty of 1)."""
-    buffer = config.reward.overlong_tokens
+    """Returns what is taken from the reward of a completion of so many tokens: nothing before the last
+    `reward.overlong_share` of `rollout.max_new_tokens`, and from there on in a straight line `reward.overlong_penalty`
+    at the limit (DAPO, arXiv 2503.14476, Eq. 13, with a share of 0.2 and a penalty of 1)."""
+    buffer = config.reward.overlong_share * config.rollout.max_new_tokens
     beyond = num_tokens - (config.rollout.max_new_tokens - buffer)
     return config.reward.overlong_penalty * min(1.0, beyond / buffer) if buffer and beyond > 0 else 0.0
 

@@ -33,12 +33,12 @@ class NoisyStage:
         it.at_safe_point()
         sigma = next_length(psn.sigma, psn.target_kl, steps) if psn.target_kl else psn.sigma
         it.eepo = it.eepo.model_copy(update={"learning_rate": sigma})
-        noise, nan = draw_noise(it), math.nan
+        nan = math.nan
         it.unlearning = Unlearning(
-            gradient=noise, loss=nan, grad_norm=noise.norm(), active_fraction=nan, mean_entropy=nan, mean_length=nan,
+            gradient=draw_noise(it), loss=nan, grad_norm=nan, active_fraction=nan, mean_entropy=nan, mean_length=nan,
             apply=True, entropy_window=it.entropy_window, learning_rate=sigma,
         )  # fmt: skip
-        it.forget(it.unlearning, [])  # θ' ← θ' + σ ε
+        it.forget(it.unlearning, [])  # θ' ← θ' + σ ε, and the memory of ε is free again
         it.at_safe_point()
         requests = [*it.rest(it.carried, 1), *it.requests(1, range(it.config.rollout.group_size))]
         sampled = it.generate_last(1, requests, forgotten=True)
@@ -60,9 +60,9 @@ def draw_noise(it: Iteration) -> PlainGradient:
             f"{next(iter(gradient.parameters))}"
         )
     for name, parameter in gradient.parameters.items():
-        tensor = torch.zeros(parameter.shape)
+        tensor = torch.zeros(parameter.shape, device=parameter.device)
         if name in chosen:
             seed = zlib.crc32("|".join(["noise", *map(str, it.seed), name]).encode())
-            tensor = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        gradient.tensors[name] = tensor.to(parameter.device)
+            tensor.normal_(generator=torch.Generator(parameter.device).manual_seed(seed))
+        gradient.tensors[name] = tensor
     return gradient

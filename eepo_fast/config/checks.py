@@ -106,11 +106,6 @@ def _check_slots(config: "Config") -> None:
         "grpo.loss: expected another than kl_cov with one update an iteration, found kl_cov: what it holds back are "
         "changes since the iteration's start; set train.prompts_per_update below train.prompts_per_iteration",
     )
-    _require(
-        config.reward.overlong_tokens < rollout.max_new_tokens,
-        f"reward.overlong_tokens: expected below rollout.max_new_tokens ({rollout.max_new_tokens}), found "
-        f"{config.reward.overlong_tokens}",
-    )
 
 
 def _check_psn(config: "Config") -> None:

@@ -122,8 +122,8 @@ class RewardConfig(Section):
     function: str = Field(
         "", description="module:name or file.py:name of a function (problem, completion) -> float that grades instead"
     )
-    overlong_tokens: NonNegative = Field(
-        0, description="before rollout.max_new_tokens, from where on the reward falls; 0: none"
+    overlong_share: float = Field(
+        0.0, ge=0, lt=1, description="of rollout.max_new_tokens, its last part, in which the reward falls; 0: none"
     )
     overlong_penalty: PositiveFloat = Field(1.0, description="what is taken from the reward at rollout.max_new_tokens")
     step_seconds: PositiveFloat = Field(300.0, description="for an iteration's answers; those left are timeouts")

@@ -264,6 +264,8 @@ def needed(config: Config, shape: Shape, machine: Machine) -> dict[str, float]:
         peaks["forget step's check"] = static + judged + engine  # the engine is awake, and ∇L is gone
         static += 4 * shape.weights / (machine.ranks if sharded else 1) / GIB
         peaks["unlearning pass"] = static + passes + awake
+    if config.psn.enabled:
+        peaks["noise"] = static + 4 * shape.weights / GIB + engine
     peaks["rollout"] = static + engine
     return peaks
 

@@ -106,7 +106,7 @@ def test_of_right_answers_the_unlikely_get_more(make_rollouts):
 
 @pytest.mark.parametrize(("length", "taken"), [(1, 0), (60, 0), (70, 0.125), (100, 0.5), (140, 0.5)])
 def test_long_answers_lose_in_a_straight_line(test_config, make_rollouts, length, taken):
-    config = test_config(reward={"overlong_tokens": 40, "overlong_penalty": 0.5}, rollout={"max_new_tokens": 100})
+    config = test_config(reward={"overlong_share": 0.4, "overlong_penalty": 0.5}, rollout={"max_new_tokens": 100})
     assert overlong_penalty(length, config) == taken
     assert overlong_penalty(length, test_config(rollout={"max_new_tokens": 100})) == 0
     batch = RolloutBatch(make_rollouts([length, 3, 3, 3]), 4)
