@@ -28,7 +28,7 @@ from eepo_fast.policy.plain import TorchPolicy
 from eepo_fast.types import Problem, Prompt, Rollout, Segment, WeightsVersion
 
 GPU = torch.cuda.is_available()
-VARIANTS = ("ours", "ours, checkpointing", "plain")
+VARIANTS = ("ours", "ours, of sequences", "ours, checkpointing", "plain")
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b") if GPU else ("smollm2-135m, 4 layers",)
 
 
@@ -69,13 +69,13 @@ def gemm_flops(name: str, tokens: int) -> float:
     return 2 * tokens * hidden * intermediate / best
 
 
-def our_update(policy: TorchPolicy, rollouts: list[Rollout]) -> None:
+def our_update(policy: TorchPolicy, rollouts: list[Rollout], loss: str) -> None:
     weight = 1 / sum(r.num_tokens for r in rollouts)
     for micro in policy.micro_batches(rollouts):
         tokens = PolicyTokens.of(
             micro, token_weights(micro, rollouts, weight), WeightsVersion(0, False), with_reference=False
         )
-        policy.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0), tokens))
+        policy.backward(micro, policy_loss(GrpoConfig(kl_coef=0.0, loss=loss), tokens))
     policy.step()
 
 
@@ -111,7 +111,7 @@ def make_update(key: str, name: str, rollouts: list[Rollout], micro_batch_tokens
         optimizer=OptimizerConfig(learning_rate=1e-6),
         gradient_checkpointing="checkpointing" in key,
     )
-    return lambda: our_update(policy, rollouts)
+    return lambda: our_update(policy, rollouts, "gspo" if "sequences" in key else "ppo")
 
 
 def measure(name: str, args) -> dict:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (  # bottom up: a module imports from lower layers and from its own room
     ("eepo_kernels",),
     ("types",),
+    ("own",),
     ("config", "console", "disk"),
     ("distributed", "data", "rewards"),
     ("rollout",),

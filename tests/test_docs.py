@@ -67,6 +67,8 @@ def place(tmp_path_factory):
     (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, responses)))
     extending = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     (folder / "my_rewards.py").write_text(re.search(r"^# my_rewards.py\n(.*?)^```", extending, re.M | re.S).group(1))
+    methods = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    (folder / "mine.py").write_text(re.search(r"^# mine.py\n(.*?)^```", methods, re.M | re.S).group(1))
     evaluation = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
     plan = yaml.safe_load(re.search(r"^# plan.yaml\n(.*?)^```", evaluation, re.M | re.S).group(1))
     plan["overrides"] += [*SMALL, f"model.path={folder / 'base'}"]
@@ -95,7 +97,7 @@ def smaller(words, place, number):
     extra = [*SMALL, *dimensions, f"model.path={place / 'base'}", f"run.root={root}", "reward.step_seconds=60"]
     if not any(w.startswith("data.train=") for w in words):
         extra += ["data.train=arithmetic"]
-    if not any(w.startswith("configs/methods/") for w in words):  # which may turn EEPO off
+    if "eepo.enabled=false" not in words and not any(w.startswith("configs/methods/") for w in words):
         extra += ["eepo.alpha=3.0"]
     return [*words, *extra]
 

@@ -1,9 +1,11 @@
 """What a config's method is made of: how completions are sampled, and what is added to them."""
 
+from eepo_fast.algorithm.advantages import find_advantage
 from eepo_fast.algorithm.aepo import Aepo
 from eepo_fast.algorithm.hotter import HotterStage
 from eepo_fast.algorithm.iteration import Addition
 from eepo_fast.algorithm.noise import NoisyStage
+from eepo_fast.algorithm.policy_losses import find_loss
 from eepo_fast.algorithm.stages import OneStage, Stages, TwoStage
 from eepo_fast.config import Config
 from eepo_fast.own import find_function
@@ -15,6 +17,13 @@ class OwnStages:
 
     def __init__(self, name: str):
         self.sample = find_function("rollout.sampler", name)
+
+
+def check_methods(config: Config) -> None:
+    """Raises a UserError where a function of the user's own that the config names is not there."""
+    find_advantage(config.grpo.advantage)
+    find_loss(config.grpo)
+    make_stages(config)
 
 
 def make_stages(config: Config) -> Stages:

@@ -14,6 +14,7 @@ import torch
 from eepo_kernels import checksums
 from transformers import PreTrainedModel
 
+from eepo_fast.algorithm.methods import check_methods
 from eepo_fast.algorithm.trainer import Trainer
 from eepo_fast.checkpoint import CheckpointWriter, load_checkpoint, read_state
 from eepo_fast.config import Config, dump_config
@@ -281,6 +282,7 @@ def train(config: Config, *, resume: bool = False, display: Display | None = Non
             return config.run_dir
         with world.agree():
             grader = make_grader(config.data.train, config.reward)
+            check_methods(config)
         with closing(grader):  # its worker processes must not outlive a refused command
             with world.agree():
                 grader.start()

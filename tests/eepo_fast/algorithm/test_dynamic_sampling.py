@@ -40,6 +40,18 @@ def make(make_trainer, more_prompts):
     return of
 
 
+def watch_gradients(trainer):
+    """The policy's gradient at each of its steps."""
+    gradients, step = [], trainer.policy.step
+
+    def watched():
+        gradients.append(torch.cat([p.grad.flatten().clone() for p in trainer.policy.model.parameters()]))
+        return step()
+
+    trainer.policy.step = watched
+    return gradients
+
+
 def ids(batch):
     return [group[0].prompt.id for group in batch.groups()]
 
@@ -76,13 +88,7 @@ def test_the_gradient_is_of_the_useful_groups_alone(make, more_prompts, tiny_mod
         trainer = make([more_prompts[0].id, more_prompts[1].id], grpo={"dynamic_sampling": dynamic},
                        eepo={"enabled": False}, train={"prompts_per_update": 4})  # fmt: skip
         trainer.prompts = more_prompts[:4]
-        gradients, step = [], trainer.policy.step
-        trainer.policy.step = lambda: (
-            gradients.append(
-                torch.cat([p.grad.flatten().clone() for p in trainer.policy.model.parameters()])  # noqa: B023
-            )
-            or step()
-        )  # noqa: B023
+        gradients = watch_gradients(trainer)
         batch, _ = trainer.iteration()
         tokens = [r.num_tokens for r in batch.rollouts]
         useful = [r.num_tokens for g in batch.groups() if any(o.advantage for o in g) for r in g]

@@ -31,14 +31,15 @@ def tiny_model():
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.parametrize("loss", ["ppo", "gspo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_allocation_of_an_iteration(
-    count_allocations, make_policy, make_engine, prompts, tokenizer, test_config, monkeypatch, dtype
+    count_allocations, make_policy, make_engine, prompts, tokenizer, test_config, monkeypatch, dtype, loss
 ):
     monkeypatch.setattr(linear_loss, "default_chunk_bytes", lambda device: 2 << 20)
     config = test_config(
         rollout={"max_new_tokens": 30},
-        grpo={"kl_coef": 1e-4, "entropy_coef": 1e-5},
+        grpo={"kl_coef": 1e-4, "entropy_coef": 1e-5, "loss": loss},
         eepo={"alpha": 99.0},
         train={"micro_batch_tokens": 4096, "prompts_per_update": 4},
     )

@@ -103,7 +103,7 @@ def test_noise_goes_with_carry_and_additions(make_trainer, more_prompts, watch):
 
 @pytest.mark.parametrize("rate", [0.05, 0.0], ids=["forgets", "forgets nothing"])
 def test_stage_2_has_a_temperature_of_its_own(make_trainer, scored, rate):
-    """Its log-probs are at that temperature, of θ' (θ where nothing is forgotten), and it counts as sampled by others."""
+    """Its log-probs are at that temperature, of θ' (or θ, where nothing is forgotten), and it counts as of others."""
     trainer = make_trainer(eepo={"alpha": 9.0, "learning_rate": rate, "temperature": 2.0})
     theta, held, generate = copy.deepcopy(trainer.policy.model), {}, trainer.engine.generate
 

@@ -38,7 +38,17 @@ def test_two_ranks_compute_what_one_process_does(launch):
         limit = 1e-4 if "float32" in name else 2e-2
         for found in (report[name] for report in ranks):
             streamed = [f"streamed {key}" for key in ("gradient", "numbers", "columns")]
-            for key in ("gradient", "numbers", "logprobs", *streamed, "forgotten", "stats", "losses", "updated"):
+            for key in (
+                "gradient",
+                "numbers",
+                "logprobs",
+                *streamed,
+                "forgotten",
+                "stats",
+                "losses",
+                "losses of sequences",
+                "updated",
+            ):
                 assert found[key] < limit, (name, key, found[key])
             # one rollout, so that a rank has none; in bf16 the two have drifted apart by then
             assert "bfloat16" in name or max(found["alone"], found["after one"]) < limit, name
@@ -69,12 +79,17 @@ def weights_of(folder, step):
     return torch.cat([model[name].double().flatten() for name in sorted(model)])
 
 
+SLOTS = ("grpo.loss=gspo", "grpo.aggregation=sequence", "grpo.advantage=rloo", "grpo.dynamic_sampling=true")
+
+
 @pytest.mark.slow
 @pytest.mark.fault(22)
-def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
-    """EEPO with AEPO: text, rewards, metrics and weights; the last iteration resumed with another ZeRO stage."""
+@pytest.mark.parametrize("more", [("aepo.enabled=true", "aepo.num_samples=16"), SLOTS], ids=["aepo", "slots"])
+def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, more):
+    """EEPO with AEPO, and with the slots of a method filled otherwise: text, rewards, metrics and weights; the last
+    iteration resumed with another ZeRO stage."""
     common = (f"run.root={tmp_path}", "train.prompts_per_iteration=16", "train.prompts_per_update=8")
-    common += ("checkpoint.keep=9", "aepo.enabled=true", "aepo.num_samples=16")
+    common += ("checkpoint.keep=9", *more)
     alone = train(*common, "run.name=one", "train.iterations=3")
     assert alone.returncode == 0, alone.stderr[-3000:]
     sharded = (*common, "run.name=two", "train.engine=deepspeed")
@@ -87,7 +102,8 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         assert read(one, step) == read(two, step)
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 3
-    assert all(row["aepo/grad_norm"] > 0 and row["unlearn/active_fraction"] > 0 for row in rows[0])
+    assert all(row["unlearn/active_fraction"] > 0 for row in rows[0])
+    assert all(row["group/filtered"] > 0 if more is SLOTS else row["aepo/grad_norm"] > 0 for row in rows[0])
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
         for key in a:

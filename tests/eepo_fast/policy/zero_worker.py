@@ -65,9 +65,9 @@ def whole_gradient(gradient):
     return flat(parts.values())
 
 
-def update(policy, config, rollouts):
+def update(policy, config, rollouts, loss="ppo"):
     """Two GRPO steps on the same rollouts; the losses."""
-    losses = []
+    losses, grpo = [], config.grpo.model_copy(update={"loss": loss})
     counted = sum(r.num_tokens for r in rollouts)
     for r, logprobs in zip(rollouts, policy.score(rollouts).logprobs, strict=True):
         r.prox_logprobs = logprobs
@@ -77,7 +77,7 @@ def update(policy, config, rollouts):
         for micro in policy.micro_batches(rollouts):
             weights = micro.per_token([1 / counted for r in micro.rollouts])
             tokens = PolicyTokens.of(micro, weights, WeightsVersion(0, False), with_reference=False)
-            total += float(policy.backward(micro, policy_loss(config.grpo, tokens))[0])
+            total += float(policy.backward(micro, policy_loss(grpo, tokens))[0])
         norm, applied = policy.step()
         losses += [policy.world.total([total])[0], norm, float(applied)]
     return losses
@@ -102,6 +102,7 @@ def run(policy, engine, config, start):
     result["stats"] = torch.tensor([stats.retention, stats.intended_norm]).double()
     mixed = rollouts + make_rollouts(6, 2, 6)
     result["losses"] = torch.tensor(update(policy, config, mixed)).double()
+    result["losses of sequences"] = torch.tensor(update(policy, config, mixed, "gspo")).double()
     after = flat(value for _, value in policy.masters())
     result["updated"] = after - start
     result["poisoned"] = poison(policy, rollouts)

@@ -1,5 +1,5 @@
 """Makes numbers.json: what trl's and verl's own functions return for fixed inputs, in float64, for a test that holds
-our formulas against them. Needs trl 1.16.0 and verl 0.9.1, installed without their dependencies beside torch and transformers.
+our formulas against them. Needs trl 1.16.0 and verl 0.9.1, installed without dependencies beside torch, transformers.
 
     python tests/eepo_fast/algorithm/peers/make_numbers.py
 
@@ -263,28 +263,35 @@ def main():
 
 
 NOTES = [
-    "Gradients are with respect to logprobs (the current policy's), old_logprobs and advantages held fixed. No case has "
+    "Gradients are with respect to logprobs (the current policy's), old_logprobs and advantages held "
+    "fixed. No case has "
     "an entropy term, a KL to a reference or an importance weight of the sampler. Values are losses, to be descended.",
     "advantage: verl's standard deviation is the unbiased one, plus 1e-6 (TRL: unbiased, plus 1e-4; the GRPO paper: no "
     "epsilon). A group of one response is not centred by verl's grpo and rloo. A group of equal rewards gives exact 0 "
     "here because its mean is exact. TRL's advantages are computed inside its generation step: no case.",
     "clip, verl: the log ratio is clamped to +-20 (far from here); the dual clip is put out of reach by clip_ratio_c = "
     "1e9. On an edge of the clip torch.maximum would halve the gradient; no token of these sets is on one.",
-    "aggregation, verl: seq-mean-token-mean divides by length + 1e-8, which the integer mask makes float32, where it is "
-    "the length exactly. seq-mean-token-sum-norm is the sum over tokens / (sequences with a token * loss_scale_factor); "
+    "aggregation, verl: seq-mean-token-mean divides by length + 1e-8, which the integer mask makes "
+    "float32, where it is "
+    "the length exactly. seq-mean-token-sum-norm is the sum over tokens / (sequences with a token * "
+    "loss_scale_factor); "
     "without loss_scale_factor it divides by the padded width, which is no constant. TRL dr_grpo: sum / (B * "
     "max_completion_length). TRL dapo and cispo divide by num_items_in_batch, here all tokens of the set.",
-    "gspo, verl: GSPO-token, the value of every token being the sequence ratio with a gradient through its own log-prob "
+    "gspo, verl: GSPO-token, the value of every token being the sequence ratio with a gradient through "
+    "its own log-prob "
     "only. With one advantage a sequence and seq-mean-token-mean its value and gradient are those of GSPO (1/B sum of "
     "min(s A, clip(s) A)), which is what TRL computes; token-mean weighs sequences by length and is not the paper's. "
     "verl's exponent has an upper bound of 10.",
-    "kl_cov: verl has no clip and no min: -A r for all tokens, plus ppo_kl_coef * |log ratio| for the selected ones (the "
+    "kl_cov: verl has no clip and no min: -A r for all tokens, plus ppo_kl_coef * |log ratio| for the "
+    "selected ones (the "
     "paper: KL(old || new)). Selected: the top max(1, int(kl_cov_ratio * tokens)) of (A - mean A)(logp - mean logp), "
-    "means over all tokens of the call (a micro-batch in training), logp the current one, detached; selected holds them "
+    "means over all tokens of the call (a micro-batch in training), logp the current one, detached; "
+    "selected holds them "
     "(off_policy). At old == new the penalty's derivative is sign(0) = 0: no effect in a first update. ppo_kl_coef's "
     "default is 1 in the function's text, 0.1 in its config; the paper's is 1.",
     "cispo: -sg(clip(r)) A logp: the value is not a surrogate's, only the gradient counts. verl clips to [1 - low, 1 + "
-    "high] with the same keys as PPO's (clip_ratio_low = 1 turns the lower bound off); TRL has the upper bound only and "
+    "high] with the same keys as PPO's (clip_ratio_low = 1 turns the lower bound off); TRL has the upper "
+    "bound only and "
     "epsilon_high is the bound itself, not what is added to 1.",
 ]
 
