@@ -33,7 +33,10 @@ def open_groups(
     wanted = size + num_ahead(config)
     if total is not None:
         wanted = min(wanted, (total - state.step) * size)
-    count = min(max(0, wanted - len(state.groups)) + state.missing, len(prompts))
+    count = max(0, wanted - len(state.groups)) + state.missing
+    if total is not None and config.rollout.carry:  # what the last ones do not train on would be lost
+        count = min(count, max(0, (total - state.step) * size - len(state.groups)))
+    count = min(count, len(prompts))
     cursor = state.cursor or cursor_after(state.step, len(prompts), size)
     whole_batches = not (config.rollout.carry or state.groups or config.grpo.dynamic_sampling)
     chosen, cursor = next_prompts(cursor, count, len(prompts), config.run.seed, whole_batches=whole_batches)

@@ -34,7 +34,7 @@ def make(make_trainer, more_prompts):
             grader=Grader(useless), rollout={"group_size": 8, "max_new_tokens": 12, **sections.pop("rollout", {})},
             grpo={**DYNAMIC, **sections.pop("grpo", {})}, **sections,
         )  # fmt: skip
-        trainer.prompts = more_prompts
+        trainer.prompts, trainer.stop_token_ids = more_prompts, [1, 5, 8, 9, 12]  # answers of many lengths
         return trainer
 
     return of
@@ -108,17 +108,32 @@ def test_an_iteration_without_a_useful_group_updates_nothing(make, more_prompts,
 
 
 def test_with_carry_the_oldest_useful_groups_are_trained_on(make, more_prompts):
-    trainer = make([more_prompts[0].id, more_prompts[5].id], rollout={"carry": 1, "quorum": 0.8})
-    seen = []
+    trainer = make([more_prompts[0].id, more_prompts[5].id], rollout={"carry": 1, "quorum": 0.5})
+    seen, carried = [], 0.0
     for _ in range(8):
         batch, row = trainer.iteration()
+        carried += row["rollout/carried_fraction"]
         trained = [g for g in batch.groups() if any(r.advantage for r in g)]
         assert len(trained) <= 4 and row["group/filtered"] == len(batch.groups()) - len(trained)
         held = {(g.begun, g.prompt.id) for g in trainer.state.groups}
         done = {(g[0].begun, g[0].prompt.id) for g in batch.groups()}
         assert not held & done
         seen += done
-    assert len(set(seen)) == len(seen), "none is trained on, or left out, twice"
+    assert len(set(seen)) == len(seen) and carried > 0, "none is trained on, or left out, twice"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_carry_the_run_s_end_leaves_nothing_in_flight(make, more_prompts, seed):
+    trainer = make(
+        [p.id for p in more_prompts[::2]], rollout={"carry": 2, "quorum": 0.4, "max_new_tokens": 24},
+        run={"seed": seed},
+    )  # fmt: skip
+    trainer.total, owed, carried = 5, [], 0.0
+    for _ in range(trainer.total):
+        row = trainer.iteration()[1]
+        owed.append(trainer.state.missing)
+        carried += row["rollout/carried_fraction"]
+    assert max(owed) > 0 < carried and not trainer.state.groups
 
 
 def test_what_is_missing_is_in_the_checkpoint(make, more_prompts, save_checkpoint, tmp_path):
