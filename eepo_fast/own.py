@@ -5,12 +5,14 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
+import zlib
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from eepo_fast.types import UserError
+from eepo_fast.types import EngineError, Interrupted, UserError
 
 
 def find_function(key: str, name: str) -> Callable[..., Any]:
@@ -34,6 +36,29 @@ def find_function(key: str, name: str) -> Callable[..., Any]:
     return function
 
 
+def find_method(key: str, name: str) -> Callable[..., Any]:
+    """Returns a function that is part of a method: what it raises is the user's mistake, in one line, on whatever rank.
+    What the trainer itself raises inside of it is let through."""
+    function = find_function(key, name)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (UserError, EngineError, Interrupted):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is tried again with less
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{key}: {name} raises {type(error).__name__}: {error} ({Path(place.filename).name}, line "
+                f"{place.lineno}); mend that, and go on with --resume"
+            ) from error
+
+    return call
+
+
 def _import(module: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -42,10 +67,18 @@ def _import(module: str) -> Any:
 
 @functools.cache
 def _import_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path.expanduser().resolve(strict=True))
+    path = path.expanduser().resolve(strict=True)
+    name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # two files may be called alike
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from eepo_fast.config import Config, GrpoConfig
-from eepo_fast.own import find_function, is_own
+from eepo_fast.own import find_method, is_own
 from eepo_fast.types import Rollout, RolloutBatch, UserError
 
 EPSILON = 1e-6
@@ -81,7 +81,7 @@ def nsr(rewards: Rewards, rollouts: Sequence[Rollout], config: GrpoConfig) -> li
 def unlikeliness(rewards: Rewards, rollouts: Sequence[Rollout], config: GrpoConfig) -> list[float]:
     """Returns GRPO's of r · (1 - β · rank / n), β = `grpo.rank_penalty`, the rank from 0 for the least likely of the
     group to n - 1 for the likeliest (Rewarding the Unlikely, arXiv 2506.02355, as its authors' code counts): of right
-    answers the unlikely ones get more; a wrong one, with a reward of 0, keeps it. Equal rewards get 0, as that paper
+    answers the unlikely ones get more; a wrong one keeps its reward. Equal rewards get 0, as that paper
     drops such groups: else groups in which all is right would be about likelihood alone.
 
     Likelihood is the mean log-prob of a completion's tokens under what sampled them. Deviation: in stage 2 of EEPO
@@ -91,8 +91,8 @@ def unlikeliness(rewards: Rewards, rollouts: Sequence[Rollout], config: GrpoConf
         return [0.0] * len(rewards)
     likelihood = {i: statistics.fmean(rollouts[i].rollout_logprobs or [0.0]) for i in known}
     rank = {i: place for place, i in enumerate(sorted(known, key=lambda i: likelihood[i]))}
-    factors = [1 - config.rank_penalty * rank[i] / len(known) if i in rank else 1.0 for i in range(len(rewards))]
-    return group_advantages([None if r is None else r * f for r, f in zip(rewards, factors, strict=True)])
+    lower = [r * (1 - config.rank_penalty * rank[i] / len(known)) if r and r > 0 else r for i, r in enumerate(rewards)]
+    return group_advantages(lower)
 
 
 ADVANTAGES: dict[str, Advantage] = {f.__name__: f for f in (group, dr_grpo, rloo, pass_at_k, nsr, unlikeliness)}
@@ -113,7 +113,7 @@ def shaped(rollout: Rollout, config: Config) -> float | None:
 
 
 def find_advantage(name: str) -> Advantage:
-    return find_function("grpo.advantage", name) if is_own(name) else ADVANTAGES[name]
+    return find_method("grpo.advantage", name) if is_own(name) else ADVANTAGES[name]
 
 
 def set_advantages(batch: RolloutBatch, config: Config) -> None:

@@ -56,12 +56,14 @@ def _copy(group: Group) -> Group:
 
 
 def check_complete(config: Config, groups: Sequence[Group]) -> None:
-    """Raises a UserError where a sampler of the user's own has not sampled all of a group."""
-    size = config.rollout.group_size
-    if config.rollout.sampler and (wrong := [g for g in groups if len(g.rollouts) != size]):
+    """Raises a UserError where a sampler of the user's own has not sampled all of a group, to its end."""
+    size, carry = config.rollout.group_size, config.rollout.carry
+    wrong = [g for g in groups if len(g.rollouts) != size or not (carry or g.is_whole)]
+    if config.rollout.sampler and wrong:
         raise UserError(
             f"rollout.sampler: expected {size} completions of each of {len(groups)} prompts, found "
-            f"{len(wrong[0].rollouts)} of {wrong[0].prompt.id}; return those of all of the iteration's requests",
+            f"{sum(not r.preempted for r in wrong[0].rollouts)} of {wrong[0].prompt.id}; return those of all of the "
+            "iteration's requests, and preempt none",
             shared=True,
         )
 
@@ -70,23 +72,24 @@ def choose(config: Config, groups: Sequence[Group]) -> tuple[list[Group], list[G
     """Returns (those that an iteration is done with, those of them that it trains on), oldest first. Their advantages
     are known.
 
-    With `grpo.dynamic_sampling` a group in which no completion has an advantage is left out, and counts as trained on
-    for its epoch (DAPO, arXiv 2503.14476, Eq. 11). Deviation: it is not sampled for again at once, which would wait for
-    the longest answer once more; as many groups as are missing are begun in the next iteration, beside its own
-    (`num_missing`)."""
+    With `grpo.dynamic_sampling` a group whose known rewards are all equal, before anything is taken for length, is left
+    out, and counts as trained on for its epoch (DAPO, arXiv 2503.14476, Eq. 11). Deviation: it is not sampled for again
+    at once, which would wait for the longest answer once more; as many groups as are missing are begun in the next
+    iteration, beside its own (`num_missing`)."""
     size, whole = config.train.prompts_per_iteration, [group for group in groups if group.is_whole]
     if not config.grpo.dynamic_sampling:
         return whole[:size], whole[:size]
-    useful = [group for group in whole if any(r.advantage for r in group.rollouts)]
+    useful = [group for group in whole if len({r.reward for r in group.rollouts if r.reward is not None}) > 1]
     trained = useful[:size] if config.rollout.carry else useful
     return [group for group in whole if group not in useful or group in trained], trained
 
 
 def num_missing(config: Config, state: TrainerState, num_trained: int) -> int:
     """Returns how many groups are to be made up for after an iteration that has trained on so many: at most as many as
-    an iteration has."""
+    an iteration has. With carry those that are held make up for earlier ones."""
     size = config.train.prompts_per_iteration
-    return min(size, max(0, state.missing + size - num_trained)) if config.grpo.dynamic_sampling else 0
+    owed = 0 if config.rollout.carry else state.missing
+    return min(size, max(0, owed + size - num_trained)) if config.grpo.dynamic_sampling else 0
 
 
 def put_back(groups: Sequence[Group], sampled: Iterable[Rollout]) -> None:

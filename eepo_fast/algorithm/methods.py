@@ -8,7 +8,7 @@ from eepo_fast.algorithm.noise import NoisyStage
 from eepo_fast.algorithm.policy_losses import find_loss
 from eepo_fast.algorithm.stages import OneStage, Stages, TwoStage
 from eepo_fast.config import Config
-from eepo_fast.own import find_function
+from eepo_fast.own import find_method
 from eepo_fast.types import TrainerState
 
 
@@ -16,7 +16,7 @@ class OwnStages:
     """Samples by a function of the user's own: (it) -> completions, as `Stages.sample`."""
 
     def __init__(self, name: str):
-        self.sample = find_function("rollout.sampler", name)
+        self.sample = find_method("rollout.sampler", name)
 
 
 def check_methods(config: Config) -> None:

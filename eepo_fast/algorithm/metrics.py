@@ -93,7 +93,7 @@ class UpdateStats:
             if kind.of_sequences:
                 log_weights = sequence_means(log_weights, kept, tokens.starts)
             weight = weight * importance_weights(log_weights, config.grpo.ratio_cap)
-        cut = kind.is_cut(ratio, tokens.advantages, config.grpo)
+        cut = kind.is_cut(ratio, tokens.advantages, config.grpo) if kind.is_cut else torch.full_like(ratio, math.nan)
         if tokens.high_covariance is not None:
             self._add("policy/high_covariance", tokens.high_covariance, kept)
         for s in (1, 2):
@@ -103,7 +103,8 @@ class UpdateStats:
             for sign, factor in SIGNS.items():
                 signed = chosen & (factor * tokens.advantages > 0)
                 self._add(f"policy/clip_fraction_stage{s}_{sign}", cut.float(), signed)
-                self._add(f"policy/clip_weight_stage{s}_{sign}", torch.where(cut, weight, 0.0), signed, weight)
+                lost = torch.where(cut.bool(), weight, 0.0) if kind.is_cut else cut
+                self._add(f"policy/clip_weight_stage{s}_{sign}", lost, signed, weight)
         if tokens.ref_logprobs is not None:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine
@@ -193,7 +194,7 @@ def iteration_metrics(it: Iteration, batch: RolloutBatch, num_trained: int, upda
         **_unlearn_metrics(unlearning, it.forget_stats, it.eepo),
         "unlearn/kl": unlearning.kl if unlearning else math.nan,
         "unlearn/kl_low_variance": unlearning.kl_low_variance if unlearning else math.nan,
-        "policy/loss": float(update.loss) / max(1, len(update.grad_norms)),
+        "policy/loss": float(update.loss) / len(update.grad_norms) if update.grad_norms else math.nan,
         "policy/grad_norm": _mean(update.grad_norms),
         "policy/learning_rate": update.learning_rate,
         "policy/updates_skipped": update.skipped,

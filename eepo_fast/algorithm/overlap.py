@@ -375,4 +375,4 @@ class Ahead:
 
 def _key(rollout: Rollout) -> tuple:
     """Returns what a completion is known by on every rank."""
-    return rollout.begun, rollout.prompt.id, rollout.stage, rollout.sample_index, rollout.weights_version
+    return rollout.begun, rollout.prompt.id, rollout.stage, rollout.sample_index, rollout.num_tokens

@@ -9,7 +9,7 @@ Shapes: n tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from eepo_fast.algorithm.ratio import clipped, is_cut
 from eepo_fast.config import GrpoConfig
-from eepo_fast.own import find_function, is_own
-from eepo_fast.types import Rollout
+from eepo_fast.own import find_method, is_own
+from eepo_fast.types import Rollout, UserError
 
 
 class ChunkTokens(NamedTuple):
@@ -37,8 +37,8 @@ class ChunkTokens(NamedTuple):
 class PolicyLoss(NamedTuple):
     losses: Callable[[GrpoConfig, ChunkTokens], Tensor]
     """Returns the loss of each token [n], to be descended."""
-    is_cut: Callable[[Tensor, Tensor, GrpoConfig], Tensor]
-    """(r, A) [n] each -> bool [n]: which tokens the clip takes something from."""
+    is_cut: Callable[[Tensor, Tensor, GrpoConfig], Tensor] | None
+    """(r, A) [n] each -> bool [n]: which tokens the clip takes something from; None where nobody knows."""
     of_sequences: bool = False
 
 
@@ -87,8 +87,20 @@ def find_loss(config: GrpoConfig) -> PolicyLoss:
     True`."""
     if not is_own(config.loss):
         return LOSSES[config.loss]
-    function = find_function("grpo.loss", config.loss)
-    return PolicyLoss(function, is_nowhere, getattr(function, "of_sequences", False))
+    function = find_method("grpo.loss", config.loss)
+
+    def losses(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
+        found = function(config, tokens)
+        shape = tuple(tokens.log_ratio.shape)
+        if not isinstance(found, Tensor) or tuple(found.shape) != shape or not found.requires_grad:
+            kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(
+                f"grpo.loss: expected of {config.loss} a loss for each token, a tensor of shape {shape} made of "
+                f"tokens.log_ratio or tokens.logprobs, found {kind}"
+            )
+        return found
+
+    return PolicyLoss(losses, None, getattr(function, "of_sequences", False))
 
 
 def sequence_means(values: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
@@ -100,22 +112,25 @@ def sequence_means(values: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
     return torch.where(keep, (totals / counts.clamp_min(1))[starts], 0.0)
 
 
-def set_high_covariance(rollouts: Sequence[Rollout], share: float) -> None:
+def set_high_covariance(rollouts: Sequence[Rollout], counted: Container[Rollout], share: float) -> None:
     """Marks, of an update's tokens, the `share` with the highest (log π_θ - mean) · (A - mean), at least one: those
-    that take most from the entropy. The completions have their `prox_logprobs`; one without a reward has no part.
+    that take most from the entropy. The completions have their `prox_logprobs`; those that are not counted have no
+    part, nor has a token whose log-prob is not finite.
 
     Deviation from KL-Cov, whose code takes the log-probs of each pass and the tokens of each micro-batch: they are
     those at the iteration's start, and of the whole update, so that how it is cut up makes no difference."""
-    known = [r for r in rollouts if r.reward is not None and r.num_tokens]
+    known = [r for r in rollouts if r in counted and r.num_tokens]
     for r in rollouts:
         r.high_covariance = [0.0] * r.num_tokens
     if not known:
         return
     logprobs = torch.tensor([p for r in known for p in r.prox_logprobs or ()], dtype=torch.float64)
     advantages = torch.tensor([r.advantage for r in known for _ in range(r.num_tokens)], dtype=torch.float64)
-    covariance = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+    finite = logprobs.isfinite()
+    covariance = (logprobs - logprobs[finite].mean()) * (advantages - advantages[finite].mean())
     chosen = torch.zeros(len(logprobs))
-    chosen[covariance.topk(max(1, int(share * len(logprobs)))).indices] = 1.0
+    highest = torch.where(finite, covariance, -torch.inf).topk(max(1, int(share * int(finite.sum()))))
+    chosen[highest.indices] = finite[highest.indices].float()
     ends = [*accumulate((r.num_tokens for r in known), initial=0)]
     for r, start, end in zip(known, ends[:-1], ends[1:], strict=True):
         r.high_covariance = chosen[start:end].tolist()

@@ -9,7 +9,8 @@ Deviations from the paper:
   forgotten less (`length/unlearned` beside `length/stage1`).
 - The length of the step may follow a KL: step_size.py.
 - `eepo.temperature`: stage 2 may be sampled at another temperature than stage 1. Its log-probs are those at its own, so
-  that what has sampled it counts as other weights, with its ratio and its importance weight.
+  that what has sampled it counts as other weights, with its ratio and its importance weight; what `eepo.max_kl` is held
+  against is of step and temperature together.
 
 θ' is never put back by an inverse step: the next iteration's `sync` makes it θ again.
 """
@@ -82,8 +83,11 @@ def went_too_far(it: Iteration, sampled: Sequence[Rollout], stage: int, limit: f
     return found.resampled
 
 
-def count_as_others(rollouts: Sequence[Rollout]) -> None:
-    """Marks what has just been sampled, by whatever weights, as not the policy's own: it was at another temperature."""
+def count_as_others(rollouts: Sequence[Rollout], stage: int = 2) -> None:
+    """Marks what has been sampled in this stage, by whatever weights, as not the policy's own: it was at another
+    temperature, of which its log-probs are."""
     for r in rollouts:
-        *before, last = r.segments
-        r.segments = [*before, replace(last, weights_version=last.weights_version._replace(forgotten=True))]
+        r.segments = [
+            replace(s, weights_version=s.weights_version._replace(forgotten=True)) if of == stage else s
+            for s, of in zip(r.segments, r.segment_stages, strict=True)
+        ]

@@ -77,7 +77,7 @@ class Trainer(Setup):
         it.set_prox_logprobs("old_logprobs", wanted)
         if self.config.grpo.loss == "kl_cov":
             for part in parts:
-                set_high_covariance(part, self.config.grpo.cov_share)
+                set_high_covariance(part, aggregation_weights(self.config, part), self.config.grpo.cov_share)
         set_old_logprobs(rows, self.config.grpo, it.theta)
         it.set_ref_logprobs(rows)
         if self.config.log.token_details:
@@ -88,8 +88,8 @@ class Trainer(Setup):
         even as they go where `grpo.dynamic_sampling` has left some groups out, or made up for others."""
         train, size = self.config.train, self.config.rollout.group_size
         count, groups = train.prompts_per_iteration // train.prompts_per_update, len(rows) // size
-        ends = [groups * i // count * size for i in range(count)]
-        return [rows[start:end] for start, end in zip(ends, [*ends[1:], len(rows)], strict=True)]
+        starts = [-(-groups * i // count) * size for i in range(count)]  # an update without any is the last
+        return [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
 
     def _update(self, it: Iteration, rows: Sequence[Rollout]) -> M.UpdateStats:
         """Updates the policy on mini-batches; loss sums are over a mini-batch's tokens, whatever the micro-batches. One

@@ -49,6 +49,7 @@ def check(config: "Config") -> None:
     )
     _check_eepo(config)
     _check_slots(config)
+    _check_temperature(config)
     _check_psn(config)
     _check_aepo(config)
     _check_evaluation(config)
@@ -96,6 +97,27 @@ def _check_slots(config: "Config") -> None:
         not rollout.sampler or is_own(rollout.sampler),
         f"rollout.sampler: expected file.py:function, found {rollout.sampler[:100]!r}",
     )
+    by_others = config.eepo.enabled or config.psn.enabled
+    _require(
+        grpo.loss not in ("gspo", "kl_cov") or grpo.ratio != "sampler" or not by_others,
+        f"grpo.ratio: expected decoupled or policy with grpo.loss={grpo.loss} where other weights sample, found "
+        "sampler: what they are away from the policy would count as what it has changed; set grpo.ratio=decoupled",
+    )
+    for key, enabled in (("eepo.enabled", config.eepo.enabled), ("psn.enabled", config.psn.enabled)):
+        _require(
+            not (rollout.sampler and enabled),
+            f"{key}: expected false with rollout.sampler, found true: it samples in their place; set {key}=false",
+        )
+    reward = config.reward
+    _require(
+        not reward.overlong_share or grpo.advantage not in ("nsr", "pass_at_k"),
+        f"reward.overlong_share: expected 0 with grpo.advantage={grpo.advantage}, found {reward.overlong_share}: that "
+        "asks whether an answer is right, and not how much it is worth",
+    )
+    _require(
+        reward.overlong_share > 0 or reward.overlong_penalty == 1,
+        f"reward.overlong_penalty: expected reward.overlong_share above 0 with it, found {reward.overlong_share}",
+    )
     _require(
         grpo.advantage != "pass_at_k" or grpo.pass_k < rollout.group_size,
         f"grpo.pass_k: expected below rollout.group_size ({rollout.group_size}), found {grpo.pass_k}: every group with "
@@ -125,6 +147,15 @@ def _check_psn(config: "Config") -> None:
     _require(
         psn.target_kl < psn.max_kl,
         f"psn.target_kl: expected below psn.max_kl ({psn.max_kl}), found {psn.target_kl}",
+    )
+
+
+def _check_temperature(config: "Config") -> None:
+    """What the forget step's KL is measured on is sampled at stage 2's temperature, too."""
+    _require(
+        config.eepo.temperature is None or config.eepo.step == "fixed",
+        f"eepo.temperature: expected none with eepo.step=kl, found {config.eepo.temperature}: the KL that the step "
+        "follows would be of both together; set eepo.step=fixed",
     )
 
 

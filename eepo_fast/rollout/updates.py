@@ -140,6 +140,8 @@ class Reload:
 
         try:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model's own loader raises on a name or shape it does not know
             kind, name = type(error).__name__, next(iter([*self.weights][len(taken) :]), "its buffers")
             raise EngineError(f"vLLM's loader stops at {name} with {kind}: {error}; use rollout.engine=hf") from error

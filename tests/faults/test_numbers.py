@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eepo_fast.algorithm import forget, guards, iteration
+from eepo_fast.algorithm import forget, guards, iteration, stages
 from eepo_fast.algorithm.advantages import set_advantages
-from eepo_fast.algorithm.stages import TwoStage
 from eepo_fast.rewards import ArithmeticGrader
 from eepo_fast.rollout.engine import Sampling, make_requests
 from eepo_fast.types import EngineError, Grade, RolloutBatch, Segment, UserError
@@ -47,7 +46,7 @@ def test_a_nan_in_the_unlearning_gradient_skips_the_step(make_trainer, monkeypat
 def test_without_the_guard_the_nan_reaches_the_engine(make_trainer, monkeypatch):
     poisoned(monkeypatch)
     trainer = make_trainer(eepo=OPEN)
-    monkeypatch.setattr(TwoStage, "went_too_far", lambda *args: False)  # which would take it back
+    monkeypatch.setattr(stages, "went_too_far", lambda *args: False)  # which would take it back
     original = forget.compute_unlearning
 
     def believing(*args, **options):
@@ -156,7 +155,7 @@ def test_a_forget_step_that_is_too_long_is_not_taken(make_trainer):
 
 
 @pytest.mark.fault(17)
-def test_a_forget_step_thatwent_too_far_is_taken_back(make_trainer):
+def test_a_forget_step_that_went_too_far_is_taken_back(make_trainer):
     """Stage 2 is sampled again from θ, with θ's version, and nothing of θ' is in the update."""
     far = {**OPEN, "learning_rate": 1e3, "max_step": 1e30}
     batch, row = make_trainer(eepo={**far, "max_kl": 1.0}).iteration()

@@ -203,6 +203,7 @@ def test_a_key_that_nobody_reads_is_refused(make_run):
 def test_the_state_is_what_the_trainer_has():
     """A field that a checkpoint would not bring back."""
     kept = {"step", "policy_version", "entropy_window", "entropy", "bad_updates", "forget_steps", "cursor", "groups"}
+    kept |= {"missing"}
     assert set(TrainerState.__dataclass_fields__) == kept
     assert {"python", "numpy", "torch", "cuda"} == set(states.random_state())
 

@@ -38,7 +38,8 @@ def expected_advantage(name, known, likelihoods, config):
         return [r - statistics.fmean(known[:i] + known[i + 1 :]) for i, r in enumerate(known)]
     if name == "unlikeliness":
         ranks = [sum(other < own for other in likelihoods) for own in likelihoods]
-        known = [r * (1 - config.rank_penalty * rank / n) for r, rank in zip(known, ranks, strict=True)]
+        lower = [1 - config.rank_penalty * rank / n for rank in ranks]
+        known = [r * f if r > 0 else r for r, f in zip(known, lower, strict=True)]
         mean = math.fsum(known) / n
     if name in ("group", "unlikeliness"):
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in known) / (n - 1))
@@ -128,6 +129,15 @@ def endless(rewards, rollouts, config):
 """
 
 
+DATACLASS = """
+from dataclasses import dataclass
+
+@dataclass
+class Settings:
+    weight: "float" = 1.0
+"""
+
+
 def test_an_advantage_of_ones_own(test_config, make_rollouts, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(OWN)
@@ -136,6 +146,14 @@ def test_an_advantage_of_ones_own(test_config, make_rollouts, tmp_path):
         r.reward = reward
     set_advantages(batch, test_config(grpo={"advantage": f"{path}:halves"}))
     assert [r.advantage for r in batch.rollouts] == [0.5, -0.5, 0.0, -0.5]
+    path.write_text(OWN + "\ndef broken(rewards, rollouts, config):\n    return [r - 1 for r in rewards]\n")
+    with pytest.raises(UserError, match=r"has no attr"):  # a file is read once
+        set_advantages(batch, test_config(grpo={"advantage": f"{path}:broken"}))
+    other = tmp_path / "elsewhere" / "mine.py"
+    other.parent.mkdir()
+    other.write_text(path.read_text() + DATACLASS)
+    with pytest.raises(UserError, match=r"broken raises TypeError: .* \(mine.py, line \d+\); mend that"):
+        set_advantages(batch, test_config(grpo={"advantage": f"{other}:broken"}))
     for name, words in (("short", r"expected 4 finite numbers"), ("endless", r"found \[inf"), ("none", "has no attr")):
         with pytest.raises(UserError, match=words):
             set_advantages(batch, test_config(grpo={"advantage": f"{path}:{name}"}))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eepo_fast.checkpoint import load_checkpoint
+from eepo_fast.run.plan import num_iterations
 from eepo_fast.types import Grade
 
 DYNAMIC = {"dynamic_sampling": True}
@@ -107,6 +108,38 @@ def test_an_iteration_without_a_useful_group_updates_nothing(make, more_prompts,
     assert trainer.state.policy_version == 0 and trainer.state.step == 2 and row["policy/updates_skipped"] == 0
 
 
+def test_with_carry_a_debt_is_paid_back(make, more_prompts):
+    """One useless iteration, and all useful from then on: what is open comes down to what it would be."""
+    trainer = make([], rollout={"carry": 1, "quorum": 0.5})
+    grade, trainer.grader.grade = trainer.grader.grade, lambda ps, cs, **k: [Grade(0.0, "ok", 0.0) for _ in cs]
+    trainer.iteration()
+    owed = [trainer.state.missing]
+    trainer.grader.grade = grade
+    for _ in range(6):
+        trainer.iteration()
+        owed.append(trainer.state.missing)
+    assert owed[0] == 4 and owed[-1] < 2 and len(trainer.state.groups) <= 6
+
+
+def test_a_resumed_run_is_as_long(make, more_prompts):
+    """However far it has come through its prompts: they are begun faster than they are trained on."""
+    trainer = make([p.id for p in more_prompts[::2]], train={"iterations": 99, "epochs": 4})
+    fresh = num_iterations(trainer.config, len(more_prompts))
+    for _ in range(4):
+        trainer.iteration()
+        assert num_iterations(trainer.config, len(more_prompts), trainer.state) == fresh == 12
+    assert trainer.state.cursor.epoch * 12 + trainer.state.cursor.position > 4 * 4
+
+
+def test_long_answers_do_not_make_a_group_useful(make, more_prompts):
+    """Which has shaped rewards that differ, and an answer as right as the others."""
+    reward = {"overlong_share": 0.9}
+    trainer = make([p.id for p in more_prompts], reward=reward)
+    batch, row = trainer.iteration()
+    assert any(r.advantage for r in batch.rollouts) and row["group/filtered"] == len(batch.groups())
+    assert row["group/all_equal_fraction"] == 1 and row["reward/overlong"] > 0
+
+
 def test_with_carry_the_oldest_useful_groups_are_trained_on(make, more_prompts):
     trainer = make([more_prompts[0].id, more_prompts[5].id], rollout={"carry": 1, "quorum": 0.5})
     seen, carried = [], 0.0
@@ -114,7 +147,10 @@ def test_with_carry_the_oldest_useful_groups_are_trained_on(make, more_prompts):
         batch, row = trainer.iteration()
         carried += row["rollout/carried_fraction"]
         trained = [g for g in batch.groups() if any(r.advantage for r in g)]
-        assert len(trained) <= 4 and row["group/filtered"] == len(batch.groups()) - len(trained)
+        begun = [g[0].begun for g in trained]
+        assert (
+            begun == sorted(begun) and len(trained) <= 4 and row["group/filtered"] == len(batch.groups()) - len(trained)
+        )
         held = {(g.begun, g.prompt.id) for g in trainer.state.groups}
         done = {(g[0].begun, g[0].prompt.id) for g in batch.groups()}
         assert not held & done

@@ -39,7 +39,7 @@ def test_the_largest_allocation_of_an_iteration(
     monkeypatch.setattr(linear_loss, "default_chunk_bytes", lambda device: 2 << 20)
     config = test_config(
         rollout={"max_new_tokens": 30},
-        grpo={"kl_coef": 1e-4, "entropy_coef": 1e-5, "loss": loss},
+        grpo={"kl_coef": 1e-4, "entropy_coef": 1e-5, "loss": loss, "ratio": "policy"},
         eepo={"alpha": 99.0},
         train={"micro_batch_tokens": 4096, "prompts_per_update": 4},
     )

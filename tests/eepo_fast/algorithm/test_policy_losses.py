@@ -14,7 +14,7 @@ from eepo_fast.algorithm.policy_losses import LOSSES, set_high_covariance
 from eepo_fast.config.checks import LOSSES as KNOWN
 from eepo_fast.own import find_function
 from eepo_fast.policy.module import WholeLoss
-from eepo_fast.types import WeightsVersion
+from eepo_fast.types import UserError, WeightsVersion
 
 PEERS = json.loads((Path(__file__).parent / "peers" / "numbers.json").read_text())
 CASES = [c for c in PEERS["cases"] if not c["name"].startswith("advantage/")]
@@ -65,14 +65,17 @@ def test_a_loss_is_that_of_a_peer(test_config, make_rollouts, case):
     """Value and gradient."""
     given = PEERS["inputs"][case["inputs"]]
     config = test_config(
-        grpo=grpo_of(case), rollout={"max_new_tokens": 16}, train={"prompts_per_update": 1, "prompts_per_iteration": 2}
+        eepo={"enabled": False},
+        grpo=grpo_of(case),
+        rollout={"max_new_tokens": 16},
+        train={"prompts_per_update": 1, "prompts_per_iteration": 2},
     )
     rollouts = make_rollouts([len(row) for row in given["logprobs"]])
     rows = zip(rollouts, given["logprobs"], given["old_logprobs"], PEERS["inputs"]["advantages"], strict=True)
     for r, now, old, advantage in rows:
         r.old_logprobs, r.prox_logprobs, r.advantage = old, now, advantage  # KL-Cov: of the present log-probs there
     if config.grpo.loss == "kl_cov":
-        set_high_covariance(rollouts, config.grpo.cov_share)
+        set_high_covariance(rollouts, rollouts, config.grpo.cov_share)
     tokens = tokens_and_weights(rollouts, config)
     logprobs = torch.tensor([v for row in given["logprobs"] for v in row], dtype=torch.float64, requires_grad=True)
     stats = TokenStats(logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs))
@@ -92,12 +95,12 @@ SETTINGS = [
     # loss, aggregation, advantage, form
     ("ppo", "sequence", "group", "sampler"),
     ("ppo", "constant", "dr_grpo", "decoupled"),
-    ("gspo", "sequence", "group", "sampler"),
+    ("gspo", "sequence", "group", "policy"),
     ("gspo", "sequence", "rloo", "decoupled"),
     ("gspo", "token", "nsr", "policy"),
     ("cispo", "token", "group", "sampler"),
     ("cispo", "token", "unlikeliness", "decoupled"),
-    ("kl_cov", "token", "group", "sampler"),
+    ("kl_cov", "token", "group", "policy"),
     ("kl_cov", "token", "pass_at_k", "decoupled"),
 ]
 
@@ -182,6 +185,19 @@ def test_updates_against_an_oracle(make_trainer, coin_grader, loss, aggregation,
     assert (row["policy/high_covariance"] > 0) == (loss == "kl_cov")
 
 
+def test_high_covariance_is_of_what_is_in_the_loss(make_rollouts):
+    """Neither of what is masked nor of a log-prob that is no number, however high."""
+    rollouts = make_rollouts([20, 20, 20])
+    for r, advantage in zip(rollouts, (1.0, -1.0, 90.0), strict=True):
+        r.prox_logprobs, r.advantage = list(r.rollout_logprobs), advantage
+    rollouts[0].prox_logprobs[3] = -math.inf
+    set_high_covariance(rollouts, rollouts[:2], 0.1)
+    assert sum(map(sum, (r.high_covariance for r in rollouts[:2]))) == 3 and not any(rollouts[2].high_covariance)
+    assert rollouts[0].high_covariance[3] == 0
+    set_high_covariance(rollouts, rollouts, 0.1)
+    assert any(rollouts[2].high_covariance), "the control"
+
+
 def test_what_was_cut_off_can_be_masked(test_config, make_rollouts):
     rollouts = make_rollouts([3, 5, 2])
     rollouts[1].finished = False
@@ -197,7 +213,8 @@ def test_sequences_need_no_full_logits(make_policy, make_rollouts, test_config, 
     rollouts = make_rollouts([5, 1, 7, 3])
     for r in rollouts:
         r.advantage, r.old_logprobs = 1.0 - r.sample_index, [p - 0.1 for p in r.rollout_logprobs]
-    config = test_config(grpo={"loss": "gspo", "aggregation": "sequence", "clip_low": 9.0, "clip_high": 9.0})
+    grpo = {"loss": "gspo", "aggregation": "sequence", "clip_low": 9.0, "clip_high": 9.0}
+    config = test_config(eepo={"enabled": False}, grpo=grpo)
     found = []
     for chunk_bytes in (None, 4096):
         policy = make_policy()
@@ -230,6 +247,15 @@ def whole(config, tokens):
     return plain(config, tokens)
 
 whole.of_sequences = True
+
+def mean(config, tokens):
+    return (tokens.log_ratio * tokens.advantages).mean()
+
+def constant(config, tokens):
+    return tokens.advantages
+
+def broken(config, tokens):
+    return {}["nothing"]
 """
 
 
@@ -247,3 +273,19 @@ def test_a_loss_of_ones_own(make_trainer, tiny_model, tmp_path):
         distinct[name.rpartition(":")[2]] = len(set(torch.cat(seen).tolist()) - {0.0}) if seen else 0
     assert distinct["plain"] > 8 >= distinct["whole"] > 0, "one number a completion of the second update"
     assert norms["halved"] < 0.6 * norms["ppo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mean", r"grpo.loss: expected of .*:mean a loss for each token, a tensor of shape \(\d+,\) .*, found \(\)"),
+        ("constant", r"made of tokens.log_ratio or tokens.logprobs, found \(\d+,\)"),
+        ("broken", r"grpo.loss: .*:broken raises KeyError: 'nothing' \(mine.py, line \d+\); mend that"),
+    ],
+)
+def test_a_wrong_loss_of_ones_own_is_one_line(make_trainer, tmp_path, name, words):
+    (tmp_path / "mine.py").write_text(OWN)
+    trainer = make_trainer(grpo={"loss": f"{tmp_path}/mine.py:{name}"}, eepo={"enabled": False})
+    with pytest.raises(UserError, match=words) as found:
+        trainer.iteration()
+    assert "\n" not in str(found.value)

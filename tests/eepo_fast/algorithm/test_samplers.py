@@ -101,6 +101,26 @@ def test_noise_goes_with_carry_and_additions(make_trainer, more_prompts, watch):
     assert not all(torch.equal(noisy[name], theta[name]) for name in theta)
 
 
+def test_hot_tokens_are_others_however_often_they_went_on(make_trainer, more_prompts):
+    """With carry, in as many parts as they have; and each completion is graded once."""
+    graded = []
+    trainer = make_trainer(
+        eepo={"alpha": 1e-9, "temperature": 2.0}, rollout={"carry": 1, "quorum": 0.3, "max_new_tokens": 24}
+    )
+    trainer.prompts, trainer.stop_token_ids, grade = more_prompts, [1, 5, 8, 9, 12], trainer.grader.grade
+    trainer.grader.grade = lambda problems, texts, **more: graded.extend(texts) or grade(problems, texts, **more)
+    parts, done = 0, 0
+    for _ in range(4):
+        batch, _ = trainer.iteration()
+        done += len(batch.rollouts)
+        for r in [*batch.rollouts, *(r for g in trainer.state.groups for r in g.rollouts)]:
+            hot = [s for s, stage in zip(r.segments, r.segment_stages, strict=True) if stage == 2]
+            assert all(s.weights_version.forgotten for s in hot)
+            parts = max(parts, len(hot))
+    ended = sum(not r.preempted for g in trainer.state.groups for r in g.rollouts)
+    assert parts > 1 and len(graded) == done + ended
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.0], ids=["forgets", "forgets nothing"])
 def test_stage_2_has_a_temperature_of_its_own(make_trainer, scored, rate):
     """Its log-probs are at that temperature, of θ' (or θ, where nothing is forgotten), and it counts as of others."""
@@ -142,9 +162,9 @@ def too_few(it):
 
 def test_a_sampler_of_ones_own(make_trainer, tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
-    trainer = make_trainer(rollout={"sampler": f"{tmp_path}/mine.py:hot_half"})
+    trainer = make_trainer(eepo=OFF, rollout={"sampler": f"{tmp_path}/mine.py:hot_half"})
     batch, row = trainer.iteration()
     assert len(batch.stage(1)) == len(batch.stage(2)) == 8 and row["entropy/stage2"] > row["entropy/stage1"]
-    trainer = make_trainer(rollout={"sampler": f"{tmp_path}/mine.py:too_few"})
+    trainer = make_trainer(eepo=OFF, rollout={"sampler": f"{tmp_path}/mine.py:too_few"})
     with pytest.raises(UserError, match=r"rollout.sampler: expected 4 completions of each of 4 prompts"):
         trainer.iteration()

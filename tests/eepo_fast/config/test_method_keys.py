@@ -31,7 +31,12 @@ STACKS = (
         (["grpo.loss=gpso"], r"grpo.loss: expected one of ppo, .*; did you mean gspo\?"),
         (["rollout.sampler=mine"], r"rollout.sampler: expected file.py:function, found 'mine'"),
         (["grpo.advantage=pass_at_k", "grpo.pass_k=8"], r"grpo.pass_k: expected below rollout.group_size \(8\)"),
-        (["grpo.loss=kl_cov"], r"grpo.loss: expected another than kl_cov with one update an iteration"),
+        (["grpo.loss=gspo"], r"grpo.ratio: expected decoupled or policy with grpo.loss=gspo.*; set grpo"),
+        (["rollout.sampler=a.py:b"], r"eepo.enabled: expected false with rollout.sampler.*; set eepo.ena"),
+        (["reward.overlong_share=0.1", "grpo.advantage=nsr"], r"reward.overlong_share: expected 0 with grpo.adv"),
+        (["reward.overlong_penalty=0.1"], r"reward.overlong_penalty: expected reward.overlong_share above 0 with it"),
+        (["eepo.temperature=2", "eepo.step=kl"], r"eepo.temperature: expected none with eepo.step=kl, found 2"),
+        (["grpo.loss=kl_cov", "grpo.ratio=policy"], r"grpo.loss: expected another than kl_cov with one"),
         (["grpo.pass_k=2"], r"grpo.pass_k: expected grpo.advantage=pass_at_k with it, found group"),
         (["grpo.cov_coef=2"], r"grpo.cov_coef: expected grpo.loss=kl_cov with it, found ppo"),
         (["psn.enabled=true"], r"psn.enabled: expected false with eepo.enabled.*; set eepo.enabled=false"),
@@ -56,6 +61,7 @@ def test_keys_that_do_not_fit_are_one_line(overrides, words):
 def test_an_overlay_stacks_with_eepo(name):
     """EEPO's behind it: what the first one sets is still there, and the second stage is on."""
     overlay, several = str(ROOT / f"configs/methods/{name}.yaml"), ["train.prompts_per_update=16"]
+    several += ["grpo.ratio=decoupled"] if name in ("gspo", "kl_cov") else []
     alone = load_config([DEMO, overlay], several)
     both = load_config([DEMO, overlay, str(ROOT / "configs/methods/eepo.yaml")], several)
     assert not alone.eepo.enabled and both.eepo.enabled

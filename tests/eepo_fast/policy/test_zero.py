@@ -79,7 +79,8 @@ def weights_of(folder, step):
     return torch.cat([model[name].double().flatten() for name in sorted(model)])
 
 
-SLOTS = ("grpo.loss=gspo", "grpo.aggregation=sequence", "grpo.advantage=rloo", "grpo.dynamic_sampling=true")
+SLOTS = ("grpo.loss=gspo", "grpo.ratio=decoupled", "grpo.aggregation=sequence", "grpo.advantage=rloo")
+SLOTS += ("grpo.dynamic_sampling=true",)
 
 
 @pytest.mark.slow

