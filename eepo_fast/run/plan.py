@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eepo_fast.algorithm.in_flight import num_ahead
+from eepo_fast.algorithm.methods import check_methods
 from eepo_fast.config import Config
 from eepo_fast.data.problems import cursor_after, load_problems
 from eepo_fast.data.tasks import BASES, TASKS
@@ -120,7 +121,9 @@ def count_rows(config: Config) -> int:
 
 
 def batch_plan(config: Config) -> dict[str, int | str]:
-    """Returns what an iteration consists of. Sizes that depend on sampled lengths are given at full length."""
+    """Returns what an iteration consists of. Sizes that depend on sampled lengths are given at full length. UserError
+    where a function that the method names is not there."""
+    check_methods(config)
     if config.model.path not in BASES:
         find_model(config.model.path)
     rows, train, rollout = count_rows(config), config.train, config.rollout
@@ -135,6 +138,9 @@ def batch_plan(config: Config) -> dict[str, int | str]:
     aepo = {"AEPO's samples an iteration": extra} if extra else {}
     ahead, size = num_ahead(config), train.prompts_per_iteration
     carry = {"prompts begun ahead, at most": ahead} if ahead else {}
+    most = 1
+    if config.grpo.dynamic_sampling:
+        most, carry = 2, carry | {"prompts begun for groups left out, at most": size}
     return {
         "training problems": rows,
         "iterations an epoch": f"{rows / size:g}" if ahead else rows // size,
@@ -148,7 +154,7 @@ def batch_plan(config: Config) -> dict[str, int | str]:
         "updates an iteration": updates,
         "completions an update": per_update,
         "completions a micro-batch, at full length": per_micro_batch,
-        "micro-batches an update, at most": math.ceil(per_update / per_micro_batch),
-        "sampled tokens an iteration, at most": (completions + extra) * rollout.max_new_tokens,
-        "tokens an iteration with prompts, at most": (completions + extra) * (longest + 1),
+        "micro-batches an update, at most": math.ceil(most * per_update / per_micro_batch),
+        "sampled tokens an iteration, at most": (most * completions + extra) * rollout.max_new_tokens,
+        "tokens an iteration with prompts, at most": (most * completions + extra) * (longest + 1),
     }
