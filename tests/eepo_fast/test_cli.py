@@ -121,9 +121,8 @@ def test_dry_run_knows_what_is_left_out_and_what_is_not_there(run):
     """Groups that are made up for; and a function that the config names."""
     command = ("train", ROOT / "configs/demo.yaml", "--dry-run", "eepo.enabled=false")
     plain, dynamic = run(*command), run(*command, "grpo.dynamic_sampling=true")
-    most = [
-        int(line.split()[-1]) for d in (plain, dynamic) for line in d.stdout.splitlines() if "sampled tokens" in line
-    ]
+    lines = [line for done in (plain, dynamic) for line in done.stdout.splitlines() if "sampled tokens" in line]
+    most = [int(line.split()[-1].replace(",", "")) for line in lines]
     assert most[1] == 2 * most[0] and "left out, at most:" in dynamic.stdout
     done = run(*command, "grpo.loss=none.py:fn")
     assert done.returncode == 2 and "grpo.loss: none.py:fn cannot be imported" in done.stderr
