@@ -1,6 +1,7 @@
 """Knows where model families differ: what they do to logits after the head, what they keep between tokens, buffers."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,10 +94,19 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def as_saved(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Returns a weight by the names, and in the parts, that the family's checkpoints have it in: experts that the model
-    holds stacked [E, …] are one by one there. They may be copies."""
-    return revert_weight_conversion(model, {name: tensor})
+def as_saved(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights by the names, and in the parts, that the family's checkpoints have them in: experts that the
+    model holds stacked [E, …] are one by one there. They may be copies."""
+    return revert_weight_conversion(model, dict(weights))
+
+
+def is_saved_one_by_one(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> bool:
+    """Returns whether `as_saved` of each weight alone is that of all together: no part of a checkpoint is made of
+    several weights."""
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    alone = [part for name, weight in weights.items() for part in as_saved(model, {name: weight}).items()]
+    together = {name: part.shape for name, part in as_saved(model, weights).items()}
+    return len(alone) == len(together) and {name: part.shape for name, part in alone} == together
 
 
 class Memory(NamedTuple):

@@ -97,12 +97,14 @@ class Reload:
 
     def __init__(
         self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None,
-        buffers: Named | None = None, as_saved: Callable[[str, Tensor], Named] = lambda name, tensor: {name: tensor},
+        buffers: Named | None = None, as_saved: Callable[[Named], Named] = lambda weights: weights,
+        one_by_one: bool = True,
     ):  # fmt: skip
         """Takes the `vllm.LLM` that holds the model and runs on the stream. buffers: what the policy's model has beside
-        its weights, and never changes. as_saved: a weight as vLLM finds it in checkpoints, where it has its names
-        from."""
+        its weights, and never changes. as_saved: weights as vLLM finds them in checkpoints, where it has its names
+        from; one_by_one: of each alone, so that what it makes is no second model."""
         self._llm, self._model, self.stream, self._as_saved = llm, model, stream, as_saved
+        self._one_by_one = one_by_one
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         self.buffers = {name: buffer.to(device, copy=True) for name, buffer in (buffers or {}).items()}
@@ -134,9 +136,10 @@ class Reload:
         taken = []
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in (*self.weights.items(), *self.buffers.items()):
-                yield from self._as_saved(name, tensor).items()
-                taken.append(name)
+            everything = self.weights | self.buffers
+            for part in [{n: t} for n, t in everything.items()] if self._one_by_one else [everything]:
+                yield from self._as_saved(part).items()
+                taken.extend(part)
 
         try:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})

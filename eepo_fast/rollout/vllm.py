@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
-from eepo_fast.rollout.families import as_saved, persistent_buffers
+from eepo_fast.rollout.families import as_saved, is_saved_one_by_one, persistent_buffers
 from eepo_fast.rollout.start_vllm import (
     capturing_on,
     engine_arguments,
@@ -99,7 +99,9 @@ class VllmEngine:
             """Length that the last forget step was to have, where that is known, and what it did."""
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
-            self._buffers, self._as_saved = persistent_buffers(model), partial(as_saved, model)
+            self._buffers = persistent_buffers(model)
+            everything = self._shapes | {name: buffer.shape for name, buffer in self._buffers.items()}
+            self._as_saved = partial(as_saved, model), is_saved_one_by_one(model, everything)
             self._updater = self._choose_updater()
             on_failure.pop_all()
 
@@ -118,8 +120,8 @@ class VllmEngine:
             return InPlace(self._model, self._shapes, self.dtype, self._group)
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
-            weights = self._shapes, self.dtype, self.stream, self._buffers, self._as_saved
-            return Reload(self.llm, self._model, *weights)
+            weights = self._shapes, self.dtype, self.stream, self._buffers
+            return Reload(self.llm, self._model, *weights, *self._as_saved)
 
     def _refuse_other_layouts(self) -> None:
         """Raises a PlanError for layers whose kernels read another layout than the loader writes."""

@@ -241,6 +241,19 @@ def test_buffers_are_saved_exported_and_missed(tokenizer, make_trainer, save_che
         export_checkpoint(folder, tmp_path / "other", "float32", Console(quiet=True))
 
 
+@pytest.mark.parametrize("family, one_by_one", [("llama", True), ("qwen3_moe", True), ("hrm_text", False)])
+def test_weights_as_checkpoints_have_them(family, one_by_one):
+    """Experts alone; projections that a checkpoint has in one together."""
+    model = tiny.tiny_model(family)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    found = families.as_saved(model, weights)
+    assert families.is_saved_one_by_one(model, {name: w.shape for name, w in weights.items()}) == one_by_one
+    parts = [part for name, weight in weights.items() for part in families.as_saved(model, {name: weight}).items()]
+    alone = len(parts) == len(found) and all(torch.equal(found[name], part) for name, part in parts)
+    assert alone == one_by_one
+    assert sum(part.numel() for part in found.values()) == sum(w.numel() for w in weights.values())
+
+
 def test_a_family_without_checkpointing_is_named():
     with pytest.raises(UserError, match=r"train.gradient_checkpointing: .*; set train.gradient_checkpointing=false"):
         module._checkpoint_gradients(tiny.tiny_model("jetmoe"))
