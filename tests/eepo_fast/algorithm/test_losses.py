@@ -236,7 +236,7 @@ def test_a_left_out_token_poisons_no_gradient(test_config, name, poison):
     none, starts = torch.zeros(20, dtype=torch.bool), torch.arange(20) // 10 * 10
     tokens = PolicyTokens(advantages, old, none, torch.full((20,), math.inf), weights, starts, ref)
     loss = {"loss": name} if name in LOSSES else {}
-    config = test_config(grpo={"kl_coef": 0.1, "entropy_coef": 0.1, **loss}).grpo
+    config = test_config(eepo={"enabled": False}, grpo={"kl_coef": 0.1, "entropy_coef": 0.1, **loss}).grpo
     loss_fn = {
         "nll": nll_loss(weights),
         "reinforce": reinforce_loss(advantages, weights),

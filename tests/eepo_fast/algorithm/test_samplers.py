@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from eepo_fast.algorithm.methods import check_methods
 from eepo_fast.types import UserError
 
 PSN = {"enabled": True, "sigma": 0.05}
@@ -158,6 +159,11 @@ def too_few(it):
     it.sync()
     return it.generate("stage1", it.requests(1, range(1)))
 '''
+
+
+def test_a_sampler_that_is_no_function_is_refused(test_config):
+    with pytest.raises(UserError, match=r"rollout.sampler: expected a function, found that os:name is a str"):
+        check_methods(test_config(eepo=OFF, rollout={"sampler": "os:name"}))
 
 
 def test_a_sampler_of_ones_own(make_trainer, tmp_path):
