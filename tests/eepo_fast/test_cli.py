@@ -147,10 +147,6 @@ GOOD = '{"id": "a", "problem": "1,2,3=6:", "answer": "1+2+3"}'
         (["model.path=./nowhere"], None, "nothing at ./nowhere"),
         (["grpo.advantage=none.py:fn"], None, "grpo.advantage: none.py:fn cannot be imported (FileNotFoundError"),
         (["grpo.loss=os:nothing"], None, "grpo.loss: os:nothing cannot be imported (AttributeError"),
-        (
-            None,
-            "rollout.sampler: expected a function, found that os:name is a str",
-        ),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_run(base, tmp_path, monkeypatch, capsys, overrides, content, words):
