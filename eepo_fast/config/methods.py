@@ -50,8 +50,8 @@ class GrpoConfig(Section):
     mask_truncated: bool = Field(False, description="answers that were cut off give no gradient")
     dynamic_sampling: bool = Field(
         False,
-        description="groups without any advantage are not trained on, and made up for in the next iteration, by at "
-        "most as many again",
+        description="groups whose rewards are all equal are not trained on, and made up for in the next iteration, by "
+        "at most as many again",
     )
 
 

@@ -78,8 +78,8 @@ def about_schedule(config: Config, total: int, planned: int | None) -> Iterator[
 def _iterations_left(config: Config, num_prompts: int, state: TrainerState) -> int:
     size, held = config.train.prompts_per_iteration, len(state.groups)
     if config.grpo.dynamic_sampling:  # as many as all groups would take: what is begun for those left out is on top
-        whole = config.train.epochs * num_prompts // size if config.rollout.carry else 0
-        return (whole or config.train.epochs * (num_prompts // size)) - state.step
+        epochs = config.train.epochs
+        return (epochs * num_prompts // size if config.rollout.carry else epochs * (num_prompts // size)) - state.step
     cursor = state.cursor or cursor_after(state.step, num_prompts, size)
     left = (config.train.epochs - cursor.epoch) * num_prompts - cursor.position + len(cursor.postponed)
     if config.rollout.carry:
