@@ -38,11 +38,15 @@ def _randomise(tensors: dict[str, Tensor], seed: str) -> None:
     """Puts a random direction as long as the gradient in its place: normal, drawn for each weight by its name."""
     length = math.sqrt(sum(float(g.double().square().sum()) for g in tensors.values()))
     for name, tensor in tensors.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}".encode()))
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        draw_normal(tensor, f"{seed}|{name}")
     drawn = math.sqrt(sum(float(g.double().square().sum()) for g in tensors.values()))
     for tensor in tensors.values():
         tensor *= length / drawn
+
+
+def draw_normal(tensor: Tensor, seed: str) -> None:
+    """Fills the tensor with normal numbers of its device's generator."""
+    tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(zlib.crc32(seed.encode())))
 
 
 def _add_steps(

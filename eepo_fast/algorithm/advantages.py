@@ -113,28 +113,31 @@ def shaped(rollout: Rollout, config: Config) -> float | None:
 
 
 def find_advantage(name: str) -> Advantage:
-    return find_method("grpo.advantage", name) if is_own(name) else ADVANTAGES[name]
+    """Returns the advantage of that name; of a function of the user's own one that raises a UserError where it gives no
+    finite number for each completion."""
+    if not is_own(name):
+        return ADVANTAGES[name]
+    function = find_method("grpo.advantage", name)
+
+    def advantages(rewards: Rewards, rollouts: Sequence[Rollout], config: GrpoConfig) -> list[float]:
+        found = function(rewards, rollouts, config)
+        try:
+            values = [0.0 if r is None else float(a) for a, r in zip(found, rewards, strict=True)]
+        except (TypeError, ValueError):
+            values = []
+        if not values or not all(map(math.isfinite, values)):
+            raise UserError(
+                f"grpo.advantage: expected {len(rewards)} finite numbers of {name}, found {found!r}", shared=True
+            )
+        return values
+
+    return advantages
 
 
 def set_advantages(batch: RolloutBatch, config: Config) -> None:
-    """Sets each completion's advantage by `grpo.advantage`; UserError where a function of the user's own gives no
-    finite number for each."""
-    name = config.grpo.advantage
-    of = find_advantage(name)
+    """Sets each completion's advantage by `grpo.advantage`."""
+    of = find_advantage(config.grpo.advantage)
     for rollouts in batch.groups():
-        rewards = [shaped(r, config) for r in rollouts]
-        found = of(rewards, rollouts, config.grpo)
-        found = _checked(name, found, rewards) if is_own(name) else found
-        for rollout, advantage in zip(rollouts, found, strict=True):
+        advantages = of([shaped(r, config) for r in rollouts], rollouts, config.grpo)
+        for rollout, advantage in zip(rollouts, advantages, strict=True):
             rollout.advantage = advantage
-
-
-def _checked(name: str, found: Sequence[float], rewards: Rewards) -> list[float]:
-    try:
-        values = [0.0 if r is None else float(a) for a, r in zip(found, rewards, strict=True)]
-        complaint = None if all(map(math.isfinite, values)) else f"found {values}"
-    except (TypeError, ValueError) as error:
-        values, complaint = [], f"found {error}"
-    if complaint is not None:
-        raise UserError(f"grpo.advantage: expected {len(rewards)} finite numbers of {name}, {complaint}", shared=True)
-    return values

@@ -30,7 +30,7 @@ class HotterStage:
         requests, lengths = it.requests(2, range(half, group_size)), mean_lengths(stage1)
         temperature = it.sampling.temperature * (1 + it.eepo.learning_rate)
         stage2 = it.generate("stage2", requests, lengths=lengths, temperature=temperature)
-        if went_too_far(it, stage2, 2, it.config.eepo.max_kl):
+        if went_too_far(it, stage2, 2):
             it.take_back(stage2)
             return [*stage1, *it.generate("stage2", requests, lengths=lengths)]
         count_as_others(stage2)

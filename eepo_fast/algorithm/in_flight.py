@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from eepo_fast.config import Config
 from eepo_fast.data.problems import cursor_after, next_prompts
-from eepo_fast.types import Cursor, Group, Prompt, Rollout, TrainerState, UserError
+from eepo_fast.types import Cursor, Group, Prompt, Rollout, TrainerState
 
 
 def num_ahead(config: Config) -> int:
@@ -53,19 +53,6 @@ def _copy(group: Group) -> Group:
             for r in group.rollouts
         ],
     )
-
-
-def check_complete(config: Config, groups: Sequence[Group]) -> None:
-    """Raises a UserError where a sampler of the user's own has not sampled all of a group, to its end."""
-    size, carry = config.rollout.group_size, config.rollout.carry
-    wrong = [g for g in groups if len(g.rollouts) != size or not (carry or g.is_whole)]
-    if config.rollout.sampler and wrong:
-        raise UserError(
-            f"rollout.sampler: expected {size} completions of each of {len(groups)} prompts, found "
-            f"{sum(not r.preempted for r in wrong[0].rollouts)} of {wrong[0].prompt.id}; return those of all of the "
-            "iteration's requests, and preempt none",
-            shared=True,
-        )
 
 
 def choose(config: Config, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:

@@ -101,8 +101,10 @@ class Iteration:
         self.config, self.policy, self.engine, self.world = setup.config, setup.policy, setup.engine, setup.world
         rollout, state = setup.config.rollout, setup.state
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens, tuple(setup.stop_token_ids))
-        self.eepo = with_length(setup.config.eepo, state.forget_steps)
-        """Has this iteration's η as its learning_rate."""
+        self.eepo = with_length(
+            setup.config.psn.step if setup.config.psn.enabled else setup.config.eepo, state.forget_steps
+        )
+        """The step on the engine's weights, with this iteration's η as its learning_rate."""
         self.seed = (setup.config.run.seed, state.step)
         self.theta = WeightsVersion(state.policy_version, False)
         """The weights of the policy, as the iteration finds them."""
@@ -300,8 +302,7 @@ class Iteration:
         state, found = self.setup.state, self.unlearning
         state.entropy_window = self.entropy_window
         state.entropy = state.entropy if math.isnan(entropy) else entropy  # NaN: no reward was known
-        follows_kl = self.config.psn.target_kl > 0 if self.config.psn.enabled else self.eepo.step == "kl"
-        if found is not None and follows_kl:
+        if found is not None and self.eepo.step == "kl":
             kl = found.kl if found.resampled else found.kl_low_variance
             rate, too_far = self.eepo.learning_rate, found.too_long or found.resampled
             state.forget_steps = add_step(state.forget_steps, rate, kl, taken=found.apply, too_far=too_far)

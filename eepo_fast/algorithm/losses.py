@@ -155,18 +155,17 @@ def token_weights(micro: MicroBatch, members: Container[Rollout], weight: float)
 
 
 def sum_of(first: LossFn, *others: LossFn) -> LossFn:
-    """Returns their sum; where one is of whole completions, so is that."""
-
     def loss_fn(stats: TokenStats, rows: Tensor) -> Tensor:
         return sum((other(stats, rows) for other in others), first(stats, rows))
 
-    return WholeLoss(loss_fn) if isinstance(first, WholeLoss) else loss_fn
+    return loss_fn
 
 
 def update_loss(config: Config, tokens: PolicyTokens, micro: MicroBatch, terms: Sequence[Term]) -> LossFn:
     """Returns what an update descends on a micro-batch: the policy's loss, and what methods add to it."""
-    loss = sum_of(policy_loss(config.grpo, tokens), *(term.of(micro) for term in terms))
-    return WholeLoss(propagate_nonfinite(loss)) if isinstance(loss, WholeLoss) else propagate_nonfinite(loss)
+    loss = policy_loss(config.grpo, tokens)
+    whole = propagate_nonfinite(sum_of(loss, *(term.of(micro) for term in terms)))
+    return WholeLoss(whole) if isinstance(loss, WholeLoss) else whole
 
 
 def propagate_nonfinite(loss_fn: LossFn) -> LossFn:

@@ -93,18 +93,19 @@ class UpdateStats:
             if kind.of_sequences:
                 log_weights = sequence_means(log_weights, kept, tokens.starts)
             weight = weight * importance_weights(log_weights, config.grpo.ratio_cap)
-        cut = kind.is_cut(ratio, tokens.advantages, config.grpo) if kind.is_cut else torch.full_like(ratio, math.nan)
+        cut = kind.is_cut(ratio, tokens.advantages, config.grpo) if kind.is_cut else None
         if tokens.high_covariance is not None:
             self._add("policy/high_covariance", tokens.high_covariance, kept)
         for s in (1, 2):
             chosen = kept & (stage == s)
-            self._add(f"policy/clip_fraction_stage{s}", cut.float(), chosen)
             self._add(f"policy/ratio_mean_stage{s}", ratio, chosen)
+            if cut is None:  # nobody knows what a loss of the user's own takes
+                continue
+            self._add(f"policy/clip_fraction_stage{s}", cut.float(), chosen)
             for sign, factor in SIGNS.items():
                 signed = chosen & (factor * tokens.advantages > 0)
                 self._add(f"policy/clip_fraction_stage{s}_{sign}", cut.float(), signed)
-                lost = torch.where(cut.bool(), weight, 0.0) if kind.is_cut else cut
-                self._add(f"policy/clip_weight_stage{s}_{sign}", lost, signed, weight)
+                self._add(f"policy/clip_weight_stage{s}_{sign}", torch.where(cut, weight, 0.0), signed, weight)
         if tokens.ref_logprobs is not None:
             self._add("policy/kl", low_variance_kl(stats.logprobs, tokens.ref_logprobs), kept)
         if first_update:  # the weights are still θ, so these compare θ with the engine

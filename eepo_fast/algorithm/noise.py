@@ -11,14 +11,13 @@ Deviations from the paper:
 """
 
 import math
-import zlib
 
 import torch
 
+from eepo_fast.algorithm.ablations import draw_normal
 from eepo_fast.algorithm.forget import Unlearning
 from eepo_fast.algorithm.iteration import Iteration
 from eepo_fast.algorithm.stages import went_too_far
-from eepo_fast.algorithm.step_size import next_length
 from eepo_fast.policy.plain import PlainGradient
 from eepo_fast.types import Rollout, UserError
 
@@ -27,22 +26,19 @@ class NoisyStage:
     """Samples the whole group from θ'."""
 
     def sample(self, it: Iteration) -> list[Rollout]:
-        psn, steps = it.config.psn, it.setup.state.forget_steps
         it.sync()  # θ' ← θ
         it.sample_additions()  # from θ
         it.at_safe_point()
-        sigma = next_length(psn.sigma, psn.target_kl, steps) if psn.target_kl else psn.sigma
-        it.eepo = it.eepo.model_copy(update={"learning_rate": sigma})
         nan = math.nan
         it.unlearning = Unlearning(
             gradient=draw_noise(it), loss=nan, grad_norm=nan, active_fraction=nan, mean_entropy=nan, mean_length=nan,
-            apply=True, entropy_window=it.entropy_window, learning_rate=sigma,
+            apply=True, entropy_window=it.entropy_window, learning_rate=it.eepo.learning_rate,
         )  # fmt: skip
         it.forget(it.unlearning, [])  # θ' ← θ' + σ ε, and the memory of ε is free again
         it.at_safe_point()
         requests = [*it.rest(it.carried, 1), *it.requests(1, range(it.config.rollout.group_size))]
         sampled = it.generate_last(1, requests, forgotten=True)
-        if went_too_far(it, sampled, 1, psn.max_kl):
+        if went_too_far(it, sampled, 1):
             it.take_back(sampled)  # θ' ← θ
             sampled = it.generate_last(1, requests)
         return sampled
@@ -60,9 +56,7 @@ def draw_noise(it: Iteration) -> PlainGradient:
             f"{next(iter(gradient.parameters))}"
         )
     for name, parameter in gradient.parameters.items():
-        tensor = torch.zeros(parameter.shape, device=parameter.device)
+        gradient.tensors[name] = torch.zeros(parameter.shape, device=parameter.device)
         if name in chosen:
-            seed = zlib.crc32("|".join(["noise", *map(str, it.seed), name]).encode())
-            tensor.normal_(generator=torch.Generator(parameter.device).manual_seed(seed))
-        gradient.tensors[name] = tensor
+            draw_normal(gradient.tensors[name], "|".join(["noise", *map(str, it.seed), name]))
     return gradient

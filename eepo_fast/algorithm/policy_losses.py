@@ -31,7 +31,7 @@ class ChunkTokens(NamedTuple):
     """log π_θ, with gradient."""
     advantages: Tensor
     high_covariance: Tensor
-    """1 for the tokens of `set_high_covariance`, else 0."""
+    """1 for the tokens that `mark_high_covariance` has marked, else 0."""
 
 
 class PolicyLoss(NamedTuple):
@@ -40,6 +40,9 @@ class PolicyLoss(NamedTuple):
     is_cut: Callable[[Tensor, Tensor, GrpoConfig], Tensor] | None
     """(r, A) [n] each -> bool [n]: which tokens the clip takes something from; None where nobody knows."""
     of_sequences: bool = False
+    mark: Callable[[Sequence[Rollout], Container[Rollout], GrpoConfig], None] | None = None
+    """Fills the columns that it reads, of an update's completions, before the first update: they have their
+    `prox_logprobs` then. Takes those that are in the loss, too."""
 
 
 def ppo(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
@@ -74,11 +77,35 @@ def is_nowhere(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
     return torch.zeros_like(ratio, dtype=torch.bool)
 
 
+def mark_high_covariance(rollouts: Sequence[Rollout], counted: Container[Rollout], config: GrpoConfig) -> None:
+    """Marks, of an update's tokens, the `grpo.cov_share` with the highest (log π_θ - mean) · (A - mean), at least one: those
+    that take most from the entropy. The completions have their `prox_logprobs`; those that are not counted have no
+    part, nor has a token whose log-prob is not finite.
+
+    Deviation from KL-Cov, whose code takes the log-probs of each pass and the tokens of each micro-batch: they are
+    those at the iteration's start, and of the whole update, so that how it is cut up makes no difference."""
+    known = [r for r in rollouts if r in counted and r.num_tokens]
+    for r in rollouts:
+        r.high_covariance = [0.0] * r.num_tokens
+    if not known:
+        return
+    logprobs = torch.tensor([p for r in known for p in r.prox_logprobs or ()], dtype=torch.float64)
+    advantages = torch.tensor([r.advantage for r in known for _ in range(r.num_tokens)], dtype=torch.float64)
+    finite = logprobs.isfinite()
+    covariance = (logprobs - logprobs[finite].mean()) * (advantages - advantages[finite].mean())
+    chosen = torch.zeros(len(logprobs))
+    highest = torch.where(finite, covariance, -torch.inf).topk(max(1, int(config.cov_share * int(finite.sum()))))
+    chosen[highest.indices] = finite[highest.indices].float()
+    ends = [*accumulate((r.num_tokens for r in known), initial=0)]
+    for r, start, end in zip(known, ends[:-1], ends[1:], strict=True):
+        r.high_covariance = chosen[start:end].tolist()
+
+
 LOSSES = {
     "ppo": PolicyLoss(ppo, is_cut),
     "gspo": PolicyLoss(ppo, is_cut, of_sequences=True),
     "cispo": PolicyLoss(cispo, is_beyond),
-    "kl_cov": PolicyLoss(kl_cov, is_nowhere),
+    "kl_cov": PolicyLoss(kl_cov, is_nowhere, mark=mark_high_covariance),
 }
 
 
@@ -110,27 +137,3 @@ def sequence_means(values: Tensor, keep: Tensor, starts: Tensor) -> Tensor:
     totals = torch.zeros_like(values).index_add(0, starts, kept)
     counts = torch.zeros_like(values).index_add(0, starts, keep.to(values.dtype))
     return torch.where(keep, (totals / counts.clamp_min(1))[starts], 0.0)
-
-
-def set_high_covariance(rollouts: Sequence[Rollout], counted: Container[Rollout], share: float) -> None:
-    """Marks, of an update's tokens, the `share` with the highest (log π_θ - mean) · (A - mean), at least one: those
-    that take most from the entropy. The completions have their `prox_logprobs`; those that are not counted have no
-    part, nor has a token whose log-prob is not finite.
-
-    Deviation from KL-Cov, whose code takes the log-probs of each pass and the tokens of each micro-batch: they are
-    those at the iteration's start, and of the whole update, so that how it is cut up makes no difference."""
-    known = [r for r in rollouts if r in counted and r.num_tokens]
-    for r in rollouts:
-        r.high_covariance = [0.0] * r.num_tokens
-    if not known:
-        return
-    logprobs = torch.tensor([p for r in known for p in r.prox_logprobs or ()], dtype=torch.float64)
-    advantages = torch.tensor([r.advantage for r in known for _ in range(r.num_tokens)], dtype=torch.float64)
-    finite = logprobs.isfinite()
-    covariance = (logprobs - logprobs[finite].mean()) * (advantages - advantages[finite].mean())
-    chosen = torch.zeros(len(logprobs))
-    highest = torch.where(finite, covariance, -torch.inf).topk(max(1, int(share * int(finite.sum()))))
-    chosen[highest.indices] = finite[highest.indices].float()
-    ends = [*accumulate((r.num_tokens for r in known), initial=0)]
-    for r, start, end in zip(known, ends[:-1], ends[1:], strict=True):
-        r.high_covariance = chosen[start:end].tolist()

@@ -63,7 +63,7 @@ class TwoStage:
         requests = [*it.rest(cut, 2), *it.requests(2, range(half, group_size))]
         lengths, hotter = mean_lengths(stage1), it.config.eepo.temperature
         sampled = it.generate_last(2, requests, lengths=lengths, forgotten=unlearning.apply, temperature=hotter)
-        if unlearning.apply and went_too_far(it, sampled, 2, it.config.eepo.max_kl):
+        if unlearning.apply and went_too_far(it, sampled, 2):
             it.take_back(sampled)  # θ' ← θ
             sampled = it.generate_last(2, requests, lengths=lengths, temperature=hotter)
         if hotter not in (None, it.sampling.temperature):
@@ -71,23 +71,23 @@ class TwoStage:
         return [*ended, *sampled]
 
 
-def went_too_far(it: Iteration, sampled: Sequence[Rollout], stage: int, limit: float) -> bool:
-    """Returns whether a step went beyond `limit` nats a token, and keeps what it found. sampled: after the step, in
-    this stage, of whose own completions all tokens are of the engine's weights."""
+def went_too_far(it: Iteration, sampled: Sequence[Rollout], stage: int) -> bool:
+    """Returns whether the step went beyond its `max_kl`, and keeps what it found. sampled: after the step, in this
+    stage, of whose own completions all tokens are of the engine's weights."""
     assert it.unlearning is not None
     own = [r for r in sampled if r.stage == stage and r.begun == it.seed[1]]
     found = it.unlearning
     with it.phase("kl_guard"):
         found.kl, found.kl_low_variance = it.within_memory(it.policy, lambda: forget_kl(it.policy, own))
-    found.resampled = bool(own) and not found.kl <= limit
+    found.resampled = bool(own) and not found.kl <= it.eepo.max_kl
     return found.resampled
 
 
-def count_as_others(rollouts: Sequence[Rollout], stage: int = 2) -> None:
-    """Marks what has been sampled in this stage, by whatever weights, as not the policy's own: it was at another
+def count_as_others(rollouts: Sequence[Rollout]) -> None:
+    """Marks what has been sampled in stage 2, by whatever weights, as not the policy's own: it was at another
     temperature, of which its log-probs are."""
     for r in rollouts:
         r.segments = [
-            replace(s, weights_version=s.weights_version._replace(forgotten=True)) if of == stage else s
-            for s, of in zip(r.segments, r.segment_stages, strict=True)
+            replace(s, weights_version=s.weights_version._replace(forgotten=True)) if stage == 2 else s
+            for s, stage in zip(r.segments, r.segment_stages, strict=True)
         ]

@@ -25,16 +25,10 @@ TOO_CLOSE = 1.1  # two steps whose lengths differ by less say nothing of the slo
 
 def with_length(config: EepoConfig, steps: Sequence[Step]) -> EepoConfig:
     """Returns the config with the η of the next step as its learning_rate. steps: the last ones, the latest last."""
-    if config.step == "fixed":
+    if config.step == "fixed" or not steps:
         return config
-    return config.model_copy(update={"learning_rate": next_length(config.learning_rate, config.target_kl, steps)})
-
-
-def next_length(first: float, target: float, steps: Sequence[Step]) -> float:
-    """Returns how long the next step is, that its KL be `target`: `first` before there was any."""
-    if not steps:
-        return first
-    return steps[-1][0] * min(max(_change(target, steps), CHANGES[0]), CHANGES[1])
+    rate = steps[-1][0] * min(max(_change(config.target_kl, steps), CHANGES[0]), CHANGES[1])
+    return config.model_copy(update={"learning_rate": rate})
 
 
 def _change(target: float, steps: Sequence[Step]) -> float:

@@ -16,11 +16,11 @@ from functools import partial
 from eepo_fast.algorithm import metrics as M
 from eepo_fast.algorithm.advantages import set_advantages
 from eepo_fast.algorithm.guards import check_updates
-from eepo_fast.algorithm.in_flight import check_complete, choose, num_missing, open_groups, put_back
+from eepo_fast.algorithm.in_flight import choose, num_missing, open_groups, put_back
 from eepo_fast.algorithm.iteration import Iteration, Setup
 from eepo_fast.algorithm.losses import PolicyTokens, Term, aggregation_weights, update_loss
 from eepo_fast.algorithm.methods import make_additions, make_stages
-from eepo_fast.algorithm.policy_losses import set_high_covariance
+from eepo_fast.algorithm.policy_losses import find_loss
 from eepo_fast.algorithm.ratio import has_finite_logprobs, lacks_prox_logprobs, set_old_logprobs
 from eepo_fast.policy.schedule import rate_of
 from eepo_fast.rollout.engine import OnProgress
@@ -37,14 +37,14 @@ class Trainer(Setup):
         groups, cursor = open_groups(self.config, self.state, self.prompts, self.total)
         with closing(Iteration(self, groups, additions, progress)) as it:
             put_back(groups, make_stages(self.config).sample(it))
-            check_complete(self.config, groups)
             extra = [r for addition in additions for r in addition.rollouts]
             it.put_to_sleep("ref_logprobs")
             everything = [*(r for group in groups for r in group.rollouts), *extra]
             self._grade(it, [r for r in everything if not (r.preempted or r.status)])
-            set_advantages(RolloutBatch.of([g for g in groups if g.is_whole], it.config.rollout.group_size), it.config)
+            size = self.config.rollout.group_size
+            set_advantages(RolloutBatch.of([g for g in groups if g.is_whole], size), self.config)
             done, trained = choose(self.config, groups)
-            batch = RolloutBatch.of(done, self.config.rollout.group_size)
+            batch = RolloutBatch.of(done, size)
             batch.extra = extra
             self.on_graded(batch)
             rows = [r for group in trained for r in group.rollouts]
@@ -70,15 +70,14 @@ class Trainer(Setup):
     def _score(self, it: Iteration, batch: RolloutBatch, rows: Sequence[Rollout]) -> None:
         """Fills the columns that the update reads, and those that the log shows. What the first update is on needs no
         scoring pass: its own forward finds θ's log-probs."""
+        grpo, mark = self.config.grpo, find_loss(self.config.grpo).mark
         _, *later = parts = self._mini_batches(rows)
-        wanted = [r for part in later for r in part if lacks_prox_logprobs(r, self.config.grpo, it.theta)]
-        if self.config.grpo.loss == "kl_cov":
-            wanted = [r for part in parts for r in part if r.prox_logprobs is None]
-        it.set_prox_logprobs("old_logprobs", wanted)
-        if self.config.grpo.loss == "kl_cov":
+        wanted = [r for part in later for r in part if lacks_prox_logprobs(r, grpo, it.theta)]
+        it.set_prox_logprobs("old_logprobs", [r for r in rows if r.prox_logprobs is None] if mark else wanted)
+        if mark:
             for part in parts:
-                set_high_covariance(part, aggregation_weights(self.config, part), self.config.grpo.cov_share)
-        set_old_logprobs(rows, self.config.grpo, it.theta)
+                mark(part, aggregation_weights(self.config, part), grpo)
+        set_old_logprobs(rows, grpo, it.theta)
         it.set_ref_logprobs(rows)
         if self.config.log.token_details:
             it.set_prox_logprobs("token_details", [r for r in batch.rollouts if r.entropy is None])

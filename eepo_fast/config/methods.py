@@ -112,6 +112,12 @@ class PsnConfig(Section):
         1.0, description="nats a token: further away is sampled again from the policy, and counted"
     )
 
+    @property
+    def step(self) -> EepoConfig:
+        """Returns the step that puts the noise on: σ is its η."""
+        step = EepoConfig(learning_rate=self.sigma, max_kl=self.max_kl)
+        return step.model_copy(update={"step": "kl", "target_kl": self.target_kl}) if self.target_kl else step
+
 
 class AepoConfig(Section):
     enabled: bool = Field(False, description="add AEPO, to GRPO or to EEPO")

@@ -10,7 +10,8 @@ import torch
 from eepo_kernels import TokenStats
 
 from eepo_fast.algorithm.losses import PolicyTokens, aggregation_weights, policy_loss
-from eepo_fast.algorithm.policy_losses import LOSSES, set_high_covariance
+from eepo_fast.algorithm.policy_losses import LOSSES, mark_high_covariance
+from eepo_fast.config import GrpoConfig
 from eepo_fast.config.checks import LOSSES as KNOWN
 from eepo_fast.own import find_function
 from eepo_fast.policy.module import WholeLoss
@@ -75,7 +76,7 @@ def test_a_loss_is_that_of_a_peer(test_config, make_rollouts, case):
     for r, now, old, advantage in rows:
         r.old_logprobs, r.prox_logprobs, r.advantage = old, now, advantage  # KL-Cov: of the present log-probs there
     if config.grpo.loss == "kl_cov":
-        set_high_covariance(rollouts, rollouts, config.grpo.cov_share)
+        mark_high_covariance(rollouts, rollouts, config.grpo)
     tokens = tokens_and_weights(rollouts, config)
     logprobs = torch.tensor([v for row in given["logprobs"] for v in row], dtype=torch.float64, requires_grad=True)
     stats = TokenStats(logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs))
@@ -191,10 +192,10 @@ def test_high_covariance_is_of_what_is_in_the_loss(make_rollouts):
     for r, advantage in zip(rollouts, (1.0, -1.0, 90.0), strict=True):
         r.prox_logprobs, r.advantage = list(r.rollout_logprobs), advantage
     rollouts[0].prox_logprobs[3] = -math.inf
-    set_high_covariance(rollouts, rollouts[:2], 0.1)
+    mark_high_covariance(rollouts, rollouts[:2], GrpoConfig(cov_share=0.1))
     assert sum(map(sum, (r.high_covariance for r in rollouts[:2]))) == 3 and not any(rollouts[2].high_covariance)
     assert rollouts[0].high_covariance[3] == 0
-    set_high_covariance(rollouts, rollouts, 0.1)
+    mark_high_covariance(rollouts, rollouts, GrpoConfig(cov_share=0.1))
     assert any(rollouts[2].high_covariance), "the control"
 
 

@@ -172,5 +172,7 @@ def test_a_sampler_of_ones_own(make_trainer, tmp_path):
     batch, row = trainer.iteration()
     assert len(batch.stage(1)) == len(batch.stage(2)) == 8 and row["entropy/stage2"] > row["entropy/stage1"]
     trainer = make_trainer(eepo=OFF, rollout={"sampler": f"{tmp_path}/mine.py:too_few"})
-    with pytest.raises(UserError, match=r"rollout.sampler: expected 4 completions of each of 4 prompts"):
+    with pytest.raises(
+        UserError, match=r"rollout.sampler: expected each of 16 completions once, .* found 4, of which 4"
+    ):
         trainer.iteration()
