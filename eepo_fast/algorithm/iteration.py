@@ -101,9 +101,8 @@ class Iteration:
         self.config, self.policy, self.engine, self.world = setup.config, setup.policy, setup.engine, setup.world
         rollout, state = setup.config.rollout, setup.state
         self.sampling = Sampling(rollout.temperature, rollout.max_new_tokens, tuple(setup.stop_token_ids))
-        self.eepo = with_length(
-            setup.config.psn.step if setup.config.psn.enabled else setup.config.eepo, state.forget_steps
-        )
+        step = setup.config.psn.step if setup.config.psn.enabled else setup.config.eepo
+        self.eepo = with_length(step, state.forget_steps)
         """The step on the engine's weights, with this iteration's η as its learning_rate."""
         self.seed = (setup.config.run.seed, state.step)
         self.theta = WeightsVersion(state.policy_version, False)

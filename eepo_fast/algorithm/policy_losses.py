@@ -78,9 +78,9 @@ def is_nowhere(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
 
 
 def mark_high_covariance(rollouts: Sequence[Rollout], counted: Container[Rollout], config: GrpoConfig) -> None:
-    """Marks, of an update's tokens, the `grpo.cov_share` with the highest (log π_θ - mean) · (A - mean), at least one: those
-    that take most from the entropy. The completions have their `prox_logprobs`; those that are not counted have no
-    part, nor has a token whose log-prob is not finite.
+    """Marks, of an update's tokens, the share `grpo.cov_share` with the highest (log π_θ - mean) · (A - mean), at least
+    one: those that take most from the entropy. The completions have their `prox_logprobs`; those that are not counted
+    have no part, nor has a token whose log-prob is not finite.
 
     Deviation from KL-Cov, whose code takes the log-probs of each pass and the tokens of each micro-batch: they are
     those at the iteration's start, and of the whole update, so that how it is cut up makes no difference."""
