@@ -5,7 +5,8 @@ Weights and gradients are whole tensors in the policy's shapes, by the policy's 
 are int64 [T], one for each of the T tensors of `held`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from eepo_kernels import ForgetStats, checksums, forget, sync, tensor_key
 from torch import Tensor
 from torch.cuda import Stream
+from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Named
+from eepo_fast.rollout.families import as_saved, is_saved_one_by_one, persistent_buffers
 from eepo_fast.rollout.start_vllm import on_own_stream
 from eepo_fast.rollout.weights import VllmModel, check_plan, gather, record_plan
 from eepo_fast.types import EngineError
@@ -96,19 +99,21 @@ class Reload:
     """Updates a copy of the policy's weights, and has vLLM load all of it with its layerwise reload."""
 
     def __init__(
-        self, llm: Any, model: VllmModel, shapes: Shapes, dtype: torch.dtype, stream: Stream | None,
-        buffers: Named | None = None, as_saved: Callable[[Named], Named] = lambda weights: weights,
-        one_by_one: bool = True,
+        self, llm: Any, model: VllmModel, policy: PreTrainedModel, shapes: Shapes, dtype: torch.dtype,
+        stream: Stream | None,
     ):  # fmt: skip
-        """Takes the `vllm.LLM` that holds the model and runs on the stream. buffers: what the policy's model has beside
-        its weights, and never changes. as_saved: weights as vLLM finds them in checkpoints, where it has its names
-        from; one_by_one: of each alone, so that what it makes is no second model."""
-        self._llm, self._model, self.stream, self._as_saved = llm, model, stream, as_saved
-        self._one_by_one = one_by_one
+        """Takes the `vllm.LLM` that holds the model and runs on the stream, and the policy's model, for its buffers,
+        which never change, and for what its family's checkpoints call its weights: vLLM knows no other names."""
+        self._llm, self._model, self._policy, self.stream = llm, model, policy, stream
         device = next(model.parameters()).device
         self.weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        self.buffers = {name: buffer.to(device, copy=True) for name, buffer in (buffers or {}).items()}
+        self.buffers = {name: buffer.to(device, copy=True) for name, buffer in persistent_buffers(policy).items()}
         self.num_weights = sum(weight.numel() for weight in self.weights.values())
+
+    @cached_property
+    def _one_by_one(self) -> bool:
+        """Whether each weight can be converted alone, so that what is converted is no second model."""
+        return is_saved_one_by_one(self._policy, {n: t.shape for n, t in (self.weights | self.buffers).items()})
 
     def find_weights(self) -> None:
         """Does nothing: vLLM knows where it loads to."""
@@ -138,7 +143,7 @@ class Reload:
         def weights() -> Iterator[tuple[str, Tensor]]:
             everything = self.weights | self.buffers
             for part in [{n: t} for n, t in everything.items()] if self._one_by_one else [everything]:
-                yield from self._as_saved(part).items()
+                yield from as_saved(self._policy, part).items()
                 taken.extend(part)
 
         try:

@@ -15,7 +15,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eepo_fast.rollout.engine import Named, OnProgress, SampleRequest, Sampling, num_preemptible
-from eepo_fast.rollout.families import as_saved, is_saved_one_by_one, persistent_buffers
+from eepo_fast.rollout.families import persistent_buffers
 from eepo_fast.rollout.start_vllm import (
     capturing_on,
     engine_arguments,
@@ -99,9 +98,7 @@ class VllmEngine:
             """Length that the last forget step was to have, where that is known, and what it did."""
             self._num_requests = 0
             self.weights_version = WeightsVersion(0, False)
-            self._buffers = persistent_buffers(model)
-            everything = self._shapes | {name: buffer.shape for name, buffer in self._buffers.items()}
-            self._as_saved = partial(as_saved, model), is_saved_one_by_one(model, everything)
+            self._policy = model
             self._updater = self._choose_updater()
             on_failure.pop_all()
 
@@ -114,14 +111,13 @@ class VllmEngine:
     def _choose_updater(self) -> Updater:
         """Weights are updated in place where a plan of them holds; elsewhere a warning says why vLLM reloads them."""
         try:
-            if self._buffers:
-                raise PlanError(f"the model has {len(self._buffers)} buffers beside its weights")
+            if buffers := persistent_buffers(self._policy):
+                raise PlanError(f"the model has {len(buffers)} buffers beside its weights")
             self._refuse_other_layouts()
             return InPlace(self._model, self._shapes, self.dtype, self._group)
         except PlanError as error:
             log.warning("vLLM: weights cannot be updated in place, so they go through its layerwise reload: %s", error)
-            weights = self._shapes, self.dtype, self.stream, self._buffers
-            return Reload(self.llm, self._model, *weights, *self._as_saved)
+            return Reload(self.llm, self._model, self._policy, self._shapes, self.dtype, self.stream)
 
     def _refuse_other_layouts(self) -> None:
         """Raises a PlanError for layers whose kernels read another layout than the loader writes."""

@@ -49,7 +49,7 @@ def test_experts_as_the_loader_leaves_them_are_refused(monkeypatch):
 
 def test_names_that_vllm_does_not_know_are_one_line(monkeypatch):
     """The control: the names that transformers has in the model."""
-    monkeypatch.setattr(vllm, "as_saved", lambda model, weights: weights)
+    monkeypatch.setattr(updates, "as_saved", lambda model, weights: weights)
     model = wide_model("deepseek_v3")
     engine = vllm.VllmEngine(model, dtype=torch.float32, max_sequences=8, max_model_len=256)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}

@@ -1,11 +1,10 @@
 """One of two gloo ranks that train by a schedule with DeepSpeed; run by test_schedule.py under torchrun."""
 
 import copy
-import json
 
 import torch
 from test_schedule import expected_rates
-from zero_worker import flat, make_model, make_rollouts
+from zero_worker import flat, make_model, make_rollouts, say_found
 
 from eepo_fast.config import make_config
 from eepo_fast.distributed import start_world
@@ -76,9 +75,7 @@ def main(world):
             "distance": float((weights(policy) - weights(alone)).norm() / length),
             "control": float((weights(policy) - weights(unplanned)).norm() / length),
         }
-    everything = world.gather(report)
-    if world.is_main:
-        print("FOUND " + json.dumps(everything), flush=True)
+    say_found(world, report)
 
 
 if __name__ == "__main__":

@@ -250,6 +250,11 @@ def main(world):
         report[name] |= {"skipped step": min(skipped["forgotten"], skipped["updated"])}
         report[name] |= {"retention": float(found["stats"][0])}
         report[name]["touched"] = touched(policy, config)
+    say_found(world, report)
+
+
+def say_found(world, report):
+    """What the `launch` fixture reads: every rank's report, from the first."""
     everything = world.gather(report)
     if world.is_main:
         print("FOUND " + json.dumps(everything), flush=True)

@@ -191,7 +191,7 @@ def stub_engine(note):
         step=lambda: note("step"), add_request=lambda *a: None, abort_request=lambda a: None
     )
     engine.llm = llm
-    engine._updater = Reload(llm, torch.nn.Linear(1, 1), {}, torch.float32, engine.stream)
+    engine._updater = Reload(llm, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), {}, torch.float32, engine.stream)
     engine._check_weights = lambda: note("check")
     return engine
 

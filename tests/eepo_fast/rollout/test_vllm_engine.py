@@ -349,7 +349,7 @@ def test_an_update_without_its_cache_reset_closes_the_engine(one_pair, monkeypat
 
 def test_a_weight_that_the_reload_leaves_out_is_noticed(one_pair, monkeypatch):
     model, engine = one_pair
-    updater = Reload(engine.llm, engine._model, engine._shapes, engine.dtype, engine.stream)
+    updater = Reload(engine.llm, engine._model, model, engine._shapes, engine.dtype, engine.stream)
     updater.weights = {n: w.clone() for n, w in weights_of(model).items()}
     real = engine.llm.collective_rpc
 
