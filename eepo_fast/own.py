@@ -7,8 +7,7 @@ import os
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Collection
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ def find_function(key: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def find_method(key: str, name: str) -> Callable[..., Any]:
-    """Returns a function that is part of a method: what it raises is the user's mistake, in one line, on whatever rank.
+def find_guarded(key: str, name: str) -> Callable[..., Any]:
+    """Returns the same, for what training cannot go on without: what the function raises is a UserError, in one line.
     What the trainer itself raises inside of it is let through."""
     function = find_function(key, name)
 
@@ -84,12 +83,3 @@ def _import_file(path: Path) -> Any:
 
 def is_own(name: str) -> bool:
     return ":" in name
-
-
-def complaint(key: str, name: str, known: Collection[str]) -> str | None:
-    """Returns what is wrong with a name that is neither known nor a function of the user's own."""
-    if name in known or is_own(name):
-        return None
-    nearest = get_close_matches(name, known, 1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"{key}: expected one of {', '.join(known)}, or file.py:function, found {name[:100]!r}{hint}"

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from eepo_fast.config import Config, GrpoConfig
-from eepo_fast.own import find_method, is_own
+from eepo_fast.own import find_guarded, is_own
 from eepo_fast.types import Rollout, RolloutBatch, UserError
 
 EPSILON = 1e-6
@@ -117,7 +117,7 @@ def find_advantage(name: str) -> Advantage:
     finite number for each completion."""
     if not is_own(name):
         return ADVANTAGES[name]
-    function = find_method("grpo.advantage", name)
+    function = find_guarded("grpo.advantage", name)
 
     def advantages(rewards: Rewards, rollouts: Sequence[Rollout], config: GrpoConfig) -> list[float]:
         found = function(rewards, rollouts, config)

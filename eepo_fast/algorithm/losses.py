@@ -245,7 +245,7 @@ def policy_loss(config: GrpoConfig, tokens: PolicyTokens) -> LossFn:
         if loss.of_sequences:
             log_ratio = sequence_means(log_ratio, keep, tokens.starts[rows])
         advantages = _kept(keep, tokens.advantages[rows])
-        high = torch.zeros_like(weights) if tokens.high_covariance is None else tokens.high_covariance[rows]
+        high = None if tokens.high_covariance is None else tokens.high_covariance[rows]
         losses = loss.losses(config, ChunkTokens(log_ratio, policy_logprobs, advantages, high))
         if config.ratio == "decoupled":
             sampler = torch.where(keep, tokens.sampler[rows], math.inf)

@@ -11,7 +11,7 @@ from eepo_fast.algorithm.noise import NoisyStage
 from eepo_fast.algorithm.policy_losses import find_loss
 from eepo_fast.algorithm.stages import OneStage, Stages, TwoStage
 from eepo_fast.config import Config
-from eepo_fast.own import find_method
+from eepo_fast.own import find_guarded
 from eepo_fast.types import Rollout, TrainerState, UserError
 
 
@@ -19,7 +19,7 @@ class OwnStages:
     """Samples by a function of the user's own: (it) -> completions, as `Stages.sample`."""
 
     def __init__(self, name: str):
-        self.function = find_method("rollout.sampler", name)
+        self.function = find_guarded("rollout.sampler", name)
 
     def sample(self, it: Iteration) -> list[Rollout]:
         """Raises a UserError where the function has not sampled each of the iteration's completions once, to its end

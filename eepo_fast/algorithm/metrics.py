@@ -99,7 +99,7 @@ class UpdateStats:
         for s in (1, 2):
             chosen = kept & (stage == s)
             self._add(f"policy/ratio_mean_stage{s}", ratio, chosen)
-            if cut is None:  # nobody knows what a loss of the user's own takes
+            if cut is None:
                 continue
             self._add(f"policy/clip_fraction_stage{s}", cut.float(), chosen)
             for sign, factor in SIGNS.items():

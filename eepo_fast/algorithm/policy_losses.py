@@ -10,7 +10,6 @@ Shapes: n tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from eepo_fast.algorithm.ratio import clipped, is_cut
 from eepo_fast.config import GrpoConfig
-from eepo_fast.own import find_method, is_own
+from eepo_fast.own import find_guarded, is_own
 from eepo_fast.types import Rollout, UserError
 
 
@@ -30,15 +29,16 @@ class ChunkTokens(NamedTuple):
     logprobs: Tensor
     """log π_θ, with gradient."""
     advantages: Tensor
-    high_covariance: Tensor
-    """1 for the tokens that `mark_high_covariance` has marked, else 0."""
+    high_covariance: Tensor | None
+    """1 for the tokens that `mark_high_covariance` has marked, else 0; None where it has marked none."""
 
 
 class PolicyLoss(NamedTuple):
     losses: Callable[[GrpoConfig, ChunkTokens], Tensor]
     """Returns the loss of each token [n], to be descended."""
     is_cut: Callable[[Tensor, Tensor, GrpoConfig], Tensor] | None
-    """(r, A) [n] each -> bool [n]: which tokens the clip takes something from; None where nobody knows."""
+    """(r, A) [n] each -> bool [n]: which tokens the clip takes something from; None where there is no clip, or none
+    that is known here."""
     of_sequences: bool = False
     mark: Callable[[Sequence[Rollout], Container[Rollout], GrpoConfig], None] | None = None
     """Fills the columns that it reads, of an update's completions, before the first update: they have their
@@ -65,16 +65,14 @@ def kl_cov(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
     its authors' code has the KL). Nothing is clipped. Where r is 1, as in an iteration's first update, |log r| has no
     gradient: it needs more updates than one an iteration."""
     surrogate = -tokens.log_ratio.exp() * tokens.advantages
+    if tokens.high_covariance is None:
+        return surrogate
     return surrogate + config.cov_coef * tokens.high_covariance * tokens.log_ratio.abs()
 
 
 def is_beyond(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
     """Returns where the ratio itself is clipped, whatever the advantage."""
     return clipped(ratio, config) != ratio
-
-
-def is_nowhere(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
-    return torch.zeros_like(ratio, dtype=torch.bool)
 
 
 def mark_high_covariance(rollouts: Sequence[Rollout], counted: Container[Rollout], config: GrpoConfig) -> None:
@@ -96,16 +94,15 @@ def mark_high_covariance(rollouts: Sequence[Rollout], counted: Container[Rollout
     chosen = torch.zeros(len(logprobs))
     highest = torch.where(finite, covariance, -torch.inf).topk(max(1, int(config.cov_share * int(finite.sum()))))
     chosen[highest.indices] = finite[highest.indices].float()
-    ends = [*accumulate((r.num_tokens for r in known), initial=0)]
-    for r, start, end in zip(known, ends[:-1], ends[1:], strict=True):
-        r.high_covariance = chosen[start:end].tolist()
+    for r, marks in zip(known, chosen.split([r.num_tokens for r in known]), strict=True):
+        r.high_covariance = marks.tolist()
 
 
 LOSSES = {
     "ppo": PolicyLoss(ppo, is_cut),
     "gspo": PolicyLoss(ppo, is_cut, of_sequences=True),
     "cispo": PolicyLoss(cispo, is_beyond),
-    "kl_cov": PolicyLoss(kl_cov, is_nowhere, mark=mark_high_covariance),
+    "kl_cov": PolicyLoss(kl_cov, None, mark=mark_high_covariance),
 }
 
 
@@ -114,7 +111,7 @@ def find_loss(config: GrpoConfig) -> PolicyLoss:
     True`."""
     if not is_own(config.loss):
         return LOSSES[config.loss]
-    function = find_method("grpo.loss", config.loss)
+    function = find_guarded("grpo.loss", config.loss)
 
     def losses(config: GrpoConfig, tokens: ChunkTokens) -> Tensor:
         found = function(config, tokens)

@@ -61,12 +61,12 @@ class TwoStage:
             it.forget(unlearning, stage1)  # θ' ← θ' + η∇L
         it.at_safe_point()
         requests = [*it.rest(cut, 2), *it.requests(2, range(half, group_size))]
-        lengths, hotter = mean_lengths(stage1), it.config.eepo.temperature
-        sampled = it.generate_last(2, requests, lengths=lengths, forgotten=unlearning.apply, temperature=hotter)
+        lengths, temperature = mean_lengths(stage1), it.config.eepo.temperature
+        sampled = it.generate_last(2, requests, lengths=lengths, forgotten=unlearning.apply, temperature=temperature)
         if unlearning.apply and went_too_far(it, sampled, 2):
             it.take_back(sampled)  # θ' ← θ
-            sampled = it.generate_last(2, requests, lengths=lengths, temperature=hotter)
-        if hotter not in (None, it.sampling.temperature):
+            sampled = it.generate_last(2, requests, lengths=lengths, temperature=temperature)
+        if temperature not in (None, it.sampling.temperature):
             count_as_others(sampled)
         return [*ended, *sampled]
 

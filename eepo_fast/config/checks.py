@@ -1,9 +1,10 @@
 """Checks what no key's own type can: keys that have to fit each other, in one line each for a user."""
 
 import re
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from eepo_fast.own import complaint, is_own
+from eepo_fast.own import is_own
 
 if TYPE_CHECKING:
     from eepo_fast.config.schema import Config
@@ -91,8 +92,12 @@ LOSSES = ("ppo", "gspo", "cispo", "kl_cov")
 def _check_slots(config: "Config") -> None:
     grpo, rollout, train = config.grpo, config.rollout, config.train
     for key, name, known in (("grpo.advantage", grpo.advantage, ADVANTAGES), ("grpo.loss", grpo.loss, LOSSES)):
-        found = complaint(key, name, known)
-        _require(found is None, found or "")
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        _require(
+            name in known or is_own(name),
+            f"{key}: expected one of {', '.join(known)}, or file.py:function, found {name[:100]!r}{hint}",
+        )
     _require(
         not rollout.sampler or is_own(rollout.sampler),
         f"rollout.sampler: expected file.py:function, found {rollout.sampler[:100]!r}",
